@@ -1,0 +1,483 @@
+"""Configuration: frozen dataclasses, built from a locked ConfigDict and validated.
+
+Dimension letters, for the whole library (a name like ``logits_BxTxV`` shows its shape):
+
+    B  batch rows (sequences in training, requests in decoding)
+    T  query tokens of one call            S  key slots (a sequence, or a cache)
+    L  sequence or context length          J  speculation depths, 1 .. k
+    R  rollout starts (blocks of k tokens) N  layers
+    D  d_model                             F  d_ff
+    K  KV heads                            G  query heads per KV head
+    H  d_head                              V  vocabulary, padded
+    P  slots of a ring cache: sink + window + k
+
+A config file in ``configs/`` names only what differs from the defaults below. Everything can
+be overridden on the command line: ``--config.train.steps=100``. Sizes of 0 in a draft mean "as
+the target". Fields marked ``_free`` do not change what is computed, only how it is run or
+shown, and stay out of the hashes that identify a stage.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import pathlib
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message names the key and the remedy."""
+
+
+def _free(default: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"identity": False})
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    source: str = "stdlib"  # "stdlib": Python's own source files; otherwise a folder of text
+    tokenizer: str = "bytes"  # bytes 0..255 and a document separator, 256
+    heldout_percent: int = 10  # share of documents held out, by a hash of the relative path
+    workers: int = _free(0)  # reader threads' read-ahead; 0 = Grain's default
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer (method.md section 2)."""
+
+    n_layers: int = 8
+    d_model: int = 512
+    n_kv_heads: int = 8
+    q_per_kv: int = 1
+    d_head: int = 128
+    d_ff: int = 4096
+    vocab_size: int = 0  # padded size; 0 = the tokenizer's, rounded up to a multiple of 8
+    n_tokens: int = 0  # valid tokens, set from the tokenizer; the rest of V is -inf
+    max_len: int = 0  # longest position + 1; 0 = no limit beyond memory (RoPE has none)
+    window: int = 0  # visible keys, the query included; 0 = all earlier ones
+    sink: int = 0  # first positions that stay visible beyond the window
+    tied: bool = False  # unembedding = embedding transposed
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    scale_in_init: bool = True  # 1/sqrt(d_head) in the query's initializer, not in attention
+    norm_eps: float = 1e-6
+    rope_base: float = 10000.0
+    rope_scaling: float = 1.0  # Llama 3's rope scaling factor; 1 = none
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_len: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftConfig:
+    """One draft model and how it is trained."""
+
+    kind: str = "spire"  # "spire" (feedback memory) or "vanilla" (a plain transformer)
+    n_layers: int = 2
+    d_model: int = 0  # sizes of 0: as the target
+    n_kv_heads: int = 0
+    q_per_kv: int = 0
+    d_head: int = 0
+    d_ff: int = 0
+    window: int = 64  # 0 = dense cache (vanilla only)
+    sink: int = 1
+    init: str = "pruned"  # "pruned": the target's last n_layers blocks; "random"
+    loss: str = "mixed"  # "hard", "distillation" or "mixed"
+    omega: float = 0.5  # weight of distillation in the mixed loss
+    attend_self: bool = True  # spire: also attend to the token's own layer input
+    feedback: bool = True  # spire: memories mix all layers; False: each layer's own input
+    memory_init: float = 0.95  # spire: initial softmax weight of the layer's own input
+    steps: int = 0  # 0 = train.steps
+    peak_lr: float = 0.0  # 0 = train.peak_lr
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000
+    batch_size: int = 16  # sequences per step, over all devices
+    seq_len: int = 1024
+    k: int = 4  # rollout depth of spire drafts; divides seq_len
+    peak_lr: float = 3e-3
+    warmup_fraction: float = 0.1
+    final_lr_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    dtype: str = "float32"  # compute type; parameters and logits stay float32
+    accumulate: int = 1  # micro-batches per step
+    remat: bool = _free(False)  # recompute each layer in the backward pass
+    attention_chunk: int = _free(128)  # queries per chunk of the XLA attention
+    log_every: int = _free(10)
+    checkpoint_every: int = _free(100)
+    checkpoints_kept: int = _free(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    k: int = 4  # drafted tokens per round
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    stop_at_eos: bool = False  # the paper's evaluation ignores the end of sequence
+    dtype: str = "float32"
+    rounds_per_call: int = _free(64)  # rounds before the loop returns to the host
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    contexts: int = 64  # held-out contexts
+    context_lengths: tuple[int, ...] = (256, 512, 960)
+    output_length: int = 64
+    batch_size: int = 16
+    decoder_samples: int = 1  # decoded samples per context, beside the oracle
+    bootstrap: int = 2000
+    timing_repeats: int = 3  # alternating autoregressive and speculative runs
+    examples: int = 3  # generated texts shown in the report
+
+
+@dataclasses.dataclass(frozen=True)
+class ThroughputConfig:
+    """The modeled multiplier (method.md section 5); byte widths are bytes per element."""
+
+    chip: str = "h100"  # the chip that the report's headline uses
+    hoi: float = 600.0  # peak FLOP/s over bytes/s of the paper's figures
+    variant: str = "paper"  # "paper", "fixed_window", "per_operator" or "with_head"
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    context_lengths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    batch_size: int = 64  # the report's headline point
+    context_length: int = 512
+    weight_bytes: float = 1.0
+    cache_bytes: float = 1.0
+    compute_bytes: float = 1.0  # the width whose peak FLOP/s counts: 1 = FP8/INT8, 2 = bf16
+    # Acceptance lengths to use when none were measured; 0 = not given.
+    tau_vanilla: float = 0.0
+    tau_magicdec: float = 0.0
+    tau_spire: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 (at most one) takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    data: DataConfig = DataConfig()
+    target: ModelConfig = ModelConfig()
+    drafts: tuple[tuple[str, DraftConfig], ...] = ()  # (name, draft), sorted by name
+    train: TrainConfig = TrainConfig()
+    decode: DecodeConfig = DecodeConfig()
+    eval: EvalConfig = EvalConfig()
+    throughput: ThroughputConfig = ThroughputConfig()
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+
+    def draft(self, name: str) -> DraftConfig:
+        """The draft called `name`; ConfigError lists those that exist."""
+        for known, draft in self.drafts:
+            if known == name:
+                return draft
+        raise ConfigError(f"no draft named {name!r}; drafts: {[n for n, _ in self.drafts]}")
+
+
+# --- sizes derived from a config ---------------------------------------------------------------
+
+
+def draft_model(target: ModelConfig, draft: DraftConfig) -> ModelConfig:
+    """The draft's transformer: the target's conventions, the draft's sizes and mask."""
+    sizes = ("d_model", "n_kv_heads", "q_per_kv", "d_head", "d_ff")
+    return dataclasses.replace(
+        target,
+        n_layers=draft.n_layers,
+        window=draft.window,
+        sink=draft.sink if draft.window else 0,
+        **{s: getattr(draft, s) or getattr(target, s) for s in sizes},
+    )
+
+
+def body_parameters(model: ModelConfig) -> int:
+    """Parameters without embedding, unembedding and final norm (method.md section 1)."""
+    heads = model.n_kv_heads * model.q_per_kv
+    attention = model.d_model * model.d_head * (2 * heads + 2 * model.n_kv_heads)
+    if model.qkv_bias:
+        attention += model.d_head * (heads + 2 * model.n_kv_heads)
+    if model.qk_norm:
+        attention += 2 * model.d_head
+    return model.n_layers * (attention + 3 * model.d_model * model.d_ff + 2 * model.d_model)
+
+
+# --- files, command line, dataclasses ----------------------------------------------------------
+
+
+def defaults(file_config: Mapping[str, Any] | None = None) -> ml_collections.ConfigDict:
+    """A locked ConfigDict of every value: the defaults, with a config file's values over them."""
+    full = ml_collections.ConfigDict(_as_dict(ExperimentConfig()) | {"drafts": {}})
+    given = file_config.to_dict() if isinstance(file_config, ml_collections.ConfigDict) else {}
+    if file_config is not None and not given:
+        given = dict(file_config)
+    drafts = given.pop("drafts", {})
+    if not isinstance(drafts, Mapping):
+        raise ConfigError("drafts must be a mapping: drafts.<name> = {...}")
+    for name, values in drafts.items():
+        full.drafts[name] = ml_collections.ConfigDict(_as_dict(DraftConfig()))
+        _merge(full.drafts[name], values, f"drafts.{name}.")
+    _merge(full, given, "")
+    full.lock()
+    return full
+
+
+def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read a config file, apply ``a.b=value`` overrides, validate; raises ConfigError."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        known = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise ConfigError(f"config file {path} does not exist; there is {known}")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    full = defaults(module.get_config())
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+        *parents, leaf = key.split(".")
+        node = full
+        for depth, name in enumerate(parents):
+            _known(name, node, ".".join([*parents[:depth], name]))
+            node = node[name]
+        if not isinstance(node, ml_collections.ConfigDict):
+            raise ConfigError(f"{key}: {'.'.join(parents)} is a value, not a section")
+        _known(leaf, node, key)
+        node[leaf] = _parse(text, node[leaf], key)
+    return build(full)
+
+
+def build(full: Mapping[str, Any]) -> ExperimentConfig:
+    """Frozen, validated dataclasses from a mapping with all the keys of `defaults`."""
+    values = full.to_dict() if isinstance(full, ml_collections.ConfigDict) else dict(full)
+    drafts = tuple(
+        (name, _build(DraftConfig, v, f"drafts.{name}."))
+        for name, v in sorted(values.pop("drafts", {}).items())
+    )
+    hints = typing.get_type_hints(ExperimentConfig)
+    sections = {
+        name: _build(hints[name], v, f"{name}.") if isinstance(v, Mapping) else v
+        for name, v in values.items()
+    }
+    config = ExperimentConfig(drafts=drafts, **sections)
+    config = dataclasses.replace(config, target=_with_vocabulary(config))
+    validate(config)
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as nested plain dicts, lists and scalars, ready for JSON."""
+    values = _as_dict(config)
+    if isinstance(config, ExperimentConfig):
+        values["drafts"] = {name: _as_dict(draft) for name, draft in config.drafts}
+    return json.loads(json.dumps(values))
+
+
+def identity(*parts: Any) -> dict[str, Any]:
+    """The values of dataclasses (less their free fields) and plain mappings, as one dict."""
+    values: dict[str, Any] = {}
+    for part in parts:
+        if dataclasses.is_dataclass(part):
+            used = [f for f in dataclasses.fields(part) if f.metadata.get("identity", True)]
+            part = {f.name: getattr(part, f.name) for f in used}
+        values.update(part)
+    return json.loads(json.dumps(values, sort_keys=True))
+
+
+def digest(values: Any) -> str:
+    """Sixteen hex digits that identify JSON-able values."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# --- validation --------------------------------------------------------------------------------
+
+
+def tokenizer_size(tokenizer: str) -> int:
+    """Number of tokens, the separator included, known before any data is read."""
+    if tokenizer == "bytes":
+        return 257
+    raise ConfigError(f"data.tokenizer={tokenizer!r} is unknown; use 'bytes'")
+
+
+def validate(config: ExperimentConfig) -> None:
+    """Raise ConfigError for sizes that cannot work together, before anything is compiled."""
+    t, train, decode, ev = config.target, config.train, config.decode, config.eval
+    _positive(t, "target", "n_layers d_model n_kv_heads q_per_kv d_head d_ff")
+    _positive(train, "train", "steps batch_size seq_len k accumulate log_every attention_chunk")
+    _positive(train, "train", "checkpoint_every checkpoints_kept peak_lr")
+    _positive(decode, "decode", "k rounds_per_call")
+    _positive(ev, "eval", "contexts output_length batch_size bootstrap timing_repeats")
+    for key, value in (("target.max_len", t.max_len), ("target.window", t.window),
+                       ("target.sink", t.sink), ("eval.examples", ev.examples),
+                       ("decode.temperature", decode.temperature), ("decode.top_k", decode.top_k),
+                       ("eval.decoder_samples", ev.decoder_samples)):  # fmt: skip
+        _check(value >= 0, f"{key}={value} is negative; use 0 or more")
+    _check(t.d_head % 2 == 0, f"target.d_head={t.d_head} is odd; RoPE rotates pairs")
+    _check(0 < config.data.heldout_percent < 100,
+           f"data.heldout_percent={config.data.heldout_percent} must lie between 1 and 99")  # fmt: skip
+    _check(0 < decode.top_p <= 1, f"decode.top_p={decode.top_p} must lie in (0, 1]")
+    _check(0 <= train.warmup_fraction < 1,
+           f"train.warmup_fraction={train.warmup_fraction} must lie in [0, 1)")  # fmt: skip
+    for key, dtype in (("train.dtype", train.dtype), ("decode.dtype", decode.dtype)):
+        _check(dtype in ("float32", "bfloat16"), f"{key}={dtype!r}; use 'float32' or 'bfloat16'")
+    _check(train.batch_size % train.accumulate == 0,
+           f"train.accumulate={train.accumulate} does not divide "
+           f"train.batch_size={train.batch_size}")  # fmt: skip
+    _check(bool(ev.context_lengths), "eval.context_lengths is empty; give at least one")
+    _check(all(n >= 1 for n in ev.context_lengths), "eval.context_lengths must all be 1 or more")
+    for name, draft in config.drafts:
+        _validate_draft(name, draft, config)
+    k = max(decode.k, train.k)
+    longest = max(ev.context_lengths) + ev.output_length + k
+    _check(t.max_len == 0 or longest <= t.max_len,
+           f"eval.context_lengths + eval.output_length + k = {longest} goes beyond "
+           f"target.max_len={t.max_len}; shorten the context or the output")  # fmt: skip
+    _check(t.max_len == 0 or train.seq_len <= t.max_len,
+           f"train.seq_len={train.seq_len} goes beyond target.max_len={t.max_len}")  # fmt: skip
+    for axis, size in dataclasses.asdict(config.mesh).items():
+        _check(size == -1 or size >= 1, f"mesh.{axis}={size}; use 1 or more, or -1 for the rest")
+    _check(list(dataclasses.asdict(config.mesh).values()).count(-1) <= 1,
+           "mesh: at most one axis can be -1")  # fmt: skip
+
+
+def _validate_draft(name: str, draft: DraftConfig, config: ExperimentConfig) -> None:
+    at, target, train = f"drafts.{name}", config.target, config.train
+    _check(name.replace("_", "").replace("-", "").isalnum(), f"{at}: use letters, digits, _ and -")
+    _check(name != "autoregressive", f"{at}: the name means decoding without a draft; rename it")
+    _choice(f"{at}.kind", draft.kind, "spire vanilla")
+    _choice(f"{at}.init", draft.init, "pruned random")
+    _choice(f"{at}.loss", draft.loss, "hard distillation mixed")
+    _positive(draft, at, "n_layers")
+    _check(0 <= draft.omega <= 1, f"{at}.omega={draft.omega} must lie in [0, 1]")
+    _check(0 < draft.memory_init < 1, f"{at}.memory_init={draft.memory_init} must lie in (0, 1)")
+    _check(draft.window >= (1 if draft.kind == "spire" else 0),
+           f"{at}.window={draft.window} is under 1; the window counts the query itself"
+           + ("" if draft.kind == "spire" else " (0 = dense)"))  # fmt: skip
+    _check(draft.sink >= 0, f"{at}.sink={draft.sink} is negative")
+    shortest = min(config.eval.context_lengths)
+    _check(not draft.window or draft.sink <= shortest,
+           f"{at}.sink={draft.sink} is longer than the shortest context "
+           f"(eval.context_lengths: {shortest})")  # fmt: skip
+    model = draft_model(target, draft)
+    if draft.init == "pruned" or draft.kind == "spire":
+        why = "reads the target's activations" if draft.kind == "spire" else "is pruned from it"
+        _check(draft.n_layers <= target.n_layers,
+               f"{at}.n_layers={draft.n_layers} is deeper than the target "
+               f"({target.n_layers}), but the draft {why}")  # fmt: skip
+        for size in ("d_model",) if draft.init != "pruned" else (
+            "d_model", "n_kv_heads", "q_per_kv", "d_head", "d_ff"):  # fmt: skip
+            mine, its = getattr(model, size), getattr(target, size)
+            _check(mine == its,
+                   f"{at}.{size}={mine} differs from target.{size}={its}, but the draft {why}; "
+                   f"use 0 (as the target)")  # fmt: skip
+    if draft.kind == "spire":
+        _check(train.seq_len % train.k == 0,
+               f"train.k={train.k} does not divide train.seq_len={train.seq_len}")  # fmt: skip
+        _check(train.seq_len > draft.sink, f"{at}.sink={draft.sink} fills train.seq_len")
+
+
+def _with_vocabulary(config: ExperimentConfig) -> ModelConfig:
+    tokens = config.target.n_tokens or tokenizer_size(config.data.tokenizer)
+    size = config.target.vocab_size or -(-tokens // 8) * 8
+    _check(size >= tokens, f"target.vocab_size={size} is under the data's {tokens} tokens; use "
+                           f"{tokens} or more, or 0 for the smallest that fits")  # fmt: skip
+    return dataclasses.replace(config.target, vocab_size=size, n_tokens=tokens)
+
+
+def _check(good: bool, message: str) -> None:
+    if not good:
+        raise ConfigError(message)
+
+
+def _choice(key: str, value: str, choices: str) -> None:
+    _check(value in choices.split(), f"{key}={value!r}; choose from {choices.split()}")
+
+
+def _positive(section: Any, name: str, keys: str) -> None:
+    for key in keys.split():
+        value = getattr(section, key)
+        _check(value > 0, f"{name}.{key}={value} must be above 0")
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    """One dataclass and those inside it as dicts; tuples stay tuples."""
+    return {
+        f.name: _as_dict(v) if dataclasses.is_dataclass(v := getattr(config, f.name)) else v
+        for f in dataclasses.fields(config)
+    }
+
+
+def _known(name: str, node: Any, key: str) -> None:
+    if name in node:
+        return
+    close = difflib.get_close_matches(name, list(node), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else f"; known here: {sorted(node)}"
+    raise ConfigError(f"unknown config key {key!r}{hint}")
+
+
+def _merge(into: ml_collections.ConfigDict, values: Mapping[str, Any], path: str) -> None:
+    for name, value in values.items():
+        _known(name, into, path + name)
+        if isinstance(into[name], ml_collections.ConfigDict):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{path}{name} is a section, not a value")
+            _merge(into[name], value, f"{path}{name}.")
+        else:
+            into[name] = _typed(value, into[name], path + name)
+
+
+def _typed(value: Any, like: Any, key: str) -> Any:
+    """`value` as the type of `like`, where nothing is lost; else a ConfigError."""
+    if isinstance(like, bool) or isinstance(value, bool):
+        good = isinstance(like, bool) and isinstance(value, bool)
+    elif isinstance(like, float) and isinstance(value, int):
+        return float(value)
+    elif isinstance(like, tuple):
+        good = isinstance(value, list | tuple) and all(isinstance(v, int) for v in value)
+        value = tuple(value) if good else value
+    else:
+        good = isinstance(value, type(like))
+    _check(good, f"{key}={value!r} should be of type {type(like).__name__}, like {like!r}")
+    return value
+
+
+def _parse(text: str, like: Any, key: str) -> Any:
+    """A command-line value, of the type that the key has."""
+    if isinstance(like, str):
+        return text
+    try:
+        if isinstance(like, bool):
+            value: Any = {"true": True, "false": False}[text.lower()]
+        elif isinstance(like, tuple):
+            value = tuple(int(v) for v in text.strip("()[] ").split(",") if v.strip())
+        else:
+            value = type(like)(text)
+    except (ValueError, KeyError):
+        kind = "a list of integers" if isinstance(like, tuple) else type(like).__name__
+        raise ConfigError(f"{key}={text!r} should be {kind}, like {like!r}") from None
+    return value
+
+
+def _build(cls: Any, values: Mapping[str, Any], path: str) -> Any:
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        _known(name, known, path + name)
+    return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
