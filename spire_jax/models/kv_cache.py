@@ -1,0 +1,142 @@
+"""Key/value caches: immutable records, one array per layer, positions decide what is live.
+
+Rejected tokens are never erased. A full cache keeps position j in slot j, so that an entry after
+the row's last token is dead by causality until it is overwritten; a ring stores each slot's
+position, so the same holds there. One array per layer, not a stacked one: XLA updates a
+`while_loop` carry in place only then (measured: 21.6 against 44.5 ms a step).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from spire_jax.config import ModelConfig
+from spire_jax.masks import EMPTY
+from spire_jax.sharding import constrain
+
+Layers = tuple[Float[Array, "B S K H"], ...]
+
+
+def _record(*meta: str):
+    def register(cls):
+        data = [f.name for f in dataclasses.fields(cls) if f.name not in meta]
+        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(meta))
+
+    return register
+
+
+class _Cache:
+    """What both caches share: writing one layer's new entries at given slots."""
+
+    keys: Layers
+    values: Layers
+
+    def write(
+        self,
+        layer: int,
+        slots: Int[Array, "B T"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+    ):
+        """The cache with new entries of one layer; slots outside the cache are dropped."""
+        rows = jnp.arange(slots.shape[0])[:, None]
+
+        def put(layers, new):
+            old = layers[layer]
+            new = old.at[rows, slots].set(new.astype(old.dtype), mode="drop", unique_indices=True)
+            new = constrain(new, "batch", None, "kv_heads", None)
+            return (*layers[:layer], new, *layers[layer + 1 :])
+
+        return dataclasses.replace(self, keys=put(self.keys, k), values=put(self.values, v))  # type: ignore[type-var]
+
+
+@_record()
+@dataclasses.dataclass(frozen=True)
+class FullCache(_Cache):
+    """Every position of the text: slot j holds position j."""
+
+    keys: Layers
+    values: Layers
+
+    @property
+    def positions(self) -> Int[Array, "1 S"]:
+        """The position that each slot holds."""
+        return jnp.arange(self.keys[0].shape[1], dtype=jnp.int32)[None]
+
+    def slots(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """Where positions go; those before the text (-1) or past the end go nowhere."""
+        return jnp.where(positions < 0, self.keys[0].shape[1], positions)
+
+    def place(self, positions: Int[Array, "B T"]) -> "FullCache":
+        """The cache, told that `positions` are about to be written."""
+        return self
+
+
+@_record("sink", "ring")
+@dataclasses.dataclass(frozen=True)
+class RingCache(_Cache):
+    """Sinks and a ring of the newest window + k positions (method.md 3.1)."""
+
+    keys: Layers
+    values: Layers
+    positions: Int[Array, "B P"]  # stored position of each slot, EMPTY where there is none
+    sink: int
+    ring: int
+
+    def slots(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """slot(j) = j for j < sink, else sink + (j - sink) mod ring; -1 goes nowhere."""
+        slots = ring_slot(positions, self.sink, self.ring)
+        return jnp.where(positions < 0, self.sink + self.ring, slots)
+
+    def place(self, positions: Int[Array, "B T"]) -> "RingCache":
+        """The cache with the positions stored whose entries are about to be written."""
+        rows = jnp.arange(positions.shape[0])[:, None]
+        stored = self.positions.at[rows, self.slots(positions)].set(positions, mode="drop")
+        return dataclasses.replace(self, positions=stored)
+
+
+def ring_slot(positions, sink: int, ring: int):
+    """The slot of each position in a ring cache (NumPy or JAX integers)."""
+    return jnp.where(positions < sink, positions, sink + (positions - sink) % ring)
+
+
+def ring_positions(
+    lengths: Int[Array, " B"], sink: int, ring: int
+) -> tuple[Int[Array, "B P"], Int[Array, "B P"]]:
+    """Which position each slot should hold when the first `lengths` tokens of a row are cached.
+
+    Returns:
+        The positions, EMPTY in unused slots; and the same with 0 there, safe to gather with.
+    """
+    slot = jnp.arange(sink + ring, dtype=jnp.int32)[None]
+    last = lengths[:, None].astype(jnp.int32) - 1
+    newest = last - (last - slot) % ring  # the newest position <= last with position = slot mod ring
+    held = jnp.where(slot < sink, slot, newest)
+    used = (held <= last) & ((slot < sink) | (held >= sink))
+    return jnp.where(used, held, EMPTY), jnp.where(used, held, 0)
+
+
+def empty_full(config: ModelConfig, batch: int, capacity: int, dtype: str) -> FullCache:
+    """An empty cache of `capacity` positions for every layer."""
+    arrays = _zeros(config, batch, capacity, dtype)
+    return FullCache(keys=arrays, values=_zeros(config, batch, capacity, dtype))
+
+
+def empty_ring(config: ModelConfig, batch: int, k: int, dtype: str) -> RingCache:
+    """An empty ring of sink + window + k slots for every layer."""
+    ring = config.window + k
+    slots = config.sink + ring
+    positions = jnp.full((batch, slots), EMPTY, jnp.int32)
+    arrays = [_zeros(config, batch, slots, dtype) for _ in range(2)]
+    return RingCache(arrays[0], arrays[1], positions, config.sink, ring)
+
+
+def _zeros(config: ModelConfig, batch: int, slots: int, dtype: str) -> Layers:
+    shape = (batch, slots, config.n_kv_heads, config.d_head)
+    return tuple(
+        constrain(jnp.zeros(shape, np.dtype(dtype)), "batch", None, "kv_heads", None)
+        for _ in range(config.n_layers)
+    )

@@ -1,0 +1,183 @@
+"""The SPIRe draft: a pruned transformer whose layers attend to memory vectors (method.md 3.3).
+
+Keys and values of layer i (1-based) come from memories m^i, not from the layer's own inputs:
+the frozen target's activations y^(N - n + i - 1) for tokens that the target has processed, a
+learned mix of all the draft's layers for drafted ones. One layer function serves training
+(`rollout`: k passes, parallel over all starts) and decoding (`step`, `refresh`).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from spire_jax.config import ModelConfig
+from spire_jax.models.kv_cache import RingCache
+from spire_jax.models.layers import Block, Compute, Positions, attention, merge_attention, parameter
+from spire_jax.models.transformer import Activations, Transformer
+
+
+class SpireDraft(Transformer):
+    """A transformer with feedback memory; `memory_mix` (n, n + 1) are the logits of w."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute: Compute,
+        *,
+        rngs: nnx.Rngs,
+        feedback: bool = True,
+        attend_self: bool = True,
+        memory_init: float = 0.95,
+    ):
+        super().__init__(config, compute, rngs=rngs)
+        self.feedback, self.attend_self = feedback, attend_self
+        n = config.n_layers
+        if feedback:
+            mix = np.full((n, n + 1), np.log((1 - memory_init) / n), np.float32)
+            mix[np.arange(n), np.arange(n)] = np.log(memory_init)
+            self.memory_mix = parameter(
+                rngs, mix.shape, (None, None), lambda key, shape, dtype: jnp.asarray(mix, dtype)
+            )
+
+    def memories(self, xs: list[Float[Array, "*rows D"]]) -> list[Float[Array, "*rows D"]]:
+        """m^1 .. m^n of a drafted token from its activations x^0 .. x^n."""
+        if not self.feedback:
+            return xs[:-1]
+        weights = jax.nn.softmax(self.memory_mix[...], axis=-1).astype(xs[0].dtype)
+        stacked = jnp.stack(xs)
+        return [jnp.einsum("l,l...->...", w, stacked) for w in weights]
+
+    def rollout(
+        self,
+        tokens: Int[Array, "B T"],
+        activations: Activations,
+        starts: Int[np.ndarray, " R"],
+        k: int,
+    ) -> Float[Array, "B R k V"]:
+        """Logits of k teacher-forced draft steps from every start, all starts in parallel.
+
+        Step j (0-based) from start s processes token s + j, which predicts token s + j + 1. It
+        sees the target's memories of positions < s, the draft's own memories of s .. s + j - 1,
+        and itself. Training uses starts 0, k, 2k, ...; the oracle uses every position.
+
+        Args:
+            tokens: a text from position 0.
+            activations: the target's y^(N-n) .. y^(N-1) over it.
+            starts: static start positions, with s + k <= T.
+        """
+        text = np.arange(tokens.shape[1])
+        target_memory = [
+            block.keys_values(y.astype(self.compute.dtype), text)
+            for block, y in zip(self.blocks, activations, strict=True)
+        ]
+        own: list[list[tuple[Array, Array]]] = [[] for _ in self.blocks]
+        hidden = []
+        for j in range(k):
+            # The last pass leaves no memory behind: no pass comes after it.
+            one_pass = jax.checkpoint(self._pass, static_argnums=(0, 4)) if (
+                self.compute.remat) else self._pass  # fmt: skip
+            x, memory = one_pass(_Static(starts, j), tokens, target_memory, own, j < k - 1)
+            hidden.append(x)
+            for layer, kv in zip(own, memory, strict=False):
+                layer.append(kv)
+        return self.unembed(jnp.stack(hidden, axis=2))
+
+    def _pass(self, at: "_Static", tokens, target_memory, own, keep_memory):
+        starts, j = at.starts, at.j
+        positions = starts + j
+        x = self.embed(tokens[:, positions])
+        xs = [x]
+        for block, (k, v), mine in zip(self.blocks, target_memory, own, strict=True):
+            q = block.queries(x, positions)
+            from_target = self._attend(
+                block, q, k, v, positions, np.arange(tokens.shape[1]), limit=starts
+            )
+            recent = list(mine)
+            if self.attend_self:
+                recent.append(block.keys_values(x, positions))
+            parts = [from_target]
+            if recent:
+                offsets = np.arange(j + self.attend_self)
+                parts.append(self._attend_recent(block, q, recent, starts, positions, offsets))
+            x = block.finish(x, merge_attention(parts))
+            xs.append(x)
+        if not keep_memory:
+            return x, []
+        memories = zip(self.blocks, self.memories(xs), strict=True)
+        return x, [block.keys_values(m, positions) for block, m in memories]
+
+    def _attend_recent(self, block, q, recent, starts, positions, offsets):
+        """Attention of each start's query to that start's own few keys."""
+        batch, rollouts = q.shape[:2]
+        flat = batch * rollouts
+        k, v = (jnp.stack(x, axis=2).reshape(flat, len(offsets), *x[0].shape[2:])
+                for x in zip(*recent, strict=True))  # fmt: skip
+        q_pos = jnp.tile(jnp.asarray(positions), batch)[:, None]
+        k_pos = jnp.tile(jnp.asarray(starts[:, None] + offsets), (batch, 1))
+        out, lse = self._attend(block, q.reshape(flat, 1, *q.shape[2:]), k, v, q_pos, k_pos)
+        return out.reshape(q.shape), lse.reshape(q.shape[:-1])
+
+    def step(
+        self, cache: RingCache, tokens: Int[Array, " B"], positions: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B V"], RingCache]:
+        """One draft step: logits after the token at `positions`; its memories enter the cache."""
+        pos = positions[:, None]
+        x = self.embed(tokens[:, None])
+        xs = [x]
+        for i, block in enumerate(self.blocks):
+            q = block.queries(x, pos)
+            keys, values = (c[i].astype(x.dtype) for c in (cache.keys, cache.values))
+            parts = [self._attend(block, q, keys, values, pos, cache.positions, limit=pos)]
+            if self.attend_self:
+                k, v = block.keys_values(x, pos)
+                parts.append(self._attend(block, q, k, v, pos, pos))
+            x = block.finish(x, merge_attention(parts))
+            xs.append(x)
+        cache = self._store(cache, self.memories(xs), pos)
+        return self.unembed(x)[:, 0], cache
+
+    def refresh(
+        self, cache: RingCache, activations: Activations, positions: Int[Array, "B T"]
+    ) -> RingCache:
+        """Recompute cached entries of tokens that the target has processed from its activations.
+
+        Positions of rejected tokens may be among them: their entries come after the row's last
+        token and are overwritten before any query sees them.
+        """
+        return self._store(cache, [y.astype(self.compute.dtype) for y in activations], positions)
+
+    def _store(self, cache, memories, positions):
+        slots, cache = cache.slots(positions), cache.place(positions)
+        for i, (block, m) in enumerate(zip(self.blocks, memories, strict=True)):
+            cache = cache.write(i, slots, *block.keys_values(m, positions))
+        return cache
+
+    def _attend(
+        self,
+        block: Block,
+        q: Float[Array, "B T K G H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        q_pos: Positions,
+        k_pos: Int[np.ndarray, " S"] | Int[Array, "#B S"],
+        limit: Positions | None = None,
+    ):
+        return attention(
+            q, k, v, q_pos, k_pos,
+            window=self.config.window, sink=self.config.sink, limit=limit, scale=block.scale,
+            chunk=self.compute.attention_chunk,
+        )  # fmt: skip
+
+
+class _Static:
+    """Start positions and pass number, hashable by identity for `jax.checkpoint`."""
+
+    def __init__(self, starts: np.ndarray, j: int):
+        self.starts, self.j = starts, j
+
+
+def target_layers(n_target: int, n_draft: int) -> tuple[int, ...]:
+    """The l of the activations y^l that draft layers 1 .. n read: N - n + i - 1."""
+    return tuple(range(n_target - n_draft, n_target))

@@ -1,0 +1,178 @@
+"""The decoder-only transformer that targets and vanilla drafts are (method.md section 2)."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from spire_jax.config import ModelConfig
+from spire_jax.models.kv_cache import FullCache, RingCache
+from spire_jax.models.layers import Block, Compute, RMSNorm, attention, parameter, truncated_normal
+from spire_jax.sharding import constrain
+
+Params = Any  # nested dict of float32 arrays, the pure form of a module's nnx.State
+Activations = tuple[Float[Array, "B T D"], ...]
+
+
+class Transformer(nnx.Module):
+    """Embedding, blocks, final norm, unembedding; activations y^l on request."""
+
+    def __init__(self, config: ModelConfig, compute: Compute, *, rngs: nnx.Rngs):
+        c = config
+        self.config, self.compute = config, compute
+        self.embedding = parameter(
+            rngs, (c.vocab_size, c.d_model), ("vocab", "embed"), nnx.initializers.normal(1.0)
+        )
+        self.blocks = nnx.List([Block(c, compute, rngs=rngs) for _ in range(c.n_layers)])
+        self.norm_final = RMSNorm(c.d_model, c.norm_eps, rngs=rngs)
+        if not c.tied:
+            self.unembedding = parameter(
+                rngs, (c.d_model, c.vocab_size), ("embed", "vocab"), truncated_normal(c.d_model)
+            )
+
+    def embed(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+        """x^0: the embeddings of tokens."""
+        x = self.embedding[...][tokens].astype(self.compute.dtype)
+        return constrain(x, "batch", *(None,) * (x.ndim - 1))
+
+    def unembed(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Float32 logits of final activations; -inf for the padding of the vocabulary."""
+        x = self.norm_final(x)
+        w = self.embedding[...].T if self.config.tied else self.unembedding[...]
+        logits = jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = constrain(logits, "batch", *(None,) * (x.ndim - 2), "vocab")
+        if self.config.n_tokens < self.config.vocab_size:
+            valid = np.arange(self.config.vocab_size) < self.config.n_tokens
+            logits = jnp.where(valid, logits, -jnp.inf)
+        return logits
+
+    def forward(
+        self, tokens: Int[Array, "B T"], collect: tuple[int, ...] = ()
+    ) -> tuple[Float[Array, "B T V"], Activations]:
+        """Logits over a whole text from position 0, and y^l for each l in `collect`.
+
+        y^l is the residual stream after layer l; y^0 is the embedding.
+        """
+        x, activations, _ = self._run(tokens, collect, keep_keys=False)
+        return self.unembed(x), activations
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], collect: tuple[int, ...] = ()
+    ) -> tuple[Activations, list[tuple[Array, Array]]]:
+        """Activations as `forward`, and each layer's keys and values; no logits."""
+        _, activations, keys_values = self._run(tokens, collect, keep_keys=True)
+        return activations, keys_values
+
+    def extend(
+        self,
+        cache: FullCache | RingCache,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        collect: tuple[int, ...] = (),
+    ) -> tuple[Float[Array, "B T V"], Activations, FullCache | RingCache]:
+        """Process a few new tokens per row on top of a cache, at per-row positions.
+
+        A token at position -1 is none: nothing is written for it and its logits are meaningless.
+        """
+        x = self.embed(tokens)
+        slots, cache = cache.slots(positions), cache.place(positions)
+        activations = {0: x}
+        for i, block in enumerate(self.blocks):
+            k, v = block.keys_values(x, positions)
+            cache = cache.write(i, slots, k, v)
+            attended, _ = attention(
+                block.queries(x, positions),
+                cache.keys[i].astype(x.dtype),
+                cache.values[i].astype(x.dtype),
+                positions,
+                cache.positions,
+                window=self.config.window,
+                sink=self.config.sink,
+                scale=block.scale,
+            )
+            x = activations[i + 1] = block.finish(x, attended)
+        return self.unembed(x), tuple(activations[i] for i in collect), cache
+
+    def _run(self, tokens, collect, keep_keys):
+        positions = np.arange(tokens.shape[1])
+        x = self.embed(tokens)
+        activations = {0: x}
+        keys_values = []
+        for i, block in enumerate(self.blocks):
+            layer = functools.partial(self._layer, block, positions)
+            x, kv = (jax.checkpoint(layer) if self.compute.remat else layer)(x)
+            activations[i + 1] = x
+            keys_values.append(kv if keep_keys else None)
+        return x, tuple(activations[i] for i in collect), keys_values
+
+    def _layer(self, block: Block, positions: np.ndarray, x: Array):
+        k, v = block.keys_values(x, positions)
+        attended, _ = attention(
+            block.queries(x, positions),
+            k,
+            v,
+            positions,
+            positions,
+            window=self.config.window,
+            sink=self.config.sink,
+            scale=block.scale,
+            chunk=self.compute.attention_chunk,
+        )
+        return block.finish(x, attended), (k, v)
+
+
+# --- modules as plain functions of parameters --------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A module's structure, hashable and without arrays; parameters are passed to every use.
+
+    ``model.bind(params)`` inside a jitted function gives the module back (`nnx.merge`).
+    """
+
+    module: type[Transformer]
+    config: ModelConfig
+    compute: Compute
+    options: tuple[tuple[str, Any], ...] = ()  # further arguments of the module
+
+    def _make(self, key: jax.Array) -> Transformer:
+        return self.module(
+            self.config, self.compute, rngs=nnx.Rngs(params=key), **dict(self.options)
+        )
+
+    @functools.cached_property
+    def _abstract(self):
+        return nnx.split(nnx.eval_shape(lambda: self._make(jax.random.key(0))))
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters from a random key; jit with `out_shardings` to create them sharded."""
+        return nnx.to_pure_dict(nnx.state(self._make(key)))
+
+    def bind(self, params: Params) -> Any:
+        """The module with these parameters."""
+        return nnx.merge(self._abstract[0], params)
+
+    def shapes(self) -> Params:
+        """ShapeDtypeStructs of the parameters."""
+        return nnx.to_pure_dict(self._abstract[1])
+
+    def axes(self) -> Any:
+        """Logical axes of the parameters, leaf by leaf."""
+        flat = nnx.to_flat_state(self._abstract[1])
+        out: dict[Any, Any] = {}
+        for path, variable in flat:
+            node = out
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+            node[path[-1]] = variable.axes
+        return out
+
+    def count(self) -> int:
+        """Number of parameters."""
+        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.shapes()))
