@@ -1,0 +1,94 @@
+"""Drafting strategies: what may differ between one speculative decoder and another.
+
+A strategy holds a draft model's structure and says what the draft keeps, how it prefills, how
+it proposes k tokens with their distributions, and how it takes in what verification kept. The
+round, verification, sampling, evaluation and report are shared by all; what a step costs is in
+`spire_jax.throughput`.
+"""
+
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from spire_jax.models.transformer import Activations, Params
+from spire_jax.sampling import Sampling
+
+DraftCache = Any  # a pytree of the strategy's own
+
+
+class Strategy(Protocol):
+    """One way of drafting. Instances are hashable and hold no arrays."""
+
+    @property
+    def collect(self) -> tuple[int, ...]:
+        """Which activations y^l of the target the strategy reads."""
+        ...
+
+    def prefill(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        activations: Activations,
+        k: int,
+        capacity: int,
+    ) -> DraftCache:
+        """The draft's cache over the first `lengths` of T prompt tokens of each row.
+
+        `activations` are the target's over the same tokens; `capacity` positions will ever be
+        needed. T may be 0.
+        """
+        ...
+
+    def propose(
+        self,
+        params: Params,
+        cache: DraftCache,
+        previous: Int[Array, " B"],
+        last: Int[Array, " B"],
+        positions: Int[Array, " B"],
+        keys: Key[Array, " B"],
+        k: int,
+        sampling: Sampling,
+    ) -> tuple[Int[Array, "B k"], Float[Array, "B k V"], DraftCache]:
+        """k drafted tokens, and the float32 distributions that they were sampled from.
+
+        `last` is the last emitted token, at `positions`; `previous` the one before it (any
+        value where `positions` is 0). Streams "draft", depth by depth, of `keys` are used.
+        """
+        ...
+
+    def commit(
+        self,
+        params: Params,
+        cache: DraftCache,
+        activations: Activations,
+        positions: Int[Array, "B k1"],
+    ) -> DraftCache:
+        """Take in a verified round: the target's activations of the tokens it processed.
+
+        Entries of rejected tokens lie after the row's last token, where no query sees them.
+        """
+        ...
+
+    def teacher_forced(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        activations: Activations,
+        starts: Int[np.ndarray, " R"],
+        k: int,
+    ) -> Float[Array, "B R k V"]:
+        """Logits of k steps along a given text from every start; what the oracle reads.
+
+        Step j from start s follows token s + j, with the target's activations of the tokens
+        before s.
+        """
+        ...
+
+
+def depth_keys(keys: Key[Array, " B"], depth: int) -> Key[Array, " B"]:
+    """Keys of one draft depth within a round's "draft" stream."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, depth)

@@ -10,7 +10,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from spire_jax.config import ModelConfig
@@ -18,6 +17,7 @@ from spire_jax.masks import EMPTY
 from spire_jax.sharding import constrain
 
 Layers = tuple[Float[Array, "B S K H"], ...]
+KeysValues = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]
 
 
 def _record(*meta: str):
@@ -46,9 +46,8 @@ class _Cache:
 
         def put(layers, new):
             old = layers[layer]
-            new = old.at[rows, slots].set(new.astype(old.dtype), mode="drop", unique_indices=True)
-            new = constrain(new, "batch", None, "kv_heads", None)
-            return (*layers[:layer], new, *layers[layer + 1 :])
+            new = old.at[rows, slots].set(new.astype(old.dtype), mode="drop")
+            return (*layers[:layer], _pinned(new), *layers[layer + 1 :])
 
         return dataclasses.replace(self, keys=put(self.keys, k), values=put(self.values, v))  # type: ignore[type-var]
 
@@ -88,7 +87,8 @@ class RingCache(_Cache):
 
     def slots(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
         """slot(j) = j for j < sink, else sink + (j - sink) mod ring; -1 goes nowhere."""
-        slots = ring_slot(positions, self.sink, self.ring)
+        ring = self.sink + (positions - self.sink) % self.ring
+        slots = jnp.where(positions < self.sink, positions, ring)
         return jnp.where(positions < 0, self.sink + self.ring, slots)
 
     def place(self, positions: Int[Array, "B T"]) -> "RingCache":
@@ -96,11 +96,6 @@ class RingCache(_Cache):
         rows = jnp.arange(positions.shape[0])[:, None]
         stored = self.positions.at[rows, self.slots(positions)].set(positions, mode="drop")
         return dataclasses.replace(self, positions=stored)
-
-
-def ring_slot(positions, sink: int, ring: int):
-    """The slot of each position in a ring cache (NumPy or JAX integers)."""
-    return jnp.where(positions < sink, positions, sink + (positions - sink) % ring)
 
 
 def ring_positions(
@@ -119,10 +114,33 @@ def ring_positions(
     return jnp.where(used, held, EMPTY), jnp.where(used, held, 0)
 
 
+def full_cache(keys_values: list[KeysValues], capacity: int) -> FullCache:
+    """A cache of `capacity` positions from each layer's keys and values of the first T.
+
+    Entries that belong to a row's padding are dead by causality until they are overwritten.
+    """
+    length = keys_values[0][0].shape[1]
+    if length > capacity:
+        raise ValueError(f"{length} prompt tokens do not fit a cache of {capacity} positions")
+    room = ((0, 0), (0, capacity - length), (0, 0), (0, 0))
+
+    def layers(of: int) -> Layers:
+        return tuple(_pinned(jnp.pad(kv[of], room)) for kv in keys_values)
+
+    return FullCache(keys=layers(0), values=layers(1))
+
+
+def ring_cache(
+    keys_values: list[KeysValues], positions: Int[Array, "B P"], sink: int, ring: int
+) -> RingCache:
+    """A ring from each layer's keys and values, slot by slot, as `ring_positions` orders them."""
+    keys = tuple(_pinned(k) for k, _ in keys_values)
+    return RingCache(keys, tuple(_pinned(v) for _, v in keys_values), positions, sink, ring)
+
+
 def empty_full(config: ModelConfig, batch: int, capacity: int, dtype: str) -> FullCache:
     """An empty cache of `capacity` positions for every layer."""
-    arrays = _zeros(config, batch, capacity, dtype)
-    return FullCache(keys=arrays, values=_zeros(config, batch, capacity, dtype))
+    return FullCache(*(_zeros(config, batch, capacity, dtype) for _ in range(2)))
 
 
 def empty_ring(config: ModelConfig, batch: int, k: int, dtype: str) -> RingCache:
@@ -130,13 +148,14 @@ def empty_ring(config: ModelConfig, batch: int, k: int, dtype: str) -> RingCache
     ring = config.window + k
     slots = config.sink + ring
     positions = jnp.full((batch, slots), EMPTY, jnp.int32)
-    arrays = [_zeros(config, batch, slots, dtype) for _ in range(2)]
-    return RingCache(arrays[0], arrays[1], positions, config.sink, ring)
+    keys, values = (_zeros(config, batch, slots, dtype) for _ in range(2))
+    return RingCache(keys, values, positions, config.sink, ring)
 
 
 def _zeros(config: ModelConfig, batch: int, slots: int, dtype: str) -> Layers:
     shape = (batch, slots, config.n_kv_heads, config.d_head)
-    return tuple(
-        constrain(jnp.zeros(shape, np.dtype(dtype)), "batch", None, "kv_heads", None)
-        for _ in range(config.n_layers)
-    )
+    return tuple(_pinned(jnp.zeros(shape, jnp.dtype(dtype))) for _ in range(config.n_layers))
+
+
+def _pinned(x: Array) -> Array:
+    return constrain(x, "batch", None, "kv_heads", None)

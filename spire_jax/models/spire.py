@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from spire_jax.config import ModelConfig
-from spire_jax.models.kv_cache import RingCache
+from spire_jax.models.kv_cache import KeysValues, RingCache
 from spire_jax.models.layers import Block, Compute, Positions, attention, merge_attention, parameter
 from spire_jax.models.transformer import Activations, Transformer
 
@@ -67,11 +67,7 @@ class SpireDraft(Transformer):
             activations: the target's y^(N-n) .. y^(N-1) over it.
             starts: static start positions, with s + k <= T.
         """
-        text = np.arange(tokens.shape[1])
-        target_memory = [
-            block.keys_values(y.astype(self.compute.dtype), text)
-            for block, y in zip(self.blocks, activations, strict=True)
-        ]
+        target_memory = self.read_target(activations, np.arange(tokens.shape[1]))
         own: list[list[tuple[Array, Array]]] = [[] for _ in self.blocks]
         hidden = []
         for j in range(k):
@@ -135,8 +131,18 @@ class SpireDraft(Transformer):
                 parts.append(self._attend(block, q, k, v, pos, pos))
             x = block.finish(x, merge_attention(parts))
             xs.append(x)
-        cache = self._store(cache, self.memories(xs), pos)
+        memories = zip(self.blocks, self.memories(xs), strict=True)
+        cache = self._store(cache, [block.keys_values(m, pos) for block, m in memories], pos)
         return self.unembed(x)[:, 0], cache
+
+    def read_target(
+        self, activations: Activations, positions: Int[np.ndarray, " T"] | Int[Array, "B T"]
+    ) -> list[KeysValues]:
+        """Each layer's keys and values of tokens that the target has processed."""
+        return [
+            block.keys_values(y.astype(self.compute.dtype), positions)
+            for block, y in zip(self.blocks, activations, strict=True)
+        ]
 
     def refresh(
         self, cache: RingCache, activations: Activations, positions: Int[Array, "B T"]
@@ -146,12 +152,12 @@ class SpireDraft(Transformer):
         Positions of rejected tokens may be among them: their entries come after the row's last
         token and are overwritten before any query sees them.
         """
-        return self._store(cache, [y.astype(self.compute.dtype) for y in activations], positions)
+        return self._store(cache, self.read_target(activations, positions), positions)
 
-    def _store(self, cache, memories, positions):
+    def _store(self, cache, keys_values, positions):
         slots, cache = cache.slots(positions), cache.place(positions)
-        for i, (block, m) in enumerate(zip(self.blocks, memories, strict=True)):
-            cache = cache.write(i, slots, *block.keys_values(m, positions))
+        for i, (k, v) in enumerate(keys_values):
+            cache = cache.write(i, slots, k, v)
         return cache
 
     def _attend(

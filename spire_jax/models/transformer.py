@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from spire_jax.config import ModelConfig
-from spire_jax.models.kv_cache import FullCache, RingCache
+from spire_jax.models.kv_cache import FullCache, KeysValues, RingCache
 from spire_jax.models.layers import Block, Compute, RMSNorm, attention, parameter, truncated_normal
 from spire_jax.sharding import constrain
 
@@ -63,7 +63,7 @@ class Transformer(nnx.Module):
 
     def prefill(
         self, tokens: Int[Array, "B T"], collect: tuple[int, ...] = ()
-    ) -> tuple[Activations, list[tuple[Array, Array]]]:
+    ) -> tuple[Activations, list[KeysValues]]:
         """Activations as `forward`, and each layer's keys and values; no logits."""
         _, activations, keys_values = self._run(tokens, collect, keep_keys=True)
         return activations, keys_values

@@ -1,0 +1,52 @@
+"""SPIRe speculation: a ring of memories, refreshed from the target's activations."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from spire_jax.drafting import depth_keys
+from spire_jax.models.kv_cache import empty_ring, ring_cache, ring_positions
+from spire_jax.models.spire import target_layers
+from spire_jax.models.transformer import Model
+from spire_jax.sampling import probabilities, sample, stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Spire:
+    """The feedback draft (method.md 3.3); `model` is a SpireDraft of a target of N layers."""
+
+    model: Model
+    target_depth: int  # N
+
+    @property
+    def collect(self) -> tuple[int, ...]:
+        return target_layers(self.target_depth, self.model.config.n_layers)
+
+    def prefill(self, params, tokens, lengths, activations, k, capacity):
+        config = self.model.config
+        if tokens.shape[1] == 0:
+            return empty_ring(config, tokens.shape[0], k, self.model.compute.dtype)
+        # Each slot gathers the position it should hold: only the activations that the window
+        # and the sinks need are projected.
+        ring = config.window + k
+        positions, gather = ring_positions(lengths, config.sink, ring)
+        held = tuple(jnp.take_along_axis(y, gather[..., None], axis=1) for y in activations)
+        keys_values = self.model.bind(params).read_target(held, gather)
+        return ring_cache(keys_values, positions, config.sink, ring)
+
+    def propose(self, params, cache, previous, last, positions, keys, k, sampling):
+        module = self.model.bind(params)
+        keys = stream(keys, "draft")
+        token, drafts, qs = last, [], []
+        for depth in range(k):
+            logits, cache = module.step(cache, token, positions + depth)
+            qs.append(probabilities(logits, sampling))
+            token = sample(depth_keys(keys, depth), qs[-1])
+            drafts.append(token)
+        return jnp.stack(drafts, axis=1), jnp.stack(qs, axis=1), cache
+
+    def commit(self, params, cache, activations, positions):
+        return self.model.bind(params).refresh(cache, activations, positions)
+
+    def teacher_forced(self, params, tokens, activations, starts, k):
+        return self.model.bind(params).rollout(tokens, activations, starts, k)

@@ -1,0 +1,63 @@
+"""Vanilla speculation: a plain transformer drafts from its own cache, dense or a ring."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from spire_jax.drafting import depth_keys
+from spire_jax.models.kv_cache import empty_full, empty_ring, full_cache, ring_cache, ring_positions
+from spire_jax.models.transformer import Model
+from spire_jax.sampling import probabilities, sample, stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Vanilla:
+    """A draft that never sees the target's activations, only tokens.
+
+    After full acceptance its cache lacks the k-th drafted token, which it proposed but never
+    read: so the first step of every round ingests the last two tokens (method.md 3.3).
+    """
+
+    model: Model
+    collect: tuple[int, ...] = ()
+
+    def prefill(self, params, tokens, lengths, activations, k, capacity):
+        config, dtype = self.model.config, self.model.compute.dtype
+        batch, length = tokens.shape
+        if length == 0 and config.window:
+            return empty_ring(config, batch, k, dtype)
+        if length == 0:
+            return empty_full(config, batch, capacity, dtype)
+        _, keys_values = self.model.bind(params).prefill(tokens)
+        if not config.window:
+            return full_cache(keys_values, capacity)
+        ring = config.window + k
+        positions, gather = ring_positions(lengths, config.sink, ring)
+        at = gather[..., None, None]
+        held = [
+            (jnp.take_along_axis(key, at, axis=1), jnp.take_along_axis(value, at, axis=1))
+            for key, value in keys_values
+        ]
+        return ring_cache(held, positions, config.sink, ring)
+
+    def propose(self, params, cache, previous, last, positions, keys, k, sampling):
+        module = self.model.bind(params)
+        keys = stream(keys, "draft")
+        tokens = jnp.stack([previous, last], axis=1)
+        pos = jnp.stack([positions - 1, positions], axis=1)
+        drafts, qs = [], []
+        for depth in range(k):
+            logits, _, cache = module.extend(cache, tokens, pos)
+            qs.append(probabilities(logits[:, -1], sampling))
+            drafts.append(sample(depth_keys(keys, depth), qs[-1]))
+            tokens, pos = drafts[-1][:, None], pos[:, -1:] + 1
+        return jnp.stack(drafts, axis=1), jnp.stack(qs, axis=1), cache
+
+    def commit(self, params, cache, activations, positions):
+        return cache
+
+    def teacher_forced(self, params, tokens, activations, starts, k):
+        # What a plain transformer predicts does not depend on where drafting began.
+        logits, _ = self.model.bind(params).forward(tokens)
+        return logits[:, starts[:, None] + np.arange(k)]
