@@ -18,7 +18,7 @@ from spire_jax.drafting import DraftCache, Strategy
 from spire_jax.models.kv_cache import FullCache, empty_full, full_cache
 from spire_jax.models.transformer import Model, Params
 from spire_jax.sampling import Sampling, probabilities, round_keys
-from spire_jax.sharding import constrain
+from spire_jax.sharding import constrain, place_rows
 from spire_jax.verification import verify_tokens
 
 # What a token of the text is (`DecodeState.kinds`).
@@ -178,8 +178,8 @@ def _prefill(decoder: Decoder, weights: Weights, tokens, lengths, capacity: int)
     target, strategy = decoder.target, decoder.strategy
     tokens = constrain(tokens, "batch", None)
     collect = strategy.collect if strategy is not None else ()
+    activations: tuple[Any, ...] = ()
     if tokens.shape[1] == 0:
-        activations: tuple[Any, ...] = ()
         cache = empty_full(target.config, tokens.shape[0], capacity, target.compute.dtype)
     else:
         activations, keys_values = target.bind(weights.target).prefill(tokens, collect)
@@ -243,14 +243,14 @@ def start(
     )
     batch = len(prompts)
     return DecodeState(
-        tokens=jnp.asarray(tokens),
-        kinds=jnp.zeros((batch, capacity), jnp.int8),
-        lengths=jnp.asarray(lengths),
-        ends=jnp.asarray(ends),
-        done=jnp.zeros(batch, bool),
-        rounds=jnp.zeros(batch, jnp.int32),
-        counts=jnp.zeros((batch, decoder.k + 1), jnp.int32),
-        seeds=jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)),
+        tokens=place_rows(tokens),
+        kinds=place_rows(np.zeros((batch, capacity), np.int8)),
+        lengths=place_rows(lengths),
+        ends=place_rows(ends),
+        done=place_rows(np.zeros(batch, bool)),
+        rounds=place_rows(np.zeros(batch, np.int32)),
+        counts=place_rows(np.zeros((batch, decoder.k + 1), np.int32)),
+        seeds=jax.vmap(jax.random.key)(place_rows(np.asarray(seeds, np.uint32))),
         target_cache=cache,
         draft_cache=draft_cache,
     )

@@ -96,3 +96,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def place_rows(x: Any) -> jax.Array:
+    """An array on the devices of the mesh in force, rows over data and fsdp."""
+    mesh = jax.sharding.get_mesh()
+    return jax.numpy.asarray(x) if mesh.empty else jax.device_put(x, batch_sharding(mesh))

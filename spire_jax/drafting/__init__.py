@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from spire_jax.models.transformer import Activations, Params
+from spire_jax.models.transformer import Activations, Model, Params
 from spire_jax.sampling import Sampling
 
 DraftCache = Any  # a pytree of the strategy's own
@@ -20,6 +20,12 @@ DraftCache = Any  # a pytree of the strategy's own
 
 class Strategy(Protocol):
     """One way of drafting. Instances are hashable and hold no arrays."""
+
+    @property
+    def model(self) -> Model:
+        """The structure of the draft's parameters."""
+        ...
+
 
     @property
     def collect(self) -> tuple[int, ...]:

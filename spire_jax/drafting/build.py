@@ -1,0 +1,31 @@
+"""From a config to models and strategies: the one place that knows every draft's kind."""
+
+from spire_jax.config import DecodeConfig, DraftConfig, ExperimentConfig, TrainConfig, draft_model
+from spire_jax.drafting import Strategy
+from spire_jax.drafting.spire import Spire
+from spire_jax.drafting.vanilla import Vanilla
+from spire_jax.models.layers import Compute
+from spire_jax.models.spire import SpireDraft
+from spire_jax.models.transformer import Model, Transformer
+
+
+def compute_for(section: TrainConfig | DecodeConfig, train: TrainConfig) -> Compute:
+    """How models compute while training or decoding."""
+    remat = train.remat and section is train
+    return Compute(section.dtype, train.attention_chunk, remat)
+
+
+def target_model(config: ExperimentConfig, compute: Compute) -> Model:
+    """The target's structure."""
+    return Model(Transformer, config.target, compute)
+
+
+def strategy(config: ExperimentConfig, name: str, compute: Compute) -> Strategy:
+    """The drafting strategy of the draft called `name`; its `.model` is the draft's structure."""
+    draft: DraftConfig = config.draft(name)
+    sizes = draft_model(config.target, draft)
+    if draft.kind == "vanilla":
+        return Vanilla(Model(Transformer, sizes, compute))
+    options = {"feedback": draft.feedback, "attend_self": draft.attend_self,
+               "memory_init": draft.memory_init}  # fmt: skip
+    return Spire(Model(SpireDraft, sizes, compute, tuple(options.items())), config.target.n_layers)

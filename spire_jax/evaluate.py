@@ -1,0 +1,332 @@
+"""Evaluation: held-out contexts -> records, by the oracle, by the decoder and by the clock.
+
+One set of autoregressive samples of the target serves the oracle of every draft, so that their
+differences are paired; the decoder's tau stands beside it. What is *measured* here is this
+machine's speed, autoregressive and speculative in turn; the modeled throughput is the report's.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from spire_jax.config import ExperimentConfig
+from spire_jax.data.pipeline import Context, Dataset, cut_contexts, held_out_batches
+from spire_jax.decode import (
+    ACCEPTED,
+    BONUS,
+    CORRECTION,
+    Decoder,
+    DecodeState,
+    Weights,
+    finish,
+    generate,
+    generation_lengths,
+    start,
+)
+from spire_jax.drafting.build import compute_for, strategy, target_model
+from spire_jax.hardware import describe, peak_memory_bytes
+from spire_jax.metrics import Progress
+from spire_jax.models.transformer import Params
+from spire_jax.oracle import acceptance_along, round_statistics
+from spire_jax.sampling import Sampling
+from spire_jax.train import draft_task, evaluate_batch, target_task, to_device
+
+AUTOREGRESSIVE = "autoregressive"
+KINDS = {ACCEPTED: "accepted", CORRECTION: "correction", BONUS: "bonus"}
+
+
+def oracle_depth(config: ExperimentConfig) -> int:
+    """Depths that the oracle follows: those trained, and those that the decoder uses."""
+    return max(config.train.k, config.decode.k)
+
+
+def make_decoder(config: ExperimentConfig, name: str, eos: int = -1) -> Decoder:
+    """The decoder of a method: a draft's name, or `AUTOREGRESSIVE`."""
+    compute = compute_for(config.decode, config.train)
+    target = target_model(config, compute)
+    decode = config.decode
+    sampling = Sampling(decode.temperature, decode.top_k, decode.top_p)
+    if name == AUTOREGRESSIVE:
+        return Decoder(target, None, 0, sampling, eos)
+    return Decoder(target, strategy(config, name, compute), decode.k, sampling, eos)
+
+
+def evaluate(
+    config: ExperimentConfig,
+    target: Params,
+    drafts: Mapping[str, Params],
+    dataset: Dataset,
+    directory: str | os.PathLike[str],
+) -> None:
+    """Write `<method>.jsonl` for every method and `evaluation.json` into `directory`."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    ev = config.eval
+    contexts = cut_contexts(
+        dataset.corpus,
+        n_contexts=ev.contexts,
+        context_length=max(ev.context_lengths),
+        room=ev.output_length + oracle_depth(config),
+        seed=config.seed,
+    )
+    seconds: dict[str, float] = {}
+    records: dict[str, list[dict[str, Any]]] = {AUTOREGRESSIVE: []} | {n: [] for n in drafts}
+    batches = -(-len(contexts) // ev.batch_size)
+    total = len(ev.context_lengths) * batches * (1 + len(drafts) * (1 + ev.decoder_samples))
+    with Progress("evaluate", total=total) as progress:
+        for length in ev.context_lengths:
+            for rows in _batches(len(contexts), ev.batch_size):
+                batch = [contexts[i] for i in rows]
+                texts = _timed(seconds, AUTOREGRESSIVE, progress,
+                               lambda: sample_texts(config, target, batch, rows, length))  # fmt: skip
+                unique = len(dict.fromkeys(rows))
+                records[AUTOREGRESSIVE] += [
+                    _about(config, AUTOREGRESSIVE, i, c, length) for i, c in zip(rows, batch)
+                ][:unique]  # fmt: skip
+                for name, params in drafts.items():
+                    weights = Weights(target, params)
+                    oracle = _timed(seconds, f"{name} oracle", progress,
+                                    lambda: _oracle(config, name, weights, texts, length))  # fmt: skip
+                    counts = np.zeros((len(rows), config.decode.k + 1), np.int64)
+                    for sample in range(ev.decoder_samples):
+                        counts += _timed(
+                            seconds, f"{name} decoder", progress,
+                            lambda: _decode(config, name, weights, batch, rows, length, sample),
+                        )  # fmt: skip
+                    for row in range(unique):
+                        record = _about(config, name, rows[row], batch[row], length)
+                        record["oracle"] = oracle[row]
+                        if ev.decoder_samples:
+                            emitted, rounds = generation_lengths(counts[row])
+                            record["decoder"] = {"lengths": emitted, "rounds": rounds,
+                                                 "accepted_counts": counts[row].tolist()}  # fmt: skip
+                        records[name].append(record)
+    summary = {
+        "corpus": dataset.corpus.summary(),
+        "heldout": held_out(config, target, drafts, dataset),
+        "timing": measure_speed(config, target, drafts, contexts),
+        "examples": examples(config, target, drafts, contexts, dataset),
+        "machine": describe(),
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    for name, lines in records.items():
+        _write(directory / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in lines))
+    _write(directory / "evaluation.json", json.dumps(summary, indent=1))
+
+
+# --- acceptance --------------------------------------------------------------------------------
+
+
+def sample_texts(
+    config: ExperimentConfig,
+    target: Params,
+    contexts: Sequence[Context],
+    indices: Sequence[int],
+    length: int,
+) -> np.ndarray:
+    """Autoregressive samples, [B, length + output + k - 1], as the oracle needs them."""
+    budget = config.eval.output_length + oracle_depth(config) - 1
+    state = generate(
+        make_decoder(config, AUTOREGRESSIVE),
+        Weights(target),
+        [c.tokens[-length:] for c in contexts],
+        [budget] * len(contexts),
+        [request_seed(config, "oracle", i, length) for i in indices],
+        rounds_per_call=config.decode.rounds_per_call,
+    )
+    return np.asarray(state.tokens)[:, : length + budget]
+
+
+def request_seed(config: ExperimentConfig, purpose: str, context: int, length: int) -> int:
+    """A request's random seed: the same for every method, none used for two purposes."""
+    return zlib.crc32(f"{config.seed}/{purpose}/{context}/{length}".encode())
+
+
+def _oracle(config, name, weights, texts, length) -> list[dict[str, Any]]:
+    decoder, k = make_decoder(config, name), oracle_depth(config)
+    along = acceptance_along(
+        decoder.target, decoder.strategy, weights, texts, length, config.eval.output_length, k,
+        decoder.sampling,
+    )  # fmt: skip
+    statistics = round_statistics(np.asarray(along))
+    fields = {f.name: getattr(statistics, f.name) for f in dataclasses.fields(statistics)}
+    return [
+        {"k": k, "trained_k": config.train.k} | {n: x[row].tolist() for n, x in fields.items()}
+        for row in range(len(texts))
+    ]
+
+
+def _decode(config, name, weights, batch, rows, length, sample) -> np.ndarray:
+    eos = _eos(config)
+    state = generate(
+        make_decoder(config, name, eos),
+        weights,
+        [c.tokens[-length:] for c in batch],
+        [config.eval.output_length] * len(batch),
+        [request_seed(config, f"decode {sample}", i, length) for i in rows],
+        rounds_per_call=config.decode.rounds_per_call,
+    )
+    return np.asarray(state.counts)
+
+
+def _eos(config: ExperimentConfig) -> int:
+    from spire_jax.data.tokenizer import make_tokenizer
+
+    return make_tokenizer(config.data.tokenizer).separator if config.decode.stop_at_eos else -1
+
+
+def _about(config, name, index, context, length) -> dict[str, Any]:
+    return {"method": name, "context": int(index), "document": context.document,
+            "cut": int(context.cut), "context_length": length,
+            "output_length": config.eval.output_length,
+            "k": 0 if name == AUTOREGRESSIVE else config.decode.k}  # fmt: skip
+
+
+def _batches(n: int, size: int) -> Iterator[list[int]]:
+    """Indices 0 .. n - 1 in batches of one size: the last is filled up with its own first rows."""
+    for begin in range(0, n, size):
+        rows = list(range(begin, min(begin + size, n)))
+        yield [rows[i % len(rows)] for i in range(size)]
+
+
+def _timed(seconds: dict[str, float], name: str, progress: Progress, work):
+    begin = time.perf_counter()
+    result = work()
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
+    progress.advance(description=f"evaluate: {name}")
+    return result
+
+
+# --- the clock, held-out loss, examples --------------------------------------------------------
+
+
+def measure_speed(
+    config: ExperimentConfig,
+    target: Params,
+    drafts: Mapping[str, Params],
+    contexts: Sequence[Context],
+) -> dict[str, Any]:
+    """Decoded tokens per second on this machine, every method in turn, in one process.
+
+    Prefill and compilation are left out: each repeat decodes the same number of tokens per row
+    from a prefilled state. Methods alternate within a repeat, so that drift hits all alike.
+    """
+    ev, decode = config.eval, config.decode
+    length = max(ev.context_lengths)
+    rows = next(_batches(len(contexts), ev.batch_size))
+    prompts = [contexts[i].tokens[-length:] for i in rows]
+    runs = {AUTOREGRESSIVE: Weights(target)}
+    runs |= {name: Weights(target, params) for name, params in drafts.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    rounds: dict[str, list[int]] = {name: [] for name in runs}
+    for repeat in range(ev.timing_repeats + 1):
+        for name, weights in runs.items():
+            decoder = make_decoder(config, name)
+            seeds = [request_seed(config, f"speed {repeat}", i, length) for i in rows]
+            budgets = [ev.output_length] * len(rows)
+            state = start(decoder, weights, prompts, budgets, seeds)
+            jax.block_until_ready(state)
+            begin = time.perf_counter()
+            state = jax.block_until_ready(finish(decoder, weights, state, decode.rounds_per_call))
+            if repeat:  # repeat 0 compiles
+                seconds[name].append(time.perf_counter() - begin)
+                rounds[name].append(int(np.asarray(state.rounds).max()))
+    tokens = ev.output_length * len(rows)
+    return {
+        name: {
+            "context_length": length,
+            "batch_size": len(rows),
+            "dtype": decode.dtype,
+            "seconds": seconds[name],
+            "rounds": rounds[name],
+            "tokens_per_s": [tokens / s for s in seconds[name]],
+        }
+        for name in runs
+    }
+
+
+def held_out(
+    config: ExperimentConfig, target: Params, drafts: Mapping[str, Params], dataset: Dataset
+) -> dict[str, Any]:
+    """Loss and bits per byte of every model on held-out text; alpha of the drafts."""
+    mesh = jax.sharding.get_mesh()
+    tasks = [(target_task(config), target)]
+    tasks += [(draft_task(config, name), params) for name, params in drafts.items()]
+    results: dict[str, Any] = {}
+    for task, params in tasks:
+        # Every model on the hard target: a distilled draft's own loss is not in bits per byte.
+        sums: dict[str, float] = {}
+        weight = tokens = 0
+        for batch in held_out_batches(dataset, batch_size=config.eval.batch_size, limit=4):
+            metrics = evaluate_batch(task, task.monitor or task.loss, params,
+                                     target, to_device(batch, mesh))  # fmt: skip
+            weight = int(batch.mask_BxT.sum())
+            tokens += weight
+            for key in ("loss", "alpha", "nats"):
+                if key in metrics:
+                    sums[key] = sums.get(key, 0.0) + float(metrics[key]) * weight
+        results[task.name] = {key: value / tokens for key, value in sums.items()}
+    return results
+
+
+def examples(
+    config: ExperimentConfig,
+    target: Params,
+    drafts: Mapping[str, Params],
+    contexts: Sequence[Context],
+    dataset: Dataset,
+) -> list[dict[str, Any]]:
+    """Generated texts of every method from the same contexts, cut into pieces by kind."""
+    ev = config.eval
+    shown = contexts[: ev.examples]
+    if not shown:
+        return []
+    length = max(ev.context_lengths)
+    rows = [i % len(shown) for i in range(ev.batch_size)]
+    results = []
+    for name, params in {AUTOREGRESSIVE: None, **drafts}.items():
+        state = generate(
+            make_decoder(config, name, _eos(config)),
+            Weights(target, params),
+            [shown[i].tokens[-length:] for i in rows],
+            [ev.output_length] * len(rows),
+            [request_seed(config, "example", i, length) for i in rows],
+        )
+        for row, context in enumerate(shown):
+            results.append(
+                {
+                    "method": name,
+                    "document": context.document,
+                    "context_text": dataset.corpus.tokenizer.decode(context.tokens[-length:]),
+                    "pieces": pieces(state, row, length, dataset.corpus.tokenizer.decode, name),
+                }
+            )
+    return results
+
+
+def pieces(state: DecodeState, row: int, length: int, decode, name: str) -> list[list[str]]:
+    """A row's output as [kind, text] runs."""
+    end = int(state.lengths[row])
+    tokens = np.asarray(state.tokens[row, length:end])
+    kinds = np.asarray(state.kinds[row, length:end])
+    starts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(tokens)]
+    return [
+        ["target" if name == AUTOREGRESSIVE else KINDS[int(kinds[a])], decode(tokens[a:b])]
+        for a, b in zip(starts[:-1], starts[1:], strict=True)
+        if b > a
+    ]
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
