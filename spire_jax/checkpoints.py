@@ -4,11 +4,13 @@ On disk, both are one Orbax checkpoint: the arrays of a pytree under their flatt
 ("params.blocks.0.query"), and beside them, as metadata, each leaf's path, dtype and shape and the
 values of host scalars. Arrays are matched to the abstract tree by name, so that integer keys and
 optax's named tuples come back as the types that they were. Orbax commits by a rename: a
-checkpoint that exists under its own name was written to the end.
+checkpoint that exists under its own name was written to the end. A list of its files and their
+sizes, added then, shows what was lost or cut since, before anything is read.
 """
 
 import json
 import os
+import pathlib
 import warnings
 from collections.abc import Mapping
 from types import TracebackType
@@ -28,6 +30,7 @@ Tree = Any  # a pytree of arrays and host scalars
 Identity = Mapping[str, Any]  # JSON-able values that say what a directory's contents are
 
 _IDENTITY_FILE = "identity.json"
+_FILES_FILE = "files.json"
 _ARRAYS = "arrays"  # the one checkpointable of every checkpoint here
 _UNREADABLE = "unreadable-"  # prefix under which a torn checkpoint is put aside
 
@@ -51,6 +54,7 @@ class Checkpoints:
         """
         self.directory = _path(directory)
         self._last_saved: int | None = None
+        self._unlisted: int | None = None  # the step whose files are to be listed once it is there
         self._check_identity(_plain(identity))
         policies = ocp.training.preservation_policies
         try:
@@ -112,7 +116,7 @@ class Checkpoints:
         self.wait()
         arrays, metadata = _flatten(state)
         try:
-            self._last_saved = step
+            self._last_saved = self._unlisted = step
             self._checkpointer.save_checkpointables_async(
                 step, {_ARRAYS: arrays}, force=True, custom_metadata=metadata
             )
@@ -123,9 +127,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when nothing is being written; CheckpointError if a save failed."""
+        unlisted, self._unlisted = self._unlisted, None
         try:
             self._checkpointer.wait()
-        except Exception as error:  # whatever the writing thread met, wrapped with its remedy
+            if unlisted is not None:
+                _list_files(self.directory / str(unlisted))
+        except Exception as error:  # whatever the writing thread met
             raise self._cannot_write(error) from error
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
@@ -198,6 +205,7 @@ def save_params(
             overwrite=True,
             custom_metadata={**metadata, "identity": identity},
         )
+        _list_files(new)
         if jax.process_index() == 0:
             if old.exists():
                 old.rmtree()
@@ -243,6 +251,8 @@ def params_identity(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"there is no model in {path}; run the stage that makes it first")
     try:
+        if "://" not in str(path) and not (path / _FILES_FILE).exists():
+            raise _TornError(f"it has no {_FILES_FILE}")  # listed before it got its name
         return _metadata(path)["identity"]
     except (_TornError, KeyError) as error:
         raise _torn(path, error) from error
@@ -261,7 +271,9 @@ class _Leaf(NamedTuple):
     value: Any
 
     @property
-    def on_host(self) -> bool:  # kept in the metadata: jax arrays have no 64 bits by default
+    def on_host(
+        self,
+    ) -> bool:  # kept in the metadata: jax arrays have no 64 bits by default
         return isinstance(self.value, bool | int | float | np.generic)
 
     @property
@@ -329,6 +341,8 @@ def _read(path: epath.Path, abstract_tree: Tree) -> Tree:
 
 
 def _metadata(path: epath.Path) -> dict[str, Any]:
+    """Leaves, scalars and, for a model, its identity; _TornError if any of it is damaged."""
+    _check_files(path)
     try:
         metadata = ocp.checkpointables_metadata(path).custom_metadata
     except (OSError, ValueError, KeyError) as error:
@@ -336,6 +350,33 @@ def _metadata(path: epath.Path) -> dict[str, Any]:
     if not metadata or not {"leaves", "scalars"} <= set(metadata):
         raise _TornError("its metadata is missing")
     return metadata
+
+
+def _list_files(path: epath.Path) -> None:
+    """Write down what a complete checkpoint consists of; in a bucket, objects are never cut."""
+    if jax.process_index() == 0 and "://" not in str(path):
+        _write_json(path / _FILES_FILE, _sizes(path))
+
+
+def _check_files(path: epath.Path) -> None:
+    """_TornError if files are gone or cut; a kill can leave a good checkpoint without its list."""
+    listing = path / _FILES_FILE
+    if not listing.exists():
+        return
+    try:
+        expected, found = json.loads(listing.read_text()), _sizes(path)
+    except ValueError as error:
+        raise _TornError(f"{_FILES_FILE}: {error}") from error
+    for name, size in expected.items():
+        if found.get(name) != size:
+            has = f"{found[name]} bytes" if name in found else "no file"
+            raise _TornError(f"{name}: {has} instead of {size} bytes")
+
+
+def _sizes(path: epath.Path) -> dict[str, int]:
+    root = pathlib.Path(path)
+    files = (file for file in root.rglob("*") if file.is_file() and file.name != _FILES_FILE)
+    return {str(file.relative_to(root)): file.stat().st_size for file in files}
 
 
 def _abstract(leaf: Any) -> Any:
@@ -429,8 +470,11 @@ def _torn(path: epath.Path, error: Exception) -> CheckpointError:
 
 
 def _first_line(error: BaseException) -> str:
+    """What went wrong at the bottom: Orbax wraps it in accounts of who noticed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
+    return text.splitlines()[0][:300]
 
 
 def _barrier(name: str) -> None:
