@@ -14,7 +14,7 @@ import pathlib
 import warnings
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -66,7 +66,7 @@ class Checkpoints:
         except OSError as error:
             raise self._cannot_write(error) from error
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(
@@ -226,17 +226,21 @@ def load_params(
     directory: str | os.PathLike[str],
     abstract_params: Tree | None = None,
     expected_identity: Identity | None = None,
+    check_only: bool = False,
 ) -> Any:
     """The parameters of a finished model, as nested dicts of jax arrays.
 
     With `abstract_params` (arrays or jax.ShapeDtypeStructs) they take its structure and
     shardings, without it they lie on the default device. CheckpointError if the model is missing
-    or torn, has another structure, or if its identity is not `expected_identity`.
+    or torn, has another structure, or if its identity is not `expected_identity`. With
+    `check_only` no array is read and None returned: files, sizes and identity are checked.
     """
     path = _path(directory)
     identity = params_identity(path)  # raises where there is no model
     if expected_identity is not None:
         _compare(identity, _plain(expected_identity), path)
+    if check_only:
+        return None
     try:
         if abstract_params is None:
             abstract_params = _nested(_metadata(path)["leaves"])

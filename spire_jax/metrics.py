@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -90,7 +90,7 @@ class MetricsLog:
             os.close(self._file)
             self._file = -1
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(
@@ -212,7 +212,7 @@ class Progress:
         self._rich.update(self._task, advance=steps, description=description)
         self._maybe_print()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         self._rich.start()
         return self
 

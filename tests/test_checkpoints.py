@@ -372,13 +372,14 @@ def test_params_round_trip_with_and_without_the_abstract_tree(tmp_path):
     assert_same(load_params(tmp_path / "target"), params)
     assert_same(load_params(tmp_path / "target", abstract(params), {"digest": "abc"}), params)
     assert params_identity(tmp_path / "target") == {"digest": "abc"}
+    assert load_params(tmp_path / "target", None, {"digest": "abc"}, check_only=True) is None
 
 
 def test_params_of_another_identity_are_refused_and_kept(tmp_path):
     params = make_state()["params"]
     save_params(tmp_path / "target", params, {"digest": "abc"})
     with pytest.raises(CheckpointError, match=r"digest \(there: abc, now: xyz\).*--workdir"):
-        load_params(tmp_path / "target", expected_identity={"digest": "xyz"})
+        load_params(tmp_path / "target", expected_identity={"digest": "xyz"}, check_only=True)
     with pytest.raises(CheckpointError, match="digest"):
         save_params(tmp_path / "target", make_state(1)["params"], {"digest": "xyz"})
     assert_same(load_params(tmp_path / "target"), params)
@@ -388,7 +389,7 @@ def test_params_of_another_identity_are_refused_and_kept(tmp_path):
 
 
 def test_missing_params(tmp_path):
-    with pytest.raises(CheckpointError, match="no model in .*target; run the stage"):
+    with pytest.raises(CheckpointError, match=r"no model in .*target; run the stage"):
         load_params(tmp_path / "target")
 
 
@@ -401,8 +402,9 @@ def test_whatever_file_is_damaged_params_are_refused(tmp_path, how):
             continue  # a marker, empty by itself
         shutil.copytree(tmp_path / "original", tmp_path / "copy")
         damage(tmp_path / "copy" / name, how)
-        with pytest.raises(CheckpointError, match=r"copy is torn.*run the stage"):
-            load_params(tmp_path / "copy")
+        for check_only in (True, False):
+            with pytest.raises(CheckpointError, match=r"copy is torn.*run the stage"):
+                load_params(tmp_path / "copy", check_only=check_only)
         shutil.rmtree(tmp_path / "copy")
 
 

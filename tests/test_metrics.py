@@ -154,7 +154,7 @@ def test_killed_while_writing(tmp_path):
 def test_a_log_gets_plain_lines(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     file = io.StringIO()
-    with Progress("target", 300, 100, console=Console(file=file), seconds_per_line=0) as progress:
+    with Progress("target", 300, 100, console=Console(file=file), seconds_per_line=0.0) as progress:
         for step in range(101, 301):
             progress.update(step, loss=2.0, tokens_per_s=5012.3)
     lines = file.getvalue().splitlines()
@@ -169,7 +169,7 @@ def test_lines_come_seldom(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     file = io.StringIO()
-    with Progress("target", 103, console=Console(file=file), seconds_per_line=5) as progress:
+    with Progress("target", 103, console=Console(file=file), seconds_per_line=5.0) as progress:
         for step in range(1, 104):
             now[0] += 0.25
             progress.update(step, loss=None)
@@ -183,7 +183,7 @@ def test_only_one_process_shows_and_descriptions_change():
     for show in (True, False):
         file = io.StringIO()
         console = Console(file=file)
-        with Progress("a", 2, console=console, show=show, seconds_per_line=0) as progress:
+        with Progress("a", 2, console=console, show=show, seconds_per_line=0.0) as progress:
             progress.advance(description="b")
             progress.advance()
         assert file.getvalue().startswith("b: 1/2" if show else "")

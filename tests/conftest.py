@@ -1,0 +1,39 @@
+"""What holds for all tests: the CPU, shapes checked at run time, two tiers.
+
+There is one device; a test of a mesh starts a process of its own with
+XLA_FLAGS=--xla_force_host_platform_device_count=8, since more devices here would split one CPU's
+threads for every other test.
+
+Jax's persistent compilation cache stays off. On a fresh machine it would bring nothing, and
+elsewhere it would put programs compiled by an earlier run, or on another CPU, under the tests
+that ask for equal bits and under those that count compilations.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jaxtyping
+import pytest
+
+# Before the first import of either package: annotated shapes and dtypes are checked at each call.
+jaxtyping.install_import_hook(["spire_jax", "pallas_kernels"], "beartype.beartype")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the long tests too")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if config.getoption("--full"):
+        return "tier: full"
+    return "tier: fast; tests marked slow are left out (--full runs them)"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
