@@ -1,1 +1,1 @@
-"""Pallas kernels, one folder each, beside a reference in plain jnp; imports nothing of spire_jax."""
+"""Pallas kernels, one folder each, beside a reference in plain jnp; nothing of spire_jax in it."""
