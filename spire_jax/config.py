@@ -17,15 +17,17 @@ the target". Fields marked ``_free`` do not change what is computed, only how it
 shown, and stay out of the hashes that identify a stage.
 """
 
+import argparse
 import dataclasses
 import difflib
 import hashlib
 import importlib.util
 import json
 import pathlib
+import sys
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_collections
 
@@ -43,7 +45,7 @@ class DataConfig:
     source: str = "stdlib"  # "stdlib": Python's own source files; otherwise a folder of text
     tokenizer: str = "bytes"  # bytes 0..255 and a document separator, 256
     heldout_percent: int = 10  # share of documents held out, by a hash of the relative path
-    workers: int = _free(0)  # reader threads' read-ahead; 0 = Grain's default
+    workers: int = _free(0)  # threads that read ahead; 0 = Grain's default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,7 @@ class EvalConfig:
     context_lengths: tuple[int, ...] = (256, 512, 960)
     output_length: int = 64
     batch_size: int = 16
+    heldout_rows: int = 512  # rows of train.seq_len for the held-out loss
     decoder_samples: int = 1  # decoded samples per context, beside the oracle
     bootstrap: int = 2000
     timing_repeats: int = 3  # alternating autoregressive and speculative runs
@@ -160,6 +163,9 @@ class ThroughputConfig:
     tau_vanilla: float = 0.0
     tau_magicdec: float = 0.0
     tau_spire: float = 0.0
+    # MagicDec has no draft config: its cache is read at these (variants after the paper's).
+    magicdec_window: int = 64
+    magicdec_sink: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +226,9 @@ def body_parameters(model: ModelConfig) -> int:
 # --- files, command line, dataclasses ----------------------------------------------------------
 
 
-def defaults(file_config: Mapping[str, Any] | None = None) -> ml_collections.ConfigDict:
+def defaults(
+    file_config: Mapping[str, Any] | ml_collections.ConfigDict | None = None,
+) -> ml_collections.ConfigDict:
     """A locked ConfigDict of every value: the defaults, with a config file's values over them."""
     full = ml_collections.ConfigDict(_as_dict(ExperimentConfig()) | {"drafts": {}})
     given = file_config.to_dict() if isinstance(file_config, ml_collections.ConfigDict) else {}
@@ -264,7 +272,7 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ExperimentC
     return build(full)
 
 
-def build(full: Mapping[str, Any]) -> ExperimentConfig:
+def build(full: Mapping[str, Any] | ml_collections.ConfigDict) -> ExperimentConfig:
     """Frozen, validated dataclasses from a mapping with all the keys of `defaults`."""
     values = full.to_dict() if isinstance(full, ml_collections.ConfigDict) else dict(full)
     drafts = tuple(
@@ -324,15 +332,15 @@ def validate(config: ExperimentConfig) -> None:
     _positive(train, "train", "steps batch_size seq_len k accumulate log_every attention_chunk")
     _positive(train, "train", "checkpoint_every checkpoints_kept peak_lr")
     _positive(decode, "decode", "k rounds_per_call")
-    _positive(ev, "eval", "contexts output_length batch_size bootstrap timing_repeats")
+    _positive(ev, "eval", "contexts output_length batch_size bootstrap timing_repeats heldout_rows")
     for key, value in (("target.max_len", t.max_len), ("target.window", t.window),
                        ("target.sink", t.sink), ("eval.examples", ev.examples),
                        ("decode.temperature", decode.temperature), ("decode.top_k", decode.top_k),
                        ("eval.decoder_samples", ev.decoder_samples)):  # fmt: skip
         _check(value >= 0, f"{key}={value} is negative; use 0 or more")
     _check(t.d_head % 2 == 0, f"target.d_head={t.d_head} is odd; RoPE rotates pairs")
-    _check(0 < config.data.heldout_percent < 100,
-           f"data.heldout_percent={config.data.heldout_percent} must lie between 1 and 99")  # fmt: skip
+    heldout = config.data.heldout_percent
+    _check(0 < heldout < 100, f"data.heldout_percent={heldout} must lie between 1 and 99")
     _check(0 < decode.top_p <= 1, f"decode.top_p={decode.top_p} must lie in (0, 1]")
     _check(0 <= train.warmup_fraction < 1,
            f"train.warmup_fraction={train.warmup_fraction} must lie in [0, 1)")  # fmt: skip
@@ -345,6 +353,7 @@ def validate(config: ExperimentConfig) -> None:
     _check(all(n >= 1 for n in ev.context_lengths), "eval.context_lengths must all be 1 or more")
     for name, draft in config.drafts:
         _validate_draft(name, draft, config)
+    _validate_throughput(config)
     k = max(decode.k, train.k)
     longest = max(ev.context_lengths) + ev.output_length + k
     _check(t.max_len == 0 or longest <= t.max_len,
@@ -392,6 +401,28 @@ def _validate_draft(name: str, draft: DraftConfig, config: ExperimentConfig) -> 
         _check(train.seq_len % train.k == 0,
                f"train.k={train.k} does not divide train.seq_len={train.seq_len}")  # fmt: skip
         _check(train.seq_len > draft.sink, f"{at}.sink={draft.sink} fills train.seq_len")
+
+
+def _validate_throughput(config: ExperimentConfig) -> None:
+    at = config.throughput
+    _choice("throughput.chip", at.chip, "v5e v5p v6e v7x h100 h200 b200")
+    _choice("throughput.variant", at.variant, "paper fixed_window per_operator with_head")
+    _positive(at, "throughput", "hoi batch_size context_length weight_bytes cache_bytes")
+    _positive(at, "throughput", "magicdec_window")
+    _check(at.magicdec_sink >= 0, f"throughput.magicdec_sink={at.magicdec_sink} is negative")
+    widths = "use 1 (FP8, INT8) or 2 (bf16)"
+    _check(at.compute_bytes in (1, 2), f"throughput.compute_bytes={at.compute_bytes}; {widths}")
+    for key in ("batch_sizes", "context_lengths"):
+        sizes = getattr(at, key)
+        _check(bool(sizes), f"throughput.{key} is empty; give at least one")
+        _check(all(n >= 1 for n in sizes), f"throughput.{key}={sizes} must all be 1 or more")
+    for key in ("tau_vanilla", "tau_magicdec", "tau_spire"):
+        tau, most = getattr(at, key), config.decode.k + 1
+        _check(tau == 0 or 1 <= tau <= most,
+               f"throughput.{key}={tau} must lie between 1 and decode.k + 1 = {most}, "
+               f"or be 0 (not given)")  # fmt: skip
+    _check("magicdec" not in dict(config.drafts),
+           "drafts.magicdec: the name means the target as its own draft; rename it")  # fmt: skip
 
 
 def _with_vocabulary(config: ExperimentConfig) -> ModelConfig:
@@ -481,3 +512,38 @@ def _build(cls: Any, values: Mapping[str, Any], path: str) -> Any:
     for name in values:
         _known(name, known, path + name)
     return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+
+
+# --- entry points ------------------------------------------------------------------------------
+
+
+def command_line(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, ExperimentConfig]:
+    """Parse a program's own flags, ``--config=FILE`` and ``--config.section.key=value``.
+
+    `parser` holds the program's own flags; ``--config`` is added to it here. `argv` defaults to
+    the process's arguments. A bad config or an unknown argument ends the process with
+    ``error: ...`` on stderr and status 2.
+    """
+    parser.add_argument("--config", required=True, metavar="FILE", help="a file of configs/; "
+                        "change its values with --config.section.key=value")  # fmt: skip
+    args, rest = parser.parse_known_args(argv)
+    prefix = "--config."
+    for argument in rest:
+        if not argument.startswith(prefix) or "=" not in argument:
+            name = argument.removeprefix(prefix) if argument.startswith(prefix) else "section.key"
+            exit_with_error(
+                f"unknown argument {argument!r}; config values are set as {prefix}{name}=value, "
+                f"and --help lists the flags"
+            )
+    try:
+        return args, load(args.config, [argument.removeprefix(prefix) for argument in rest])
+    except ConfigError as error:
+        exit_with_error(error)
+
+
+def exit_with_error(error: Exception | str) -> NoReturn:
+    """Print ``error: ...`` on stderr and end the process with status 2, without a traceback."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
