@@ -7,6 +7,7 @@ machine's speed, autoregressive and speculative in turn; the modeled throughput 
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import time
@@ -19,6 +20,7 @@ import numpy as np
 
 from spire_jax.config import ExperimentConfig
 from spire_jax.data.pipeline import Context, Dataset, cut_contexts, held_out_batches
+from spire_jax.data.tokenizer import make_tokenizer
 from spire_jax.decode import (
     ACCEPTED,
     BONUS,
@@ -46,6 +48,11 @@ KINDS = {ACCEPTED: "accepted", CORRECTION: "correction", BONUS: "bonus"}
 def oracle_depth(config: ExperimentConfig) -> int:
     """Depths that the oracle follows: those trained, and those that the decoder uses."""
     return max(config.train.k, config.decode.k)
+
+
+def cache_width(config: ExperimentConfig) -> int:
+    """Positions of every cache in an evaluation: one shape, so that rounds compile once."""
+    return max(config.eval.context_lengths) + config.eval.output_length + oracle_depth(config)
 
 
 def make_decoder(config: ExperimentConfig, name: str, eos: int = -1) -> Decoder:
@@ -109,9 +116,11 @@ def evaluate(
                             record["decoder"] = {"lengths": emitted, "rounds": rounds,
                                                  "accepted_counts": counts[row].tolist()}  # fmt: skip
                         records[name].append(record)
+    teacher_forced = held_out(config, target, drafts, dataset)
     summary = {
         "corpus": dataset.corpus.summary(),
-        "heldout": held_out(config, target, drafts, dataset),
+        "heldout_bits_per_byte": teacher_forced["bits_per_byte"],
+        "heldout_alpha": teacher_forced["alpha"],
         "timing": measure_speed(config, target, drafts, contexts),
         "examples": examples(config, target, drafts, contexts, dataset),
         "machine": describe(),
@@ -141,6 +150,7 @@ def sample_texts(
         [c.tokens[-length:] for c in contexts],
         [budget] * len(contexts),
         [request_seed(config, "oracle", i, length) for i in indices],
+        width=cache_width(config),
         rounds_per_call=config.decode.rounds_per_call,
     )
     return np.asarray(state.tokens)[:, : length + budget]
@@ -173,14 +183,13 @@ def _decode(config, name, weights, batch, rows, length, sample) -> np.ndarray:
         [c.tokens[-length:] for c in batch],
         [config.eval.output_length] * len(batch),
         [request_seed(config, f"decode {sample}", i, length) for i in rows],
+        width=cache_width(config),
         rounds_per_call=config.decode.rounds_per_call,
     )
     return np.asarray(state.counts)
 
 
 def _eos(config: ExperimentConfig) -> int:
-    from spire_jax.data.tokenizer import make_tokenizer
-
     return make_tokenizer(config.data.tokenizer).separator if config.decode.stop_at_eos else -1
 
 
@@ -233,7 +242,7 @@ def measure_speed(
             decoder = make_decoder(config, name)
             seeds = [request_seed(config, f"speed {repeat}", i, length) for i in rows]
             budgets = [ev.output_length] * len(rows)
-            state = start(decoder, weights, prompts, budgets, seeds)
+            state = start(decoder, weights, prompts, budgets, seeds, width=cache_width(config))
             jax.block_until_ready(state)
             begin = time.perf_counter()
             state = jax.block_until_ready(finish(decoder, weights, state, decode.rounds_per_call))
@@ -256,25 +265,32 @@ def measure_speed(
 
 def held_out(
     config: ExperimentConfig, target: Params, drafts: Mapping[str, Params], dataset: Dataset
-) -> dict[str, Any]:
-    """Loss and bits per byte of every model on held-out text; alpha of the drafts."""
-    mesh = jax.sharding.get_mesh()
+) -> dict[str, dict[str, float]]:
+    """Bits per byte of the target and acceptance of the drafts, teacher-forced on held-out text."""
+    mesh, corpus = jax.sharding.get_mesh(), dataset.corpus
     tasks = [(target_task(config), target)]
     tasks += [(draft_task(config, name), params) for name, params in drafts.items()]
-    results: dict[str, Any] = {}
+    results: dict[str, dict[str, float]] = {"bits_per_byte": {}, "alpha": {}}
     for task, params in tasks:
-        # Every model on the hard target: a distilled draft's own loss is not in bits per byte.
-        sums: dict[str, float] = {}
-        weight = tokens = 0
-        for batch in held_out_batches(dataset, batch_size=config.eval.batch_size, limit=4):
-            metrics = evaluate_batch(task, task.monitor or task.loss, params,
-                                     target, to_device(batch, mesh))  # fmt: skip
-            weight = int(batch.mask_BxT.sum())
-            tokens += weight
-            for key in ("loss", "alpha", "nats"):
-                if key in metrics:
-                    sums[key] = sums.get(key, 0.0) + float(metrics[key]) * weight
-        results[task.name] = {key: value / tokens for key, value in sums.items()}
+        nats = alpha = 0.0
+        tokens = n_bytes = 0
+        for batch in held_out_batches(
+            corpus,
+            seq_len=config.train.seq_len,
+            batch_size=config.eval.batch_size,
+            max_rows=config.eval.heldout_rows,
+        ):
+            metrics = evaluate_batch(task, task.monitor or task.loss, params, target,
+                                     to_device(batch, mesh))  # fmt: skip
+            count = int(batch.mask_BxT.sum())
+            tokens += count
+            n_bytes += corpus.tokenizer.count_bytes(batch.targets_BxT[batch.mask_BxT])
+            nats += float(metrics["loss"]) * count
+            alpha += float(metrics.get("alpha", 0.0)) * count
+        if task.name == "target":
+            results["bits_per_byte"]["target"] = nats / n_bytes / math.log(2)
+        else:
+            results["alpha"][task.name] = alpha / tokens
     return results
 
 
@@ -300,6 +316,7 @@ def examples(
             [shown[i].tokens[-length:] for i in rows],
             [ev.output_length] * len(rows),
             [request_seed(config, "example", i, length) for i in rows],
+            width=cache_width(config),
         )
         for row, context in enumerate(shown):
             results.append(

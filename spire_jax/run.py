@@ -179,6 +179,7 @@ class Pipeline:
                 start_example=examples,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
+                workers=self.config.data.workers,
             )
 
         with Checkpoints(

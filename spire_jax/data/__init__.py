@@ -1,0 +1,1 @@
+"""Text to batches: tokenizer, documents, and the Grain pipeline."""

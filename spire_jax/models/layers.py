@@ -116,13 +116,8 @@ def attention(
             rows = slice(start, start + chunk)
             row_limit = None if limit is None else limit[rows]
             mask = _mask(q_pos[rows], k_pos, row_limit, window, sink)[0]
-            seen = [
-                slice(s, s + chunk)
-                for s in range(0, len(k_pos), chunk)
-                if mask[:, s : s + chunk].any()
-            ] or [slice(0, 1)]
-            keys = jnp.concatenate([k[:, :, s] for s in seen], axis=2)
-            values = jnp.concatenate([v[:, :, s] for s in seen], axis=2)
+            seen = _visible_runs(mask, chunk)
+            keys, values = (jnp.concatenate([x[:, :, s] for s in seen], axis=2) for x in (k, v))
             visible = np.concatenate([mask[:, s] for s in seen], axis=1)[None]
             parts.append(_attend(q[:, :, :, rows], keys, values, visible, scale))
     outs, lses = zip(*parts, strict=True)
@@ -150,22 +145,39 @@ def _mask(q_pos, k_pos, limit, window, sink) -> Bool[np.ndarray | Array, "rows T
     return visible
 
 
+def _visible_runs(mask: Bool[np.ndarray, "T S"], chunk: int) -> list[slice]:
+    """Runs of keys, in whole chunks, that some query may see; one key where there is none."""
+    runs: list[slice] = []
+    for start in range(0, mask.shape[1], chunk):
+        if not mask[:, start : start + chunk].any():
+            continue
+        begin = runs.pop().start if runs and runs[-1].stop == start else start
+        runs.append(slice(begin, start + chunk))
+    return runs or [slice(0, 1)]
+
+
 def _attend(q, k, v, mask, scale):
-    logits = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    # Query heads of one KV head are folded into the tokens: a plain batched matrix product.
+    b, kv_heads, group, t, h = q.shape
+    q = q.reshape(b, kv_heads, group * t, h)
+    logits = jnp.einsum("BKTH,BKSH->BKTS", q, k, preferred_element_type=jnp.float32)
     logits = logits * scale if scale != 1.0 else logits
     if not (isinstance(mask, np.ndarray) and mask.all()):
+        logits = logits.reshape(b, kv_heads, group, t, -1)
         logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
+        logits = logits.reshape(b, kv_heads, group * t, -1)
     top = jnp.max(logits, axis=-1, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     weight = jnp.exp(logits - top)
-    total = jnp.sum(weight, axis=-1)
+    total = jnp.sum(weight, axis=-1, keepdims=True)
     some = total > 0
     total = jnp.where(some, total, 1.0)
     out = jnp.einsum(
-        "BKGTS,BKSH->BKGTH", weight.astype(v.dtype), v, preferred_element_type=jnp.float32
+        "BKTS,BKSH->BKTH", weight.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
-    lse = jnp.where(some, jnp.log(total) + top[..., 0], -jnp.inf)
-    return (out / total[..., None]).astype(q.dtype), lse
+    out = (out / total).astype(q.dtype).reshape(b, kv_heads, group, t, h)
+    lse = jnp.where(some, jnp.log(total) + top, -jnp.inf)
+    return out, lse.reshape(b, kv_heads, group, t)
 
 
 # --- one decoder block -------------------------------------------------------------------------

@@ -1,0 +1,155 @@
+"""Batches for training, batches of held-out text, and contexts for evaluation.
+
+A training row is a piece of one document, from position 0, padded at the document's end: no row
+crosses documents, so that positions and masks are the same in every row. The order is Grain's: a
+global index, shuffled anew every epoch, of which a process takes every n-th. Where a run stands
+in the data is therefore one number, the count of examples that all processes have consumed.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Int
+
+from spire_jax.data.sources import Corpus, DataError, Document
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of token ids, of one process."""
+
+    tokens_BxT: Int[np.ndarray, "B T"]
+    targets_BxT: Int[np.ndarray, "B T"]  # the token after each
+    mask_BxT: Bool[np.ndarray, "B T"]  # False on padding
+    example_B: Int[np.ndarray, " B"]  # rows of the data set
+
+
+class Dataset:
+    """The rows of `seq_len` tokens of one split of a corpus; random access."""
+
+    def __init__(self, corpus: Corpus, seq_len: int, *, heldout: bool = False):
+        self.corpus, self.seq_len = corpus, seq_len
+        self._rows: list[tuple[Document, int]] = []
+        for document in corpus.split(heldout):
+            # A row of T inputs needs T + 1 tokens; the last one only one target.
+            count = -(-(document.end - document.begin - 1) // seq_len)
+            self._rows += [(document, i * seq_len) for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        document, offset = self._rows[index]
+        begin = document.begin + offset
+        piece = self.corpus.tokens[begin : min(begin + self.seq_len + 1, document.end)]
+        room = np.zeros(self.seq_len + 1, np.int32)
+        room[: len(piece)] = piece
+        mask = np.arange(1, self.seq_len + 1) < len(piece)
+        return {"tokens": room[:-1], "targets": room[1:], "mask": mask,
+                "example": np.int64(index)}  # fmt: skip
+
+    def describe(self, index: int) -> str:
+        """Where a row is from: the document's path and the range of its tokens."""
+        document, offset = self._rows[index]
+        end = min(offset + self.seq_len + 1, document.end - document.begin)
+        return f"{document.path} tokens {offset}..{end - 1}"
+
+    def padding_share(self) -> float:
+        """Share of positions that are padding."""
+        used = sum(d.end - d.begin - 1 for d in dict.fromkeys(d for d, _ in self._rows))
+        return 1 - used / (len(self) * self.seq_len)
+
+
+def train_batches(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    seed: int,
+    start_example: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """This process's batches, without end, after `start_example` examples of the global order.
+
+    Step s of all processes together takes examples [s * batch_size, (s + 1) * batch_size) of the
+    order that starts there, whatever the number of processes.
+
+    Args:
+        batch_size: rows per step over all processes; `process_count` divides it.
+        workers: threads that read ahead; 0 = Grain's default.
+    """
+    if batch_size % process_count:
+        raise DataError(f"train.batch_size={batch_size} is not a multiple of {process_count} "
+                        f"processes")  # fmt: skip
+    order = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat()
+    mine = order[start_example + process_index :: process_count]
+    options = grain.ReadOptions(num_threads=workers) if workers else None
+    rows = mine.batch(batch_size // process_count).to_iter_dataset(options)
+    return map(_batch, iter(rows))
+
+
+def held_out_batches(
+    corpus: Corpus, *, seq_len: int, batch_size: int, max_rows: int = 0
+) -> Iterator[Batch]:
+    """Rows of the held-out documents, in order, each once; the last batch is filled with
+    masked rows.
+
+    Args:
+        max_rows: take this many, evenly spaced; 0 = all.
+    """
+    dataset = Dataset(corpus, seq_len, heldout=True)
+    count = min(max_rows, len(dataset)) if max_rows else len(dataset)
+    chosen = np.linspace(0, len(dataset) - 1, count).astype(int).tolist()
+    for begin in range(0, count, batch_size):
+        rows = [dataset[i] for i in chosen[begin : begin + batch_size]]
+        empty = {name: np.zeros_like(value) for name, value in rows[0].items()}
+        rows += [empty] * (batch_size - len(rows))
+        yield _batch({name: np.stack([row[name] for row in rows]) for name in empty})
+
+
+def _batch(rows: dict[str, np.ndarray]) -> Batch:
+    return Batch(rows["tokens"], rows["targets"], rows["mask"], rows["example"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """A held-out document cut at one point; shorter contexts are suffixes of `tokens`."""
+
+    document: str
+    cut: int  # the context's tokens are the `length` before it
+    tokens: Int[np.ndarray, " L"]
+
+
+def cut_contexts(
+    corpus: Corpus, *, n_contexts: int, context_length: int, room: int, seed: int
+) -> list[Context]:
+    """Held-out contexts (method.md section 4): each document cut at random points.
+
+    Every document with room for the context and `room` more tokens is used once before any is
+    used a second time.
+
+    Raises:
+        DataError: no held-out document is long enough.
+    """
+    need = context_length + room
+    heldout = corpus.split(True)
+    # The separator is no part of a context.
+    fitting = [d for d in heldout if d.end - 1 - d.begin >= need]
+    if not fitting:
+        longest = max(d.end - 1 - d.begin for d in heldout)
+        raise DataError(
+            f"no held-out document has room for eval.context_lengths + eval.output_length + k = "
+            f"{need} tokens; the longest has {longest}: shorten the context, or add longer text"
+        )
+    rng = np.random.default_rng([seed, 0xC07])
+    contexts = []
+    while len(contexts) < n_contexts:
+        for index in rng.permutation(len(fitting))[: n_contexts - len(contexts)]:
+            tokens = corpus.tokens_of(fitting[index])[:-1]
+            cut = int(rng.integers(context_length, len(tokens) - room + 1))
+            piece = tokens[cut - context_length : cut].astype(np.int32)
+            contexts.append(Context(fitting[index].path, cut, piece))
+    return contexts

@@ -1,0 +1,174 @@
+"""Documents: a folder of text, cleaned, deduplicated, split, and tokenized once.
+
+The corpus is identified by a hash of everything that its tokens depend on. The default source is
+Python's own standard library: long documents that are on every machine, nothing downloaded.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+import sysconfig
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from spire_jax.config import DataConfig
+from spire_jax.data.tokenizer import Tokenizer, make_tokenizer
+
+STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "encodings", "__pycache__"}
+
+
+class DataError(ValueError):
+    """Text that cannot be used; the message names the file or folder and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One file of text."""
+
+    path: str  # relative to the root, with forward slashes
+    heldout: bool
+    n_bytes: int
+    begin: int  # its tokens in the corpus: [begin, end), the separator last
+    end: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+    """All documents, sorted by path, and their tokens in one array."""
+
+    source: str
+    documents: tuple[Document, ...]
+    tokens: Int[np.ndarray, " n"]
+    sha256: str
+    tokenizer: Tokenizer
+    duplicates: int  # files left out because another one is the same
+    not_text: int  # files left out because they are binary or not UTF-8
+
+    def tokens_of(self, document: Document) -> Int[np.ndarray, " n"]:
+        """A document's tokens, ended by the separator."""
+        return self.tokens[document.begin : document.end]
+
+    def split(self, heldout: bool) -> list[Document]:
+        """The training or the held-out documents."""
+        return [d for d in self.documents if d.heldout == heldout]
+
+    def summary(self) -> dict[str, Any]:
+        """What a report says about the corpus."""
+        of = {name: self.split(name == "heldout") for name in ("train", "heldout")}
+        return {
+            "source": self.source,
+            "sha256": self.sha256,
+            "tokenizer": self.tokenizer.name,
+            **{f"{name}_documents": len(documents) for name, documents in of.items()},
+            **{f"{name}_bytes": sum(d.n_bytes for d in ds) for name, ds in of.items()},
+            "duplicates_dropped": self.duplicates,
+            "not_text": self.not_text,
+        }
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """Read, check, split and tokenize the documents of `data.source`.
+
+    Raises:
+        DataError: a folder that is missing or holds no text, a file that cannot be read, or a
+            split that is left empty.
+    """
+    if config.source == "stdlib":
+        root, pattern = pathlib.Path(sysconfig.get_paths()["stdlib"]), "*.py"
+    else:
+        root, pattern = pathlib.Path(config.source).expanduser(), "*"
+        if not root.is_dir():
+            raise DataError(f"data.source={config.source!r} is not a folder; give a folder of "
+                            f"text, or 'stdlib'")  # fmt: skip
+    return read_folder(root, pattern, config.source, config)
+
+
+def read_folder(root: pathlib.Path, pattern: str, source: str, config: DataConfig) -> Corpus:
+    """A corpus of the files below `root` that match `pattern`."""
+    tokenizer = make_tokenizer(config.tokenizer)
+    documents, pieces, seen = [], [], set()
+    duplicates = not_text = files = position = 0
+    identity = hashlib.sha256(f"{tokenizer.name}\0{config.heldout_percent}\0".encode())
+    skip = STDLIB_WITHOUT if source == "stdlib" else set()
+    for relative in _files(root, pattern, skip):
+        files += 1
+        content = _read(root / relative)
+        if not _is_text(content):
+            not_text += 1
+            continue
+        digest = hashlib.sha256(content).digest()
+        if digest in seen:
+            duplicates += 1
+            continue
+        seen.add(digest)
+        ids = tokenizer.encode(content)
+        end = position + len(ids) + 1
+        heldout = _is_heldout(relative, config.heldout_percent)
+        documents.append(Document(relative, heldout, len(content), position, end))
+        pieces += [ids, np.array([tokenizer.separator], np.int32)]
+        identity.update(relative.encode() + b"\0" + digest)
+        position = end
+    if not documents:
+        found = f"{files} files, none of them UTF-8 text" if files else "no files"
+        raise DataError(f"data.source={source!r} holds {found}; give a folder of text files")
+    small = np.uint16 if tokenizer.n_tokens <= 2**16 else np.int32
+    tokens = np.concatenate(pieces).astype(small)
+    corpus = Corpus(source, tuple(documents), tokens, identity.hexdigest(), tokenizer,
+                    duplicates, not_text)  # fmt: skip
+    for heldout, name in ((False, "training"), (True, "held-out")):
+        if not corpus.split(heldout):
+            raise DataError(
+                f"data.source={source!r}: of {len(documents)} documents none fell to the {name} "
+                f"split; give more documents or change data.heldout_percent="
+                f"{config.heldout_percent}"
+            )
+    return corpus
+
+
+def _files(root: pathlib.Path, pattern: str, skip: set[str]) -> Iterator[str]:
+    """Relative paths of regular files, sorted; hidden ones left out, links not followed."""
+    paths = []
+    for folder, names, files in os.walk(root, onerror=functools.partial(_unreadable, root)):
+        names[:] = [n for n in names if n not in skip and not n.startswith(".")]
+        here = pathlib.Path(folder)
+        for name in files:
+            path = here / name
+            if not name.startswith(".") and path.match(pattern) and path.is_file():
+                paths.append(path.relative_to(root).as_posix())
+    return iter(sorted(paths))
+
+
+def _unreadable(root: pathlib.Path, error: OSError) -> None:
+    raise DataError(f"{error.filename or root} cannot be listed ({error.strerror}); check its "
+                    f"permissions")  # fmt: skip
+
+
+def _read(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} disappeared while the corpus was read; start again when the folder is at rest"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check it or remove it") from error
+
+
+def _is_text(content: bytes) -> bool:
+    if not content or b"\0" in content:
+        return False
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_heldout(relative: str, percent: int) -> bool:
+    """By the path alone, so that adding or changing other documents moves nothing."""
+    return int.from_bytes(hashlib.sha256(relative.encode()).digest()[:8], "big") % 100 < percent
