@@ -93,9 +93,7 @@ def bench_training(config: ExperimentConfig, repeats: int) -> None:
         state = {"now": init_state(task, optimizer, copy, mesh)}
 
         def run(task=task, optimizer=optimizer, state=state, frozen=frozen):
-            state["now"], metrics = train_step(
-                task, train, optimizer, state["now"], frozen, batch
-            )
+            state["now"], metrics = train_step(task, train, optimizer, state["now"], frozen, batch)
             jax.block_until_ready(metrics)
 
         work[name] = run
@@ -155,11 +153,10 @@ def bench_oracle(config: ExperimentConfig) -> None:
         decoder = make_decoder(config, name)
         autoregressive = make_decoder(config, AUTOREGRESSIVE)
         budget = ev.output_length + k - 1
-        rows = range(len(prompts))
 
         def sample(seed: int, autoregressive=autoregressive, name=name, budget=budget):
             state = generate(autoregressive, weights[name], prompts, [budget] * len(prompts),
-                             [seed * 1000 + i for i in rows])  # fmt: skip
+                             _seeds(seed, prompts))  # fmt: skip
             return np.asarray(state.tokens)[:, : length + budget]
 
         def oracle(texts, decoder=decoder, name=name):
@@ -170,7 +167,7 @@ def bench_oracle(config: ExperimentConfig) -> None:
 
         def decode(seed: int, decoder=decoder, name=name):
             state = generate(decoder, weights[name], prompts, [ev.output_length] * len(prompts),
-                             [seed * 1000 + i for i in rows])  # fmt: skip
+                             _seeds(seed, prompts))  # fmt: skip
             counts = np.asarray(state.counts)
             pairs = [generation_lengths(row) for row in counts]
             return tuple(np.array(x, float) for x in zip(*pairs, strict=True))
@@ -194,6 +191,10 @@ def bench_oracle(config: ExperimentConfig) -> None:
         print(f"oracle, {name}: variance {variances[1] / variances[0]:.1f} times smaller than "
               f"decoding's; {alone:.1f} times faster at equal precision given the samples, "
               f"{with_samples:.1f} times with drawing them (shared by all drafts)")  # fmt: skip
+
+
+def _seeds(seed: int, prompts) -> list[int]:
+    return [seed * 1000 + row for row in range(len(prompts))]
 
 
 def _variance(results) -> float:

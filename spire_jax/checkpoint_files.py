@@ -1,10 +1,11 @@
 """One Orbax checkpoint on disk, as training and finished models use it.
 
 It holds the arrays of a pytree under their flattened names ("params.blocks.0.query"), and beside
-them, as metadata, each leaf's path, dtype and shape and the values of host scalars. Arrays are matched to the abstract tree by name, so that integer keys and
-optax's named tuples come back as the types that they were. Orbax commits by a rename: a
-checkpoint that exists under its own name was written to the end. A list of its files and their
-sizes, added then, shows what was lost or cut since, before anything is read.
+them, as metadata, each leaf's path, dtype and shape and the values of host scalars. Arrays are
+matched to the abstract tree by name, so that integer keys and optax's named tuples come back as
+the types that they were. Orbax commits by a rename: a checkpoint that exists under its own name
+was written to the end. A list of its files and their sizes, added then, shows what was lost or
+cut since, before anything is read.
 """
 
 import json

@@ -238,9 +238,7 @@ def start(
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     cached = np.maximum(lengths - 1, 0)
-    cache, draft_cache = _prefill(
-        decoder, weights, tokens[:, : prompt_width - 1], cached, capacity
-    )
+    cache, draft_cache = _prefill(decoder, weights, tokens[:, : prompt_width - 1], cached, capacity)
     batch = len(prompts)
     return DecodeState(
         tokens=place_rows(tokens),

@@ -5,7 +5,9 @@ differences are paired; the decoder's tau stands beside it. What is *measured* h
 machine's speed, autoregressive and speculative in turn; the modeled throughput is the report's.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -85,36 +87,32 @@ def evaluate(
         seed=config.seed,
     )
     seconds: dict[str, float] = {}
-    records: dict[str, list[dict[str, Any]]] = {AUTOREGRESSIVE: []} | {n: [] for n in drafts}
+    records: dict[str, list[dict[str, Any]]] = {name: [] for name in (AUTOREGRESSIVE, *drafts)}
     batches = -(-len(contexts) // ev.batch_size)
     total = len(ev.context_lengths) * batches * (1 + len(drafts) * (1 + ev.decoder_samples))
     with Progress("evaluate", total=total) as progress:
+        clock = _Clock(seconds, progress)
         for length in ev.context_lengths:
             for rows in _batches(len(contexts), ev.batch_size):
                 batch = [contexts[i] for i in rows]
-                texts = _timed(seconds, AUTOREGRESSIVE, progress,
-                               lambda: sample_texts(config, target, batch, rows, length))  # fmt: skip
-                unique = len(dict.fromkeys(rows))
-                records[AUTOREGRESSIVE] += [
-                    _about(config, AUTOREGRESSIVE, i, c, length) for i, c in zip(rows, batch)
-                ][:unique]  # fmt: skip
+                about = [_about(config, i, c, length) for i, c in zip(rows, batch, strict=True)]
+                about = about[: len(set(rows))]  # the rest fills the batch up
+                with clock(AUTOREGRESSIVE):
+                    texts = sample_texts(config, target, batch, rows, length)
+                records[AUTOREGRESSIVE] += [r | {"method": AUTOREGRESSIVE, "k": 0} for r in about]
                 for name, params in drafts.items():
                     weights = Weights(target, params)
-                    oracle = _timed(seconds, f"{name} oracle", progress,
-                                    lambda: _oracle(config, name, weights, texts, length))  # fmt: skip
+                    with clock(f"{name} oracle"):
+                        oracle = _oracle(config, name, weights, texts, length)
                     counts = np.zeros((len(rows), config.decode.k + 1), np.int64)
                     for sample in range(ev.decoder_samples):
-                        counts += _timed(
-                            seconds, f"{name} decoder", progress,
-                            lambda: _decode(config, name, weights, batch, rows, length, sample),
-                        )  # fmt: skip
-                    for row in range(unique):
-                        record = _about(config, name, rows[row], batch[row], length)
+                        with clock(f"{name} decoder"):
+                            counts += _decode(config, name, weights, batch, rows, length, sample)
+                    for row, record in enumerate(about):
+                        record = record | {"method": name, "k": config.decode.k}
                         record["oracle"] = oracle[row]
                         if ev.decoder_samples:
-                            emitted, rounds = generation_lengths(counts[row])
-                            record["decoder"] = {"lengths": emitted, "rounds": rounds,
-                                                 "accepted_counts": counts[row].tolist()}  # fmt: skip
+                            record["decoder"] = _decoder_record(counts[row])
                         records[name].append(record)
     teacher_forced = held_out(config, target, drafts, dataset)
     summary = {
@@ -193,11 +191,19 @@ def _eos(config: ExperimentConfig) -> int:
     return make_tokenizer(config.data.tokenizer).separator if config.decode.stop_at_eos else -1
 
 
-def _about(config, name, index, context, length) -> dict[str, Any]:
-    return {"method": name, "context": int(index), "document": context.document,
-            "cut": int(context.cut), "context_length": length,
-            "output_length": config.eval.output_length,
-            "k": 0 if name == AUTOREGRESSIVE else config.decode.k}  # fmt: skip
+def _decoder_record(counts: np.ndarray) -> dict[str, Any]:
+    emitted, rounds = generation_lengths(counts)
+    return {"lengths": emitted, "rounds": rounds, "accepted_counts": counts.tolist()}
+
+
+def _about(config: ExperimentConfig, index: int, context: Context, length: int) -> dict[str, Any]:
+    return {
+        "context": index,
+        "document": context.document,
+        "cut": context.cut,
+        "context_length": length,
+        "output_length": config.eval.output_length,
+    }
 
 
 def _batches(n: int, size: int) -> Iterator[list[int]]:
@@ -207,12 +213,20 @@ def _batches(n: int, size: int) -> Iterator[list[int]]:
         yield [rows[i % len(rows)] for i in range(size)]
 
 
-def _timed(seconds: dict[str, float], name: str, progress: Progress, work):
-    begin = time.perf_counter()
-    result = work()
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
-    progress.advance(description=f"evaluate: {name}")
-    return result
+@dataclasses.dataclass(frozen=True)
+class _Clock:
+    """Adds up the seconds of named work and moves the progress bar."""
+
+    seconds: dict[str, float]
+    progress: Progress
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        spent = time.perf_counter() - begin
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+        self.progress.advance(description=f"evaluate: {name}")
 
 
 # --- the clock, held-out loss, examples --------------------------------------------------------
@@ -338,7 +352,7 @@ def pieces(state: DecodeState, row: int, length: int, decode, name: str) -> list
     starts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(tokens)]
     return [
         ["target" if name == AUTOREGRESSIVE else KINDS[int(kinds[a])], decode(tokens[a:b])]
-        for a, b in zip(starts[:-1], starts[1:], strict=True)
+        for a, b in itertools.pairwise(starts)
         if b > a
     ]
 

@@ -34,7 +34,8 @@ def peak_flops(dtype: str) -> tuple[float, str]:
     chip = device_chip(jax.devices()[0].device_kind)
     width = jnp.dtype(dtype).itemsize
     if chip is not None and width in chip.peak_flops:
-        return chip.peak_flops[width], f"{chip.name} data sheet"
+        # Some chips show as several jax devices.
+        return chip.peak_flops[width] / chip.jax_devices, f"{chip.name} data sheet"
     size = 1024
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)

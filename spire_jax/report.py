@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import rich.box
 import rich.console
 import rich.table
 import scipy.stats
@@ -25,6 +26,7 @@ from jaxtyping import Float
 
 from spire_jax import config as config_lib
 from spire_jax import report_page, throughput
+from spire_jax.report_page import number, spread
 from spire_jax.report_records import (
     AUTOREGRESSIVE,
     EVALUATE_AGAIN,
@@ -113,6 +115,9 @@ def _summary(
         "compute_bytes": modeled.compute_bytes, "batch_size": modeled.batch_size,
         "context_length": modeled.context_length, "k": config.decode.k,
         "tau": f"found here, at a context of {headline}, and held fixed over batch and context",
+        "variants": dict(throughput.VARIANTS),
+        "chips": {name: {"hoi": chip.hoi(modeled.compute_bytes), "source": chip.source}
+                  for name, chip in throughput.CHIPS.items()},
     }  # fmt: skip
     return {
         "methods": {name: _method(name, inputs, config) for name in names},
@@ -127,6 +132,7 @@ def _summary(
         "corpus": inputs.evaluation["corpus"],
         "machine": inputs.evaluation["machine"],
         "seconds": inputs.evaluation.get("seconds", {}),
+        "peak_memory_bytes": inputs.evaluation.get("peak_memory_bytes"),
         "config": config_lib.to_dict(config),
         "stages": dict(stages),
     }
@@ -152,9 +158,12 @@ def _method(name: str, inputs: Inputs, config: config_lib.ExperimentConfig) -> d
                 f"at context {length}; {EVALUATE_AGAIN}"
             )
         row["modeled_multiplier"] = _multiplier(config, name, tau, context=length)
+    # Only the feedback draft is rolled out in training; others have no depth they were trained to.
+    spire = {draft for draft, values in config.drafts if values.kind == "spire"}
     return {
         **by_context[headline],
         "context_length": headline, "output_length": config.eval.output_length, "k": k,
+        "extrapolated": name in spire and k > config.train.k,
         **_modeled(name, _tau(by_context[headline]), config),
         **_measured(name, inputs.evaluation["timing"]),
         "by_context": {str(n): row for n, row in sorted(by_context.items())},
@@ -167,7 +176,9 @@ def _sizes(counts: Counts) -> dict[str, int]:
 
 def _tau(row: Mapping[str, Any]) -> Any:
     """The oracle's acceptance length, or the decoder's for depths beyond the oracle's."""
-    return row["tau"] if row["tau"] is not None else row["tau_decoder"]
+    tau = row["tau"] if row["tau"] is not None else row["tau_decoder"]
+    # Sums of floats may end a hair outside of 1 .. k + 1, which the cost model refuses.
+    return None if tau is None else round(tau, 9)
 
 
 def _acceptance(counts: Counts, k: int, resamples: int) -> dict[str, Any]:
@@ -193,7 +204,9 @@ def _acceptance(counts: Counts, k: int, resamples: int) -> dict[str, Any]:
         "tau_source": "oracle" if k in tau else "decoder",
         "tau_by_k": {str(d): value for d, value in tau.items()},
         "tau_by_k_ci95": {str(d): value for d, value in interval.items()},
-        "acceptance_by_depth": [float(a / r) if r else None for a, r in zip(accepted, reached)],
+        "acceptance_by_depth": [
+            float(a / r) if r else None for a, r in zip(accepted, reached, strict=True)
+        ],
         "acceptance_source": "oracle" if by_k else "decoder",
     }
 
@@ -264,32 +277,38 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _multiplier(config: config_lib.ExperimentConfig, method: str, tau: float, **over: Any) -> float:
     """The modeled multiplier at the headline batch, context and variant, or as in `over`."""
-    if method == AUTOREGRESSIVE:
-        return 1.0
-    at = {"batch": config.throughput.batch_size, "context": config.throughput.context_length,
-          "variant": config.throughput.variant}  # fmt: skip
+    given = config.throughput
+    at: dict[str, Any] = {"batch": given.batch_size, "context": given.context_length,
+                          "variant": given.variant}  # fmt: skip
     return float(throughput.multiplier(config, method, tau=tau, **(at | over)))
 
 
-def _modeled(name: str, tau: float, config: config_lib.ExperimentConfig) -> dict[str, Any]:
+def _modeled(method: str, tau: float, config: config_lib.ExperimentConfig) -> dict[str, Any]:
     at = config.throughput
     return {
-        "modeled_multiplier": _multiplier(config, name, tau),
-        "modeled_tokens_per_s_per_chip": _rate(config, name, tau, at.chip, at.variant),
+        "modeled_multiplier": _multiplier(config, method, tau),
+        "modeled_tokens_per_s_per_chip": _rate(config, method, tau, at.chip, at.variant),
         "modeled_by_context": {
-            str(n): _multiplier(config, name, tau, context=n) for n in at.context_lengths
+            str(n): _multiplier(config, method, tau, context=n) for n in at.context_lengths
         },
         "modeled_by_batch": {
-            str(n): _multiplier(config, name, tau, batch=n) for n in at.batch_sizes
+            str(n): _multiplier(config, method, tau, batch=n) for n in at.batch_sizes
         },
         "modeled_by_variant": {
             variant: {
-                "multiplier": _multiplier(config, name, tau, variant=variant),
+                "multiplier": _multiplier(config, method, tau, variant=variant),
                 "tokens_per_s_per_chip": {
-                    chip: _rate(config, name, tau, chip, variant) for chip in throughput.CHIPS
+                    chip: _rate(config, method, tau, chip, variant) for chip in throughput.CHIPS
                 },
             }
             for variant in throughput.VARIANTS
+        },
+        "fits": {  # the target, its cache and the draft's, in one chip's memory
+            name: throughput.memory_bytes(
+                config, method, batch=at.batch_size, context=at.context_length
+            )
+            <= chip.hbm_bytes
+            for name, chip in throughput.CHIPS.items()
         },
     }
 
@@ -342,20 +361,26 @@ def write_report(
 def print_table(summary: Mapping[str, Any], console: rich.console.Console) -> None:
     """Print one line per method, with what modeled and measured figures stand for below."""
     at = summary["assumptions"]
-    table = rich.table.Table(title=f"Context {summary['context_length']}, k = {at['k']}")
-    table.add_column("method")
-    for title in ("tau [95%]", "tau, decoder", "modeled ×", "measured ×", "measured tok/s"):
-        table.add_column(title, justify="right")
+    table = rich.table.Table(
+        title=f"Context {summary['context_length']}, k = {at['k']}", box=rich.box.SIMPLE_HEAD
+    )
+    table.add_column("method", overflow="fold")
+    for title in ("tau [95%]", "decoder", "modeled", "measured", "tokens/s"):
+        table.add_column(title, justify="right", no_wrap=True)
     for name, row in summary["methods"].items():
         table.add_row(
-            name, report_page.number(row["tau"], 3) + report_page.spread(row["tau_ci95"]),
-            report_page.number(row["tau_decoder"]), report_page.number(row["modeled_multiplier"]),
-            report_page.number(row["measured_multiplier"]),
-            report_page.number(row["measured_tokens_per_s"], 0),
-        )  # fmt: skip
+            name,
+            number(row["tau"]) + (spread(row["tau_ci95"], 2) if name != AUTOREGRESSIVE else ""),
+            number(row["tau_decoder"]),
+            number(row["modeled_multiplier"]),
+            number(row["measured_multiplier"]),
+            number(row["measured_tokens_per_s"], 0),
+        )
     console.print(table)
     console.print(
-        f"tau: tokens per round (oracle). Modeled: {at['variant']} cost model, HOI {at['hoi']:g}, "
-        f"batch {at['batch_size']}, context {at['context_length']}.\n{report_page.timed(summary)}",
-        highlight=False, markup=False,
-    )  # fmt: skip
+        f"tau: tokens per round, by the oracle and by the decoder. modeled: multiplier by the "
+        f"{at['variant']} cost model at HOI {at['hoi']:g}, batch {at['batch_size']}, context "
+        f"{at['context_length']}. measured: multiplier and tokens/s. {report_page.timed(summary)}",
+        highlight=False,
+        markup=False,
+    )

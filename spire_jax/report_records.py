@@ -18,6 +18,7 @@ from spire_jax import config as config_lib
 
 AUTOREGRESSIVE = "autoregressive"
 EVALUATE_AGAIN = "run the stage `evaluate` again"
+PIECES = ("accepted", "correction", "bonus", "target")  # where an emitted token came from
 
 
 class ReportError(ValueError):
@@ -60,10 +61,7 @@ def read_inputs(workdir: pathlib.Path, config: config_lib.ExperimentConfig) -> I
     """
     evaluation_path = workdir / "eval" / "evaluation.json"
     evaluation = _parse(_text(evaluation_path, EVALUATE_AGAIN), evaluation_path, EVALUATE_AGAIN)
-    needs = {"corpus": dict, "heldout_bits_per_byte": dict, "machine": dict, "timing": dict,
-             "examples": list}  # fmt: skip
-    for key, kind in needs.items():
-        _get(evaluation, key, kind, evaluation_path)
+    _check_evaluation(evaluation, evaluation_path)
     names = [AUTOREGRESSIVE, *(name for name, _ in config.drafts)]
     names += sorted(set(evaluation["timing"]) - set(names))  # what needs no draft: MagicDec
     counts = {name: _counts(workdir / "eval" / f"{name}.jsonl", name, config) for name in names}
@@ -72,7 +70,7 @@ def read_inputs(workdir: pathlib.Path, config: config_lib.ExperimentConfig) -> I
     for name, by_length in counts.items():
         for length, found in by_length.items():
             if found.places != first:
-                odd = sorted(set(found.places) ^ set(first))[0]
+                odd = min(set(found.places) ^ set(first))
                 raise ReportError(
                     f"{workdir / 'eval' / name}.jsonl: the contexts of length {length} are not "
                     f"those of {AUTOREGRESSIVE}.jsonl (first difference: context {odd[0]}, "
@@ -87,6 +85,27 @@ def read_inputs(workdir: pathlib.Path, config: config_lib.ExperimentConfig) -> I
                 _get(row, key, (int, float), f"{path}:{number}")
         metrics[name] = [row for _, row in rows]
     return Inputs(counts, evaluation, metrics)
+
+
+def _check_evaluation(evaluation: Any, path: pathlib.Path) -> None:
+    for key in ("corpus", "heldout_bits_per_byte", "machine", "timing"):
+        _get(evaluation, key, dict, path)
+    for name, row in evaluation["timing"].items():
+        where = f"{path}: timing of {name}"
+        _numbers(row, "tokens_per_s", len(_get(row, "tokens_per_s", list, where)), where)
+        for key in ("context_length", "batch_size"):
+            _get(row, key, int, where)
+    for number, example in enumerate(_get(evaluation, "examples", list, path)):
+        where = f"{path}: example {number}"
+        for key in ("method", "document", "context_text"):
+            _get(example, key, str, where)
+        for piece in _get(example, "pieces", list, where):
+            kind, text = piece if isinstance(piece, list) and len(piece) == 2 else (None, None)
+            if kind not in PIECES or not isinstance(text, str):
+                raise ReportError(
+                    f"{where}: a piece should be [one of {PIECES}, text], not {piece!r}; "
+                    f"{EVALUATE_AGAIN}"
+                )
 
 
 def _counts(
@@ -162,7 +181,7 @@ def _sum_documents(rows: list[dict[str, Any]], path: pathlib.Path) -> Counts:
 def _numbers(row: Mapping[str, Any], key: str, size: int, where: str) -> np.ndarray:
     values = _get(row, key, list, where)
     good = len(values) == size and all(isinstance(v, int | float) for v in values)
-    if not good or not np.isfinite(values).all() or min(values) < 0:
+    if not good or not np.isfinite(values).all() or (values and min(values) < 0):
         raise ReportError(
             f"{where}: {key} should hold {size} finite numbers, not {values}; {EVALUATE_AGAIN}"
         )

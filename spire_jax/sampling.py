@@ -23,9 +23,7 @@ class Sampling:
     top_p: float = 1.0  # 1 = off
 
 
-def probabilities(
-    logits: Float[Array, "*rows V"], sampling: Sampling
-) -> Float[Array, "*rows V"]:
+def probabilities(logits: Float[Array, "*rows V"], sampling: Sampling) -> Float[Array, "*rows V"]:
     """The transformed distribution, float32; tokens with logit -inf have probability 0.
 
     Ties at the top-k boundary are broken towards the lower token id; top-p keeps the smallest

@@ -107,7 +107,7 @@ def draft_task(config: ExperimentConfig, name: str) -> Task:
         else:
             logits, _ = drafting.model.bind(params).forward(batch.tokens)
         loss = losses.draft_loss(draft.loss, draft.omega, target_logits, logits, batch.targets)
-        alpha = losses.acceptance(target_logits, logits) if with_target else None
+        alpha = None if target_logits is None else losses.acceptance(target_logits, logits)
         return loss, alpha
 
     with_target = draft.kind == "spire" or draft.loss != "hard"

@@ -45,9 +45,7 @@ def verify_tokens(
     return accepted, sample(stream(keys, "next"), residual)
 
 
-def residual_distribution(
-    p: Float[Array, "B V"], q: Float[Array, "B V"]
-) -> Float[Array, "B V"]:
+def residual_distribution(p: Float[Array, "B V"], q: Float[Array, "B V"]) -> Float[Array, "B V"]:
     """normalize(max(p - q, 0)); `p` itself where p and q agree to the last bit."""
     excess = jnp.maximum(p - q, 0.0)
     total = jnp.sum(excess, axis=-1, keepdims=True)

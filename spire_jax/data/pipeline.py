@@ -48,7 +48,7 @@ class Dataset:
         room[: len(piece)] = piece
         mask = np.arange(1, self.seq_len + 1) < len(piece)
         return {"tokens": room[:-1], "targets": room[1:], "mask": mask,
-                "example": np.int64(index)}  # fmt: skip
+                "example": np.asarray(index)}  # fmt: skip
 
     def describe(self, index: int) -> str:
         """Where a row is from: the document's path and the range of its tokens."""
@@ -145,7 +145,7 @@ def cut_contexts(
             f"{need} tokens; the longest has {longest}: shorten the context, or add longer text"
         )
     rng = np.random.default_rng([seed, 0xC07])
-    contexts = []
+    contexts: list[Context] = []
     while len(contexts) < n_contexts:
         for index in rng.permutation(len(fitting))[: n_contexts - len(contexts)]:
             tokens = corpus.tokens_of(fitting[index])[:-1]

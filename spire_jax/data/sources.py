@@ -156,7 +156,9 @@ def _read(path: pathlib.Path) -> bytes:
             f"{path} disappeared while the corpus was read; start again when the folder is at rest"
         ) from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check it or remove it") from error
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); check it or remove it"
+        ) from error
 
 
 def _is_text(content: bytes) -> bool:

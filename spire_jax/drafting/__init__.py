@@ -26,7 +26,6 @@ class Strategy(Protocol):
         """The structure of the draft's parameters."""
         ...
 
-
     @property
     def collect(self) -> tuple[int, ...]:
         """Which activations y^l of the target the strategy reads."""

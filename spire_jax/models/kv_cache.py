@@ -108,7 +108,9 @@ def ring_positions(
     """
     slot = jnp.arange(sink + ring, dtype=jnp.int32)[None]
     last = lengths[:, None].astype(jnp.int32) - 1
-    newest = last - (last - slot) % ring  # the newest position <= last with position = slot mod ring
+    newest = (
+        last - (last - slot) % ring
+    )  # the newest position <= last with position = slot mod ring
     held = jnp.where(slot < sink, slot, newest)
     used = (held <= last) & ((slot < sink) | (held >= sink))
     return jnp.where(used, held, EMPTY), jnp.where(used, held, 0)

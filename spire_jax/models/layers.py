@@ -108,14 +108,14 @@ def attention(
     # transposes to each chunk's products.
     q = jnp.moveaxis(q, 1, 3)
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-    if not all(isinstance(x, np.ndarray) for x in (q_pos, k_pos)):
+    if not (isinstance(q_pos, np.ndarray) and isinstance(k_pos, np.ndarray)):
         parts = [_attend(q, k, v, _mask(q_pos, k_pos, limit, window, sink), scale)]
     else:
         parts = []
         for start in range(0, q.shape[3], chunk):
             rows = slice(start, start + chunk)
             row_limit = None if limit is None else limit[rows]
-            mask = _mask(q_pos[rows], k_pos, row_limit, window, sink)[0]
+            mask = np.asarray(_mask(q_pos[rows], k_pos, row_limit, window, sink)[0])
             seen = _visible_runs(mask, chunk)
             keys, values = (jnp.concatenate([x[:, :, s] for s in seen], axis=2) for x in (k, v))
             visible = np.concatenate([mask[:, s] for s in seen], axis=1)[None]

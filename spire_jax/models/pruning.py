@@ -16,9 +16,7 @@ def prune(target: Params, draft: Params) -> Params:
         raise ValueError(f"a draft of {n_draft} blocks cannot be pruned from {n_target}")
     pruned = {name: _copy(target[name]) if name in target else value
               for name, value in draft.items() if name != "blocks"}  # fmt: skip
-    pruned["blocks"] = {
-        i: _copy(target["blocks"][n_target - n_draft + i]) for i in range(n_draft)
-    }
+    pruned["blocks"] = {i: _copy(target["blocks"][n_target - n_draft + i]) for i in range(n_draft)}
     return pruned
 
 

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Set-up, linter, type checker, and the tests.
+#
+#   bash launch/test.sh            the fast tier
+#   bash launch/test.sh --full     the long tests too
+#
+# Further arguments go to pytest: bash launch/test.sh tests/test_masks.py -k sink
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/setup.sh requirements-test.txt
+bin=.venv/bin
+
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy"
+
+# One worker a core, at most four: each compiles its own programs and holds its own arrays. A file
+# stays with one worker, so that what its tests share is made once. Two workers on two cores leave
+# none for XLA's own threads, which at these sizes cost more than they bring.
+workers=(-n logical --maxprocesses=4 --dist=loadfile)
+exec "$bin/python" -m pytest "${workers[@]}" "$@"
