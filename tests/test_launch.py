@@ -1,0 +1,287 @@
+"""The launch scripts, with stubs in place of Python and of the tools: no network, no jax."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+TOOLS = "bash sed cat rm mkdir find dirname sleep cp touch kill"
+
+# Stands for every Python. It notes what it is asked to do; a file beside it, named after it with
+# ".is", says what it lacks or how pip ends.
+STUB = f"""#!/bin/bash
+is="$(cat "$0.is" 2>/dev/null)"
+case "$1 ${{2:-}}" in
+  "-m venv")
+    echo "venv" >>"$STUB_LOG"
+    mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; touch "$3/pyvenv.cfg" "$3/has-pip" ;;
+  "-m pip")
+    echo "pip ${{*: -1}}" >>"$STUB_LOG"
+    case "${{STUB_PIP:-}}" in
+      fail) echo "ERROR: no network" >&2; exit 1 ;;
+      killed) kill -9 $PPID; exit 1 ;;
+      slow) sleep 1 ;;
+    esac ;;
+  "-m "*) echo "run $$ ${{JAX_PLATFORMS-unset}} $PWD ${{*:2}}" >>"$STUB_LOG"
+    exit "${{STUB_STATUS:-0}}" ;;
+  *)
+    [[ "$is" != *broken* ]] || exit 127
+    version="${{STUB_VERSION:-3.12.1}}"
+    case "$2" in
+      *'print("%d'*) [[ "$is" == *old* ]] && echo 3.9.1 || echo "$version" ;;
+      *"version_info < "*) [[ "$is" != *old* ]] ;;
+      *ensurepip*) [[ "$is" != *bare* ]] ;;
+      *'distribution("pip")'*) [[ -e "$(dirname "$0")/../has-pip" ]] ;;
+      *) exec "{sys.executable}" "$@" ;;
+    esac ;;
+esac
+"""
+
+
+class Place:
+    """A copy of the scripts with requirements of its own, and a PATH of stubs alone."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.root, self.bin, self.log = folder / "a repo", folder / "bin", folder / "log"
+        self.venv = self.root / ".venv"
+        for name in ("launch", ".ci"):
+            shutil.copytree(ROOT / name, self.root / name)
+        (self.root / "requirements.txt").write_text("jax\n")
+        (self.root / "requirements-test.txt").write_text("-r requirements.txt\npytest\n")
+        self.bin.mkdir()
+        for tool in TOOLS.split():
+            (self.bin / tool).symlink_to(shutil.which(tool) or f"/bin/{tool}")
+
+    def python(self, name="python3", lacks="", folder=None):
+        path = (folder or self.bin) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(STUB)
+        path.chmod(0o755)
+        if lacks:
+            pathlib.Path(f"{path}.is").write_text(lacks)
+        return path
+
+    def env(self, **more):
+        return {"PATH": str(self.bin), "STUB_LOG": str(self.log), **more}
+
+    def run(self, script, *arguments, cwd="/", **env):
+        return subprocess.run(
+            ["bash", str(self.root / script), *arguments],
+            cwd=cwd, env=self.env(**env), capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+
+    def done(self):
+        """What the stubs were asked to do since the last look."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.log.unlink(missing_ok=True)
+        return lines
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path)
+
+
+def set_up(place, *arguments, **env):
+    result = place.run("launch/setup.sh", *arguments, **env)
+    assert result.returncode == 0, result.stderr
+    return place.done()
+
+
+def test_set_up_once(place):
+    place.python()
+    assert set_up(place) == ["venv", "pip requirements.txt"]
+    again = place.run("launch/setup.sh")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert place.done() == []
+
+
+def test_installs_again_when_a_list_or_python_has_changed(place):
+    place.python()
+    set_up(place)
+    assert set_up(place, "requirements-test.txt") == ["pip requirements-test.txt"]
+    assert set_up(place) == set_up(place, "requirements-test.txt") == []
+    (place.root / "requirements-test.txt").write_text("-r requirements.txt\npytest>9\n")
+    assert set_up(place) == []
+    assert set_up(place, "requirements-test.txt") == ["pip requirements-test.txt"]
+    (place.root / "requirements.txt").write_text("jax>0.10\n")  # part of both lists
+    assert set_up(place, "requirements-test.txt") == ["pip requirements-test.txt"]
+    assert set_up(place) == []
+    assert set_up(place, STUB_VERSION="3.12.2") == ["pip requirements.txt"]
+
+
+@pytest.mark.parametrize("what", ["no pip", "no python", "empty", "broken link"])
+def test_a_half_made_environment_is_made_again(place, what):
+    place.python()
+    set_up(place)
+    if what == "no pip":
+        (place.venv / "has-pip").unlink()
+    elif what == "no python":
+        (place.venv / "bin/python").unlink()
+    elif what == "empty":
+        shutil.rmtree(place.venv)
+        place.venv.mkdir()
+    else:  # Python itself was upgraded away
+        (place.venv / "bin/python").unlink()
+        (place.venv / "bin/python").symlink_to("/nowhere/python3")
+    (place.venv / "left-over").touch()
+    assert set_up(place) == ["venv", "pip requirements.txt"]
+    assert not (place.venv / "left-over").exists()
+    assert set_up(place) == []
+
+
+def test_killed_while_installing(place):
+    place.python()
+    assert place.run("launch/setup.sh", STUB_PIP="killed").returncode < 0
+    assert place.done() == ["venv", "pip requirements.txt"]
+    assert set_up(place) == ["venv", "pip requirements.txt"]
+    assert set_up(place) == []
+
+
+def test_pip_fails(place):
+    place.python()
+    result = place.run("launch/setup.sh", STUB_PIP="fail")
+    assert result.returncode == 1
+    assert "ERROR: no network\nsetup: pip could not install requirements.txt" in result.stderr
+    assert place.done() == ["venv", "pip requirements.txt"]
+    assert set_up(place) == ["pip requirements.txt"]
+
+
+def test_two_at_once_take_turns(place):
+    place.python()
+    command = ["bash", str(place.root / "launch/setup.sh")]
+    both = [
+        subprocess.Popen(command, env=place.env(STUB_PIP="slow"), stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    texts = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("waiting for another set-up" in text for text in texts) == 1
+    assert place.done().count("venv") == 1
+
+
+def test_the_interpreter_is_the_first_suitable_one(place):
+    place.python("python3", lacks="old")
+    place.python("python3.13", lacks="broken")
+    place.python("python3.11", lacks="bare")
+    nothing = place.run("launch/setup.sh")
+    assert nothing.returncode == 1
+    assert place.done() == []
+    for reason in (
+        "python3: 3.9.1 is older than 3.11", "python3.13: does not run", "python3.12: not found",
+        "python3.11: 3.12.1 lacks venv or ensurepip (on Debian and Ubuntu: apt install",
+        "PYTHON=/path/to/python",
+    ):  # fmt: skip
+        assert reason in nothing.stderr
+    place.python("python3.12")
+    result = place.run("launch/setup.sh")
+    assert result.returncode == 0
+    assert f"with {place.bin}/python3.12 (3.12.1)" in result.stderr
+
+
+def test_python_can_be_chosen(place):
+    place.python()
+    other = place.python("python", folder=place.root / "my pythons")
+    result = place.run("launch/setup.sh", PYTHON=str(other))
+    assert f"with {other} (3.12.1)" in result.stderr
+    assert place.run("launch/setup.sh", PYTHON=str(other)).returncode == 0
+    old = place.python("python", folder=place.root / "old", lacks="old")
+    result = place.run("launch/setup.sh", PYTHON=str(old))
+    assert result.returncode == 1
+    assert f"PYTHON={old}: 3.9.1 is older than 3.11" in result.stderr
+    place.done()
+    (place.venv / "bin/python").write_text(STUB.replace("3.12.1", "3.13.0"))
+    result = place.run("launch/setup.sh", PYTHON=str(other))
+    assert result.returncode == 1
+    assert "is 3.12.1, but .venv has 3.13.0; unset PYTHON or remove .venv" in result.stderr
+    assert place.done() == []
+
+
+def test_an_unknown_list(place):
+    result = place.run("launch/setup.sh", "requirement.txt")
+    assert result.returncode == 1
+    assert result.stderr == "setup: there is no list of requirements called requirement.txt\n"
+
+
+# --- quickstart ----------------------------------------------------------------------------------
+
+
+def quickstart(place, *arguments, **env):
+    command = ["bash", str(place.root / "launch/quickstart.sh"), *arguments]
+    process = subprocess.Popen(command, cwd="/", env=place.env(**env), stderr=subprocess.PIPE)
+    process.communicate(timeout=60)
+    line = [line for line in place.done() if line.startswith("run")][-1]
+    assert line.startswith(f"run {process.pid} "), "python did not take the place of the script"
+    return process.returncode, line.removeprefix(f"run {process.pid} ")
+
+
+def test_quickstart_runs_from_the_root_and_passes_on_what_it_is_given(place):
+    place.python()
+    code, line = quickstart(place, "--config.train.steps=5", "--stages=target", STUB_STATUS="3")
+    assert code == 3
+    assert line == (
+        f"cpu {place.root} spire_jax.run --config=configs/quickstart.py "
+        "--workdir=runs/quickstart --config.train.steps=5 --stages=target"
+    )
+    assert "--workdir=/else where" in quickstart(place, WORKDIR="/else where")[1]
+
+
+def test_quickstart_leaves_the_platform_to_jax_where_there_is_a_choice(place):
+    place.python()
+    assert quickstart(place)[1].startswith("cpu ")
+    assert quickstart(place, JAX_PLATFORMS="tpu")[1].startswith("tpu ")
+    packages = place.venv / "lib/python3.12/site-packages"
+    for plugin in ("jax_plugins/xla_cuda13", "libtpu"):
+        (packages / plugin).mkdir(parents=True)
+        assert quickstart(place)[1].startswith("unset ")
+        shutil.rmtree(packages)
+    assert quickstart(place)[1].startswith("cpu ")
+
+
+# --- tests ---------------------------------------------------------------------------------------
+
+
+def tools(place):
+    """ruff and mypy as stubs that note their arguments and fail on demand."""
+    place.python()
+    set_up(place, "requirements-test.txt")
+    for name in ("ruff", "mypy"):
+        path = place.venv / "bin" / name
+        path.write_text(
+            f'#!/bin/bash\necho "{name} $*" >>"$STUB_LOG"\n[[ "{name} $*" != "$STUB_FAILS"* ]]\n'
+        )
+        path.chmod(0o755)
+
+
+def test_linter_types_and_tests_in_turn(place):
+    tools(place)
+    result = place.run("launch/test.sh", "--full", "-k", "sink", STUB_FAILS="none", STUB_STATUS="5")
+    assert result.returncode == 5
+    *before, last = place.done()
+    assert before == ["ruff check .", "ruff format --check .", "mypy "]
+    assert " pytest " in last
+    assert last.endswith(" --full -k sink")
+
+
+@pytest.mark.parametrize("failing", ["ruff check", "ruff format", "mypy"])
+def test_what_fails_stops_the_rest(place, failing):
+    tools(place)
+    assert place.run("launch/test.sh", STUB_FAILS=failing).returncode == 1
+    assert place.done()[-1].startswith(failing)
+
+
+def test_ci_runs_the_fast_tier(place):
+    tools(place)
+    assert place.run(".ci/run", STUB_FAILS="none").returncode == 0
+    assert place.done()[-1].endswith(" pytest -n logical --maxprocesses=4 --dist=loadfile")
+
+
+def test_scripts_can_be_executed_and_checked():
+    for script in [*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"]:
+        assert os.access(script, os.X_OK), f"{script} is not executable"
+        assert "set -euo pipefail" in script.read_text()
+        assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
