@@ -129,6 +129,7 @@ def _summary(
         "assumptions": assumptions,
         "training": {name: _training(rows) for name, rows in inputs.metrics.items()},
         "heldout_bits_per_byte": inputs.evaluation["heldout_bits_per_byte"],
+        "heldout_alpha": inputs.evaluation.get("heldout_alpha", {}),
         "corpus": inputs.evaluation["corpus"],
         "machine": inputs.evaluation["machine"],
         "seconds": inputs.evaluation.get("seconds", {}),

@@ -116,6 +116,7 @@ def evaluation() -> dict:
         "corpus": {"sha256": "ab" * 32, "train_bytes": 21_000_000, "heldout_bytes": 2_400_000,
                    "train_documents": 1400, "heldout_documents": 150},
         "heldout_bits_per_byte": {"target": 1.71, "vanilla": 2.2},
+        "heldout_alpha": {"spire": 0.8125, "vanilla": 0.625},
         "machine": {"hardware": "2 cores of a test <CPU>", "jax": "0.10.2", "python": "3.11.4",
                     "devices": "cpu:0"},
         "timing": {name: {"context_length": 184, "batch_size": 16, "tokens_per_s": values,
@@ -182,6 +183,7 @@ def test_summary_equals_hand_computed_values(summary, workdir):
     assert summary["stages"] == STAGES
     assert summary["config"]["decode"]["k"] == K
     assert summary["corpus"]["sha256"] == "ab" * 32
+    assert summary["heldout_alpha"]["spire"] == 0.8125
 
 
 def test_autoregressive_is_the_unit(summary):
