@@ -99,6 +99,37 @@ def test_restores_into_the_given_sharding(tmp_path):
     assert restored["w"].sharding == sharding
 
 
+RESHARDED = """
+    import sys, jax, jax.numpy as jnp, numpy as np
+    from spire_jax.checkpoints import Checkpoints, load_params, save_params
+    P = jax.sharding.PartitionSpec
+    def placed(sizes, spec):
+        auto = (jax.sharding.AxisType.Auto,) * 2
+        mesh = jax.make_mesh(sizes, ("fsdp", "tensor"), axis_types=auto)
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        whole = jax.random.normal(jax.random.key(0), (16, 24))
+        return {"w": {0: jax.device_put(whole, sharding)}, "n": jnp.int32(3)}
+    assert jax.device_count() == 8
+    a, b = placed((8, 1), P("fsdp")), placed((2, 4), P("tensor", "fsdp"))
+    with Checkpoints(sys.argv[1], kept=1, identity={}) as checkpoints:
+        checkpoints.save(1, a)
+        restored = checkpoints.restore(b)[1]["w"][0]
+    assert restored.sharding == b["w"][0].sharding, restored.sharding
+    assert (restored == b["w"][0]).all()
+    save_params(sys.argv[1] + "/model", a, {})
+    assert load_params(sys.argv[1] + "/model", b)["w"][0].sharding == b["w"][0].sharding
+    on_one = load_params(sys.argv[1] + "/model")["w"][0]
+    assert len(on_one.devices()) == 1
+    assert (np.asarray(on_one) == np.asarray(b["w"][0])).all()
+"""
+
+
+def test_restores_into_another_sharding_on_eight_devices(tmp_path):
+    devices = "--xla_force_host_platform_device_count=8"
+    done = run_python(RESHARDED, tmp_path / "c", XLA_FLAGS=devices)
+    assert done.returncode == 0, done.stderr
+
+
 def test_arrays_can_be_donated_right_after_save(tmp_path):
     @jax.jit
     def fresh(i):
@@ -327,11 +358,11 @@ KILLED_WHILE_SAVING = """
 """
 
 
-def run_python(code, *args):
+def run_python(code, *args, **env):
     root = pathlib.Path(__file__).parent.parent
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
-        cwd=root, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+        cwd=root, env={**os.environ, "JAX_PLATFORMS": "cpu", **env}, capture_output=True, text=True,
         timeout=120,
     )  # fmt: skip
 
