@@ -22,9 +22,11 @@ from spire_jax.data.pipeline import Batch
 from spire_jax.decode import Weights, decode_rounds, finish, generate, generation_lengths, start
 from spire_jax.evaluate import AUTOREGRESSIVE, make_decoder
 from spire_jax.hardware import describe, peak_memory_bytes
+from spire_jax.models.transformer import Params
 from spire_jax.oracle import acceptance_along, round_statistics
 from spire_jax.sharding import make_mesh
 from spire_jax.train import (
+    Task,
     draft_task,
     init_params,
     init_state,
@@ -81,12 +83,12 @@ def bench_training(config: ExperimentConfig, repeats: int) -> None:
     )
     task = target_task(config)
     target = init_params(task.model, jax.random.key(0), mesh)
-    tasks = {"target": (task, target, None)}
+    tasks: dict[str, tuple[Task, Params, Params]] = {"target": (task, target, None)}
     for name, _ in config.drafts:
         task = draft_task(config, name)
         tasks[name] = (task, initial_draft(config, name, task, target, mesh), target)
     target = init_params(tasks["target"][0].model, jax.random.key(0), mesh)
-    work = {}
+    work: dict[str, Callable[[], None]] = {}
     for name, (task, params, frozen) in tasks.items():
         optimizer = make_optimizer(train, task)
         copy = jax.tree.map(lambda x: x.copy(), params)

@@ -86,6 +86,11 @@ def evaluate(
         room=ev.output_length + oracle_depth(config),
         seed=config.seed,
     )
+    teacher_forced = held_out(config, target, drafts, dataset)
+    # From here on models decode, in decode.dtype.
+    compute = compute_for(config.decode, config.train)
+    target = target_model(config, compute).cast(target)
+    drafts = {n: strategy(config, n, compute).model.cast(p) for n, p in drafts.items()}
     seconds: dict[str, float] = {}
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in (AUTOREGRESSIVE, *drafts)}
     batches = -(-len(contexts) // ev.batch_size)
@@ -114,7 +119,6 @@ def evaluate(
                         if ev.decoder_samples:
                             record["decoder"] = _decoder_record(counts[row])
                         records[name].append(record)
-    teacher_forced = held_out(config, target, drafts, dataset)
     summary = {
         "corpus": dataset.corpus.summary(),
         "heldout_bits_per_byte": teacher_forced["bits_per_byte"],

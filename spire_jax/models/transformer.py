@@ -173,6 +173,19 @@ class Model:
             node[path[-1]] = variable.axes
         return out
 
+    def cast(self, params: Params) -> Params:
+        """Parameters for decoding: matrices in the compute type, so that steps read no wider.
+
+        Norm scales, biases without a sharded axis and SPIRe's memory mix stay float32.
+        """
+        dtype = self.compute.dtype
+        return jax.tree.map(
+            lambda axes, x: x.astype(dtype) if any(axes) else x,
+            self.axes(),
+            params,
+            is_leaf=lambda x: type(x) is tuple,
+        )
+
     def count(self) -> int:
         """Number of parameters."""
         return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.shapes()))
