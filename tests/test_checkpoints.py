@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact, atomic, kept few; torn, foreign and unwritable ones found out."""
 
 import contextlib
+import gc
 import os
 import pathlib
 import resource
@@ -261,6 +262,7 @@ def test_a_damaged_checkpoint_without_a_list_of_its_files(tmp_path, how):
         if step == 10:
             skipped.add(name.name)
         shutil.rmtree(tmp_path / "copy")
+        gc.collect()  # the remarks come here, and not after the last line of all tests
     assert {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"} <= skipped
 
 
