@@ -6,7 +6,7 @@ round, verification, sampling, evaluation and report are shared by all; what a s
 `spire_jax.throughput`.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from spire_jax.sampling import Sampling
 DraftCache = Any  # a pytree of the strategy's own
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """One way of drafting. Instances are hashable and hold no arrays."""
 
