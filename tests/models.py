@@ -1,0 +1,111 @@
+"""Tiny models for tests: a target, drafts of every kind, and texts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spire_jax.config import ModelConfig
+from spire_jax.decode import Decoder, Weights
+from spire_jax.drafting import Strategy
+from spire_jax.drafting.spire import Spire
+from spire_jax.drafting.vanilla import Vanilla
+from spire_jax.models.layers import Compute
+from spire_jax.models.pruning import prune
+from spire_jax.models.spire import SpireDraft
+from spire_jax.models.transformer import Model, Params, Transformer
+from spire_jax.sampling import Sampling
+
+TINY = ModelConfig(
+    n_layers=3, d_model=32, n_kv_heads=2, q_per_kv=2, d_head=8, d_ff=48, vocab_size=24, n_tokens=21
+)
+WINDOW, SINK = 6, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A target and a draft with parameters."""
+
+    target: Model
+    target_params: Params
+    strategy: Strategy
+    draft_params: Params
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.target_params, self.draft_params)
+
+    def decoder(self, k: int, temperature: float = 1.0, eos: int = -1, **sampling) -> Decoder:
+        return Decoder(self.target, self.strategy, k, Sampling(temperature, **sampling), eos)
+
+    def autoregressive(self, temperature: float = 1.0, eos: int = -1, **sampling) -> Decoder:
+        return Decoder(self.target, None, 0, Sampling(temperature, **sampling), eos)
+
+
+def init(model: Model, seed: int, sharpness: float = 1.0) -> Params:
+    """Random parameters; `sharpness` scales the unembedding, so that distributions differ.
+
+    Drawn by NumPy at the scales of the model's own initializers, which cost seconds of
+    compilation; test_transformer.py holds the two against each other.
+    """
+    rng = np.random.default_rng(seed)
+    sizes, options = model.config, dict(model.options)
+    fan_in = {"out": sizes.n_kv_heads * sizes.q_per_kv * sizes.d_head, "down": sizes.d_ff}
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name == "scale":
+            value = np.ones(leaf.shape)
+        elif name.endswith("_bias"):
+            value = np.zeros(leaf.shape)
+        elif name == "memory_mix":
+            n, own = sizes.n_layers, options.get("memory_init", 0.95)
+            value = np.log(np.where(np.eye(n, n + 1, dtype=bool), own, (1 - own) / n))
+        else:
+            scale = fan_in.get(name, sizes.d_model) ** -0.5
+            scale = {"embedding": 1.0, "unembedding": scale * sharpness}.get(name, scale)
+            if name == "query" and sizes.scale_in_init:
+                scale *= sizes.d_head**-0.5
+            value = scale * rng.normal(size=leaf.shape)
+        return jnp.asarray(value, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, model.shapes())
+
+
+@functools.cache
+def target(config: ModelConfig = TINY, seed: int = 0) -> tuple[Model, Params]:
+    model = Model(Transformer, config, Compute())
+    return model, init(model, seed, sharpness=2.0)
+
+
+@functools.cache
+def pair(kind: str, config: ModelConfig = TINY) -> Pair:
+    """kind: "spire", "spire_strict" (attend_self=False), "spire_plain" (no feedback), "vanilla"
+    (another small model), "ring" (pruned, windowed, no activations), "self" (the target)."""
+    model, params = target(config)
+    windowed = dataclasses.replace(config, window=WINDOW, sink=SINK, n_layers=2)
+    if kind.startswith("spire"):
+        options = {"attend_self": kind != "spire_strict", "feedback": kind != "spire_plain"}
+        draft = Model(SpireDraft, windowed, Compute(), tuple(options.items()))
+        draft_params = prune(params, init(draft, 1))
+        return Pair(model, params, Spire(draft, config.n_layers), draft_params)
+    if kind == "self":
+        return Pair(model, params, Vanilla(model), params)
+    if kind == "ring":
+        draft = Model(Transformer, windowed, Compute())
+        return Pair(model, params, Vanilla(draft), prune(params, init(draft, 1)))
+    assert kind == "vanilla"
+    small = dataclasses.replace(config, n_layers=1, d_model=16, d_ff=24)
+    draft = Model(Transformer, small, Compute())
+    return Pair(model, params, Vanilla(draft), init(draft, 2, sharpness=2.0))
+
+
+def texts(rows: int, length: int, seed: int = 0, n_tokens: int = TINY.n_tokens) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, n_tokens, (rows, length)).astype(np.int32)
+
+
+def ragged(lengths, seed: int = 0, n_tokens: int = TINY.n_tokens) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, n_tokens, n).astype(np.int32) for n in lengths]

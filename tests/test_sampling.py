@@ -1,0 +1,117 @@
+"""Transforms of distributions on examples worked out by hand, and the random streams."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spire_jax.sampling import Sampling, probabilities, round_keys, sample, stream
+
+HALVES = np.log([0.1, 0.4, 0.2, 0.3])  # logits of a distribution to work with by hand
+
+
+def transformed(logits, **options) -> np.ndarray:
+    return np.asarray(probabilities(jnp.asarray(logits, jnp.float32), Sampling(**options)))
+
+
+@pytest.mark.parametrize(
+    "options, p",
+    [
+        (dict(), [0.1, 0.4, 0.2, 0.3]),
+        # p^2 = 1, 16, 4, 9 in thirtieths
+        (dict(temperature=0.5), [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
+        (dict(top_k=1), [0, 1, 0, 0]),
+        (dict(top_k=2), [0, 4 / 7, 0, 3 / 7]),
+        (dict(top_k=4), [0.1, 0.4, 0.2, 0.3]),
+        (dict(top_k=99), [0.1, 0.4, 0.2, 0.3]),
+        # The smallest set that reaches top_p: 0.4, then 0.7, then 0.9.
+        (dict(top_p=0.01), [0, 1, 0, 0]),
+        (dict(top_p=0.39), [0, 1, 0, 0]),
+        (dict(top_p=0.41), [0, 4 / 7, 0, 3 / 7]),
+        (dict(top_p=0.69), [0, 4 / 7, 0, 3 / 7]),
+        (dict(top_p=0.71), [0, 4 / 9, 2 / 9, 3 / 9]),
+        (dict(top_p=0.95), [0.1, 0.4, 0.2, 0.3]),
+        # Temperature comes before top-p: at 0.5 the first two hold 25/30 (at 1: only 0.7).
+        (dict(temperature=0.5, top_p=0.8), [0, 16 / 25, 0, 9 / 25]),
+        # ... and top-k comes before top-p: of the two kept, the first holds 4/7 (of all: 0.4).
+        (dict(top_k=2, top_p=0.5), [0, 1, 0, 0]),
+        (dict(temperature=0.5, top_k=3, top_p=0.9), [0, 16 / 29, 4 / 29, 9 / 29]),
+        (dict(temperature=0.5, top_k=2, top_p=0.6), [0, 1, 0, 0]),
+        (dict(temperature=0.0), [0, 1, 0, 0]),
+    ],
+)  # fmt: skip
+def test_transforms_by_hand(options, p):
+    result = transformed(HALVES, **options)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, p, atol=1e-6)
+    np.testing.assert_array_equal(result == 0, np.array(p) == 0)
+
+
+def test_ties_go_to_the_lower_token():
+    ties = [1.0, 3.0, 3.0, 3.0, 0.0]
+    np.testing.assert_allclose(transformed(ties, top_k=2), [0, 0.5, 0.5, 0, 0])
+    np.testing.assert_allclose(transformed(ties, temperature=0.0), [0, 1, 0, 0, 0])
+    np.testing.assert_allclose(transformed([0.0] * 4, top_p=0.7), [1 / 3] * 3 + [0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(temperature=0.0), dict(temperature=2.0), dict(top_k=3), dict(top_p=0.999)],
+)
+def test_padding_has_no_probability_and_is_never_drawn(options):
+    logits = np.array([0.5, -2.0, 0.1, -np.inf, -np.inf])
+    p = transformed(logits, **options)
+    assert np.isfinite(p).all() and not p[3:].any()
+    np.testing.assert_allclose(p.sum(), 1, rtol=1e-6)
+    keys = jax.random.split(jax.random.key(0), 5000)
+    drawn = sample(keys, jnp.broadcast_to(p, (5000, 5)))
+    assert set(np.unique(drawn)) == set(np.flatnonzero(p))
+
+
+def test_rows_are_transformed_independently():
+    """Shapes (2, 3, V): the last axis is the vocabulary, and ranks go back where they came from."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)), jnp.float32)
+    sampling = Sampling(0.7, 5, 0.8)
+    whole = probabilities(logits, sampling)
+    rows = [[probabilities(row, sampling) for row in block] for block in logits]
+    np.testing.assert_allclose(whole, rows, atol=1e-7)
+    np.testing.assert_array_equal(whole.argmax(-1), logits.argmax(-1))
+
+
+def test_bfloat16_logits_are_transformed_in_float32():
+    logits = jnp.asarray([0.1, 0.2, 0.3], jnp.bfloat16)
+    p = probabilities(logits, Sampling(0.7))
+    assert p.dtype == jnp.float32
+    exact = np.exp(np.asarray(logits, np.float64) / 0.7)
+    np.testing.assert_allclose(p, exact / exact.sum(), rtol=1e-6)
+
+
+def test_sample_follows_the_distribution():
+    p = transformed(HALVES)
+    keys = jax.random.split(jax.random.key(1), 20000)
+    counts = np.bincount(sample(keys, jnp.broadcast_to(p, (20000, 4))), minlength=4)
+    np.testing.assert_allclose(counts / 20000, p, atol=0.015)  # four standard deviations
+
+
+def bits(keys) -> np.ndarray:
+    return np.asarray(jax.random.key_data(keys))
+
+
+def test_streams_are_named():
+    keys = jax.random.split(jax.random.key(2), 3)
+    same, again = stream(keys, "accept"), stream(keys, "accept")
+    np.testing.assert_array_equal(bits(same), bits(again))
+    names = ["draft", "accept", "next", "order", "init target"]
+    distinct = {tuple(row) for name in names for row in bits(stream(keys, name))}
+    distinct |= {tuple(row) for row in bits(keys)}
+    assert len(distinct) == 3 * (len(names) + 1)
+
+
+def test_round_keys_belong_to_a_request_and_its_own_round():
+    seeds = jax.random.split(jax.random.key(3), 2)
+    at = {
+        (r0, r1): bits(round_keys(seeds, jnp.asarray([r0, r1]))) for r0 in (0, 5) for r1 in (0, 5)
+    }
+    np.testing.assert_array_equal(at[0, 5][0], at[0, 0][0])  # another row's round changes nothing
+    np.testing.assert_array_equal(at[0, 5][1], at[5, 5][1])
+    assert len({tuple(row) for keys in at.values() for row in keys}) == 4

@@ -1,0 +1,226 @@
+"""Token verification against enumeration: whole rounds by chi-square, single cases by hand.
+
+The target is a Markov chain over 16 tokens, whose joint distribution of the first tokens is
+known exactly; the draft is another chain that disagrees with it strongly. Both go through the
+decoder's own rounds, so that the joint of three tokens crosses from one round to the next.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from flax import nnx
+
+from spire_jax.config import ModelConfig
+from spire_jax.decode import Decoder, DecodeState, Weights, finish
+from spire_jax.drafting.vanilla import Vanilla
+from spire_jax.models.kv_cache import empty_full
+from spire_jax.models.layers import Compute
+from spire_jax.models.transformer import Model, Transformer
+from spire_jax.sampling import Sampling, probabilities
+from spire_jax.verification import residual_distribution, verify_tokens
+
+V, TRIALS, EMITTED = 16, 200_000, 3
+SIGNIFICANCE = 1e-4
+CONFIG = ModelConfig(n_layers=1, d_model=2, n_kv_heads=1, d_head=2, d_ff=2,
+                     vocab_size=V, n_tokens=V)  # fmt: skip
+
+
+class Markov(Transformer):
+    """Logits that depend on the last token alone; keeps nothing in its cache."""
+
+    def __init__(self, config: ModelConfig, compute: Compute, *, rngs: nnx.Rngs):
+        self.table = nnx.Param(jnp.zeros((V, V)))
+
+    def extend(self, cache, tokens, positions, collect=()):
+        return self.table[...][tokens], (), cache
+
+
+def tables() -> tuple[np.ndarray, np.ndarray]:
+    """Logits of target and draft, nearly unrelated: about half of all drafts are rejected."""
+    target, noise = np.random.default_rng(0).normal(0, 1.2, (2, V, V))
+    return target, 0.4 * target + 0.9 * noise
+
+
+def transformed(table, sampling: Sampling) -> np.ndarray:
+    """Temperature, top-k, top-p in float64, token by token from the definition."""
+    p = np.exp(np.asarray(table, np.float64) / sampling.temperature)
+    for row in p:
+        order = np.argsort(-row)
+        row[order[sampling.top_k or V :]] = 0
+        row /= row.sum()
+        before = 0.0
+        for token in order:
+            share = row[token]
+            row[token] = share if before < sampling.top_p else 0.0
+            before += share
+        row /= row.sum()
+    return p
+
+
+def chi_square(counts: np.ndarray, p: np.ndarray) -> float:
+    """p-value of counts against probabilities; cells expected under 5 times are merged."""
+    counts, expected = counts.ravel(), p.ravel() * counts.sum()
+    assert not counts[expected == 0].any(), "a token came out that the target never emits"
+    small = expected < 5
+    groups = [(counts[~small], expected[~small])]
+    if expected[small].sum() > 0:
+        groups.append(([counts[small].sum()], [expected[small].sum()]))
+    observed, wanted = (np.concatenate([group[i] for group in groups]) for i in range(2))
+    return scipy.stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue
+
+
+@functools.cache
+def decoded(k: int, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """The first EMITTED tokens of TRIALS rows that all start at token 0, and counts by depth."""
+    model = Model(Markov, CONFIG, Compute())
+    decoder = Decoder(model, Vanilla(model), k, sampling)
+    weights = Weights(*({"table": jnp.asarray(t, jnp.float32)} for t in tables()))
+    width = 1 + EMITTED + k
+
+    def zeros(*shape, dtype=jnp.int32):
+        return jnp.zeros((TRIALS, *shape), dtype)
+
+    state = DecodeState(
+        tokens=zeros(width), kinds=zeros(width, dtype=jnp.int8), lengths=zeros() + 1,
+        ends=zeros() + 1 + EMITTED, done=zeros(dtype=bool), rounds=zeros(), counts=zeros(k + 1),
+        seeds=jax.vmap(jax.random.key)(jnp.arange(TRIALS, dtype=jnp.uint32)),
+        target_cache=empty_full(CONFIG, TRIALS, 1, "float32"),
+        draft_cache=empty_full(CONFIG, TRIALS, 1, "float32"),
+    )  # fmt: skip
+    state = finish(decoder, weights, state)
+    return np.asarray(state.tokens)[:, 1 : 1 + EMITTED], np.asarray(state.counts).sum(axis=0)
+
+
+SAMPLINGS = {
+    "temperature 1": Sampling(),
+    "temperature 0.6": Sampling(0.6),
+    "top-k": Sampling(1.0, 5),
+    "top-p": Sampling(1.0, 0, 0.8),
+    "all": Sampling(0.6, 7, 0.9),
+}
+
+
+CASES = [(name, k) for name in ("temperature 1", "temperature 0.6") for k in (1, 2, 3)]
+CASES += [("top-k", 2), ("top-p", 3), ("all", 1)]  # sorting takes most of the time
+
+
+@pytest.mark.parametrize("name, k", CASES)
+def test_output_follows_the_target_exactly(name, k):
+    """Every position's token, and the joint of the first three, against enumeration."""
+    sampling = SAMPLINGS[name]
+    tokens, counts = decoded(k, sampling)
+    p = transformed(tables()[0], sampling)
+    joint = p[0][:, None, None] * p[:, :, None] * p[None]  # [a, b, c]
+    found = np.zeros((V, V, V), int)
+    np.add.at(found, tuple(tokens[:, :3].T), 1)
+    assert chi_square(found, joint) > SIGNIFICANCE
+    marginal = p[0]
+    for position in range(EMITTED):
+        found = np.bincount(tokens[:, position], minlength=V)
+        assert chi_square(found, marginal) > SIGNIFICANCE, f"position {position}"
+        marginal = marginal @ p
+    # The draft does disagree, and rounds end at every depth.
+    assert (counts > 0.02 * counts.sum()).all() and counts[0] > 0.2 * counts.sum()
+
+
+def test_the_test_can_tell():
+    """The draft's own distribution, or a one percent mixture of it, is told from the target's."""
+    p, q = (transformed(t, Sampling())[0] for t in tables())
+    rng = np.random.default_rng(0)
+    for share in (1.0, 0.02):
+        drawn = rng.multinomial(TRIALS, (1 - share) * p + share * q)
+        assert chi_square(drawn, p) < SIGNIFICANCE
+    assert chi_square(rng.multinomial(TRIALS, p), p) > SIGNIFICANCE
+
+
+# --- one round ---------------------------------------------------------------------------------
+
+
+def distributions(rows: int, k: int, seed: int = 0):
+    """q (rows, k, V) and p (rows, k + 1, V), the same in every row."""
+    rng = np.random.default_rng(seed)
+    logits = jnp.asarray(rng.normal(0, 1.2, (2 * k + 1, V)), jnp.float32)
+    both = jnp.broadcast_to(probabilities(logits, Sampling()), (rows, 2 * k + 1, V))
+    return both[:, :k], both[:, k:]
+
+
+def keys_of(rows: int):
+    return jax.random.split(jax.random.key(5), rows)
+
+
+def test_accepted_counts_and_next_tokens_of_given_drafts():
+    """Fixed drafts: P(accept) = min(1, p_d / q_d), depth by depth, and the residual after that."""
+    rows, k = 100_000, 2
+    q, p = distributions(rows, k)
+    drafts = jnp.broadcast_to(jnp.asarray([3, 7]), (rows, k))
+    accepted, following = jax.jit(verify_tokens)(keys_of(rows), drafts, q, p)
+    q, p = np.asarray(q[0], np.float64), np.asarray(p[0], np.float64)
+    passes = [min(1.0, p[0, 3] / q[0, 3]), min(1.0, p[1, 7] / q[1, 7])]
+    assert 0.05 < passes[0] < 0.95 and 0.05 < passes[1] < 0.95
+    residuals = [np.maximum(p[i] - q[i], 0) for i in range(k)]
+    joint = np.stack([
+        (1 - passes[0]) * residuals[0] / residuals[0].sum(),
+        passes[0] * (1 - passes[1]) * residuals[1] / residuals[1].sum(),
+        passes[0] * passes[1] * p[2],
+    ])  # fmt: skip
+    found = np.zeros((k + 1, V), int)
+    np.add.at(found, (np.asarray(accepted), np.asarray(following)), 1)
+    assert chi_square(found, joint) > SIGNIFICANCE
+
+
+def test_equal_distributions_accept_everything():
+    rows, k = 20_000, 3
+    _, p = distributions(rows, k)
+    q = p[:, :k]
+    for token in range(V):
+        drafts = jnp.full((rows, k), token)
+        accepted, _ = verify_tokens(keys_of(rows), drafts, q, p)
+        assert (accepted == k).all()
+
+
+def test_a_token_that_the_target_never_emits_is_never_accepted():
+    q, p = distributions(5000, 1)
+    p = p.at[:, 0, 2].set(0.0)
+    accepted, following = verify_tokens(keys_of(5000), jnp.full((5000, 1), 2), q, p)
+    assert not accepted.any() and not (following == 2).any()
+
+
+def test_greedy_distributions_accept_exactly_the_argmax():
+    drafts = jnp.asarray([[1, 2, 3], [1, 2, 9], [1, 9, 3], [9, 2, 3], [1, 2, 3]])
+    p = jax.nn.one_hot(jnp.asarray([[1, 2, 3, 4]] * 5), V)
+    accepted, following = verify_tokens(keys_of(5), drafts, jax.nn.one_hot(drafts, V), p)
+    np.testing.assert_array_equal(accepted, [3, 2, 1, 0, 3])
+    np.testing.assert_array_equal(following, [4, 3, 2, 1, 4])
+
+
+def test_without_drafts_the_token_is_the_targets():
+    """k = 0: autoregressive decoding."""
+    _, p = distributions(50_000, 0)
+    accepted, following = verify_tokens(
+        keys_of(50_000), jnp.zeros((50_000, 0), jnp.int32), jnp.zeros((50_000, 0, V)), p
+    )
+    assert not accepted.any()
+    counts = np.bincount(following, minlength=V)
+    assert chi_square(counts, np.asarray(p[0, 0], np.float64)) > SIGNIFICANCE
+
+
+def test_residual_by_hand():
+    p = jnp.asarray([[0.5, 0.3, 0.2, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    q = jnp.asarray([[0.2, 0.6, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]])
+    residual = residual_distribution(p, q)
+    np.testing.assert_allclose(residual[0], [0.75, 0, 0.25, 0], atol=1e-6)
+    np.testing.assert_array_equal(residual[1], p[1])  # nothing left: p itself
+
+
+def test_a_row_depends_on_its_own_key_alone():
+    q, p = distributions(6, 2)
+    keys, drafts = keys_of(6), jnp.asarray([[3, 7]] * 6)
+    whole = verify_tokens(keys, drafts, q, p)
+    for row in range(6):
+        mine = slice(row, row + 1)
+        alone = verify_tokens(keys[mine], drafts[mine], q[mine], p[mine])
+        np.testing.assert_array_equal([x[row] for x in whole], [x[0] for x in alone])
