@@ -1,14 +1,16 @@
 """Speed of training, decoding and the oracle on this machine.
 
-    python -m launch.bench_pipeline            (about four minutes on 2 CPU cores)
+    bash launch/quickstart.sh
+    .venv/bin/python -m launch.bench_pipeline --config=configs/quickstart.py
 
-Prints a line per figure. Figures that are compared are measured in turn in one process; every
-figure is a median. The models are those of configs/quickstart.py at 0.8M body parameters, with
-random weights and random tokens: speed does not depend on either, except where the number of
-accepted tokens matters, and there it is counted.
+(about four minutes on 2 CPU cores). Prints a line per figure. Figures that are compared are
+measured in turn in one process; every figure is a median. Training is timed at 0.8M body
+parameters with random weights and tokens, on which its speed does not depend; decoding and the
+oracle on the trained models of a work directory of the same config.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -18,12 +20,20 @@ import numpy as np
 
 from spire_jax import config as configs
 from spire_jax.config import ExperimentConfig, body_parameters
-from spire_jax.data.pipeline import Batch
-from spire_jax.decode import Weights, decode_rounds, finish, generate, generation_lengths, start
-from spire_jax.evaluate import AUTOREGRESSIVE, make_decoder
+from spire_jax.data.pipeline import Batch, Context, cut_contexts
+from spire_jax.decode import Weights, decode_rounds, finish, generation_lengths, start
+from spire_jax.evaluate import (
+    AUTOREGRESSIVE,
+    decode_counts,
+    make_decoder,
+    oracle_depth,
+    oracle_records,
+    sample_texts,
+    target_pass,
+)
 from spire_jax.hardware import describe, peak_memory_bytes
 from spire_jax.models.transformer import Params
-from spire_jax.oracle import acceptance_along, round_statistics
+from spire_jax.run import Pipeline
 from spire_jax.sharding import make_mesh
 from spire_jax.train import (
     Task,
@@ -37,25 +47,35 @@ from spire_jax.train import (
     train_step,
 )
 
-SIZE = ["target.d_model=96", "target.d_ff=192", "train.steps=1000"]
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--config", default="configs/quickstart.py")
+    parser.add_argument("--workdir", default="runs/quickstart", help="of a finished run")
     parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args()
+    args, config = configs.command_line(parser)
     print(" | ".join(describe().values()))
+    sized = dataclasses.replace(
+        config, target=dataclasses.replace(config.target, d_model=96, d_ff=192)
+    )
     for seq_len, batch in ((256, 16), (1024, 4)):
-        config = configs.load(
-            args.config, [*SIZE, f"train.seq_len={seq_len}", f"train.batch_size={batch}"]
-        )
+        train = dataclasses.replace(sized.train, seq_len=seq_len, batch_size=batch)
         with jax.set_mesh(make_mesh(config.mesh)):
-            bench_training(config, args.repeats)
-    config = configs.load(args.config, SIZE)
-    with jax.set_mesh(make_mesh(config.mesh)):
-        bench_decoding(config, args.repeats)
-        bench_oracle(config)
+            bench_training(dataclasses.replace(sized, train=train), args.repeats)
+    pipeline = Pipeline(config, args.workdir)
+    with jax.set_mesh(pipeline.mesh):
+        target = pipeline.params("target")
+        weights = {AUTOREGRESSIVE: Weights(target)}
+        for name, _ in config.drafts:
+            weights[name] = Weights(target, pipeline.params(f"draft {name}"))
+        contexts = cut_contexts(
+            pipeline.corpus,
+            n_contexts=config.eval.batch_size,
+            context_length=max(config.eval.context_lengths),
+            room=config.eval.output_length + oracle_depth(config),
+            seed=config.seed,
+        )
+        bench_decoding(config, weights, contexts, args.repeats)
+        bench_oracle(config, weights, contexts)
     print(f"peak memory of this process: {peak_memory_bytes() / 1e6:.0f} MB")
 
 
@@ -108,12 +128,13 @@ def bench_training(config: ExperimentConfig, repeats: int) -> None:
               f"{body_parameters(config.target):,} body parameters)")  # fmt: skip
 
 
-def bench_decoding(config: ExperimentConfig, repeats: int) -> None:
+def bench_decoding(
+    config: ExperimentConfig, weights: dict[str, Weights], contexts: list[Context], repeats: int
+) -> None:
     """Generation's wall time against its number of rounds times one jitted round."""
-    weights, prompts, length = _pair(config)
+    prompts = [context.tokens for context in contexts]
     budgets, seeds = [config.eval.output_length] * len(prompts), range(len(prompts))
-    names = (AUTOREGRESSIVE, *(name for name, _ in config.drafts))
-    for name in names:
+    for name in weights:
         decoder = make_decoder(config, name)
 
         def whole(decoder=decoder, name=name):
@@ -142,83 +163,72 @@ def bench_decoding(config: ExperimentConfig, repeats: int) -> None:
             wall, rounds = whole()
             ratios.append(wall / (rounds * single))
             rates.append(len(prompts) * config.eval.output_length / wall)
-        print(f"decoding, B={len(prompts)}, context {length}, {name}: "
+        print(f"decoding, B={len(prompts)}, context {len(prompts[0])}, {name}: "
               f"{statistics.median(rates):,.0f} tokens/s; wall time "
               f"{statistics.median(ratios):.2f} x (rounds x one jitted round)")  # fmt: skip
 
 
-def bench_oracle(config: ExperimentConfig) -> None:
-    """Time of the oracle and of decoding for the same standard error of tau."""
-    weights, prompts, length = _pair(config)
-    ev, k = config.eval, config.train.k
-    for name, _ in config.drafts:
-        decoder = make_decoder(config, name)
-        autoregressive = make_decoder(config, AUTOREGRESSIVE)
-        budget = ev.output_length + k - 1
+def bench_oracle(
+    config: ExperimentConfig, weights: dict[str, Weights], contexts: list[Context]
+) -> None:
+    """Time of the oracle and of decoding to the same standard error of tau, for all drafts.
 
-        def sample(seed: int, autoregressive=autoregressive, name=name, budget=budget):
-            state = generate(autoregressive, weights[name], prompts, [budget] * len(prompts),
-                             _seeds(seed, prompts))  # fmt: skip
-            return np.asarray(state.tokens)[:, : length + budget]
-
-        def oracle(texts, decoder=decoder, name=name):
-            along = acceptance_along(decoder.target, decoder.strategy, weights[name], texts, length,
-                                     ev.output_length, k, decoder.sampling)  # fmt: skip
-            statistics_ = round_statistics(np.asarray(along))
-            return statistics_.lengths_by_k[:, -1], statistics_.rounds_by_k[:, -1]
-
-        def decode(seed: int, decoder=decoder, name=name):
-            state = generate(decoder, weights[name], prompts, [ev.output_length] * len(prompts),
-                             _seeds(seed, prompts))  # fmt: skip
-            counts = np.asarray(state.counts)
-            pairs = [generation_lengths(row) for row in counts]
-            return tuple(np.array(x, float) for x in zip(*pairs, strict=True))
-
-        texts = sample(0)
-        oracle(texts), decode(0)
-        repeats = 4
+    Time to a given precision is time x variance. Both share the contexts; the oracle's samples
+    and its pass of the target are drawn once and serve every draft.
+    """
+    names, repeats = [name for name, _ in config.drafts], 6
+    length, rows = len(contexts[0].tokens), range(len(contexts))
+    target = weights[AUTOREGRESSIVE].target
+    seconds = dict.fromkeys(["samples", "target", *names], 0.0)
+    decoding = dict.fromkeys(names, 0.0)
+    by_oracle: dict[str, list] = {name: [] for name in names}
+    by_decoder: dict[str, list] = {name: [] for name in names}
+    for repeat in range(repeats + 1):
+        if repeat == 1:  # repeat 0 compiles
+            seconds, decoding = dict.fromkeys(seconds, 0.0), dict.fromkeys(decoding, 0.0)
+        at = [repeat * 1000 + row for row in rows]
         begin = time.perf_counter()
-        texts = [sample(seed) for seed in range(1, repeats + 1)]
-        sampling = time.perf_counter() - begin
+        texts = sample_texts(config, target, contexts, at, length)
+        seconds["samples"] += time.perf_counter() - begin
         begin = time.perf_counter()
-        by_oracle = [oracle(text) for text in texts]
-        teacher_forcing = time.perf_counter() - begin
-        begin = time.perf_counter()
-        by_decoder = [decode(seed) for seed in range(1, repeats + 1)]
-        decoding = time.perf_counter() - begin
-        variances = [_variance(x) for x in (by_oracle, by_decoder)]
-        # Time to a given precision is time x variance. The samples are drawn once for all drafts.
-        alone = decoding * variances[1] / (teacher_forcing * variances[0])
-        with_samples = decoding * variances[1] / ((teacher_forcing + sampling) * variances[0])
-        print(f"oracle, {name}: variance {variances[1] / variances[0]:.1f} times smaller than "
-              f"decoding's; {alone:.1f} times faster at equal precision given the samples, "
-              f"{with_samples:.1f} times with drawing them (shared by all drafts)")  # fmt: skip
+        along = jax.block_until_ready(target_pass(config, target, names, texts, length))
+        seconds["target"] += time.perf_counter() - begin
+        for name in names:
+            begin = time.perf_counter()
+            records = oracle_records(config, name, weights[name].draft, texts, along, length)
+            seconds[name] += time.perf_counter() - begin
+            by_oracle[name] += [(r["lengths_by_k"][-1], r["rounds_by_k"][-1]) for r in records]
+            begin = time.perf_counter()
+            counts = decode_counts(config, name, weights[name], contexts, at, length, 0)
+            decoding[name] += time.perf_counter() - begin
+            by_decoder[name] += [generation_lengths(row) for row in counts]
+    own = sum(seconds[name] for name in names)
+    total = sum(decoding.values())
+    for name in names:
+        ratio = _variance(by_decoder[name]) / _variance(by_oracle[name])
+        faster = ratio * decoding[name] / seconds[name]
+        print(
+            f"oracle, {name}: tau {_tau(by_oracle[name]):.3f} (decoder "
+            f"{_tau(by_decoder[name]):.3f}); variance {ratio:.2f} times smaller than decoding's; "
+            f"{faster:.1f} times faster at equal precision, given the target's pass"
+        )
+    ratio = statistics.mean(_variance(by_decoder[n]) / _variance(by_oracle[n]) for n in names)
+    shared = own + seconds["target"]
+    print(f"oracle, all {len(names)} drafts at equal precision: {ratio * total / shared:.1f} times "
+          f"faster than decoding with the target's pass, "
+          f"{ratio * total / (shared + seconds['samples']):.1f} times with sampling")  # fmt: skip
 
 
-def _seeds(seed: int, prompts) -> list[int]:
-    return [seed * 1000 + row for row in range(len(prompts))]
+def _tau(results) -> float:
+    lengths, rounds = np.array(results, float).T
+    return lengths.sum() / rounds.sum()
 
 
 def _variance(results) -> float:
-    """Variance of the ratio sum(lengths) / sum(rounds), by linearization."""
-    lengths = np.concatenate([r[0] for r in results])
-    rounds = np.concatenate([r[1] for r in results])
-    tau = lengths.sum() / rounds.sum()
-    return float(np.sum((lengths - tau * rounds) ** 2) / rounds.sum() ** 2)
-
-
-def _pair(config: ExperimentConfig):
-    mesh = jax.sharding.get_mesh()
-    task = target_task(config)
-    target = init_params(task.model, jax.random.key(0), mesh)
-    weights = {AUTOREGRESSIVE: Weights(target)}
-    for name, _ in config.drafts:
-        params = initial_draft(config, name, draft_task(config, name), target, mesh)
-        weights[name] = Weights(target, params)
-    length = max(config.eval.context_lengths)
-    rng = np.random.default_rng(0)
-    shape = (config.eval.batch_size, length)
-    return weights, list(rng.integers(0, config.target.n_tokens, shape, np.int32)), length
+    """Variance of the ratio sum(lengths) / sum(rounds) by linearization, as its interval shows."""
+    lengths, rounds = np.array(results, float).T
+    residual = lengths - lengths.sum() / rounds.sum() * rounds
+    return float(np.sum(residual**2) / rounds.sum() ** 2)
 
 
 if __name__ == "__main__":

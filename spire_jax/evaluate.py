@@ -14,7 +14,7 @@ import os
 import pathlib
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ from spire_jax.drafting.build import compute_for, strategy, target_model
 from spire_jax.hardware import describe, peak_memory_bytes
 from spire_jax.metrics import Progress
 from spire_jax.models.transformer import Params
-from spire_jax.oracle import acceptance_along, round_statistics
+from spire_jax.oracle import TargetAlong, acceptance_along, round_statistics, target_along
 from spire_jax.sampling import Sampling
 from spire_jax.train import draft_task, evaluate_batch, target_task, to_device
 
@@ -104,15 +104,18 @@ def evaluate(
                 about = about[: len(set(rows))]  # the rest fills the batch up
                 with clock(AUTOREGRESSIVE):
                     texts = sample_texts(config, target, batch, rows, length)
+                    along = target_pass(config, target, drafts, texts, length)
                 records[AUTOREGRESSIVE] += [r | {"method": AUTOREGRESSIVE, "k": 0} for r in about]
                 for name, params in drafts.items():
                     weights = Weights(target, params)
                     with clock(f"{name} oracle"):
-                        oracle = _oracle(config, name, weights, texts, length)
+                        oracle = oracle_records(config, name, params, texts, along, length)
                     counts = np.zeros((len(rows), config.decode.k + 1), np.int64)
                     for sample in range(ev.decoder_samples):
                         with clock(f"{name} decoder"):
-                            counts += _decode(config, name, weights, batch, rows, length, sample)
+                            counts += decode_counts(
+                                config, name, weights, batch, rows, length, sample
+                            )
                     for row, record in enumerate(about):
                         record = record | {"method": name, "k": config.decode.k}
                         record["oracle"] = oracle[row]
@@ -163,13 +166,32 @@ def request_seed(config: ExperimentConfig, purpose: str, context: int, length: i
     return zlib.crc32(f"{config.seed}/{purpose}/{context}/{length}".encode())
 
 
-def _oracle(config, name, weights, texts, length) -> list[dict[str, Any]]:
+def target_pass(
+    config: ExperimentConfig, target: Params, names: Iterable[str], texts: np.ndarray, length: int
+) -> TargetAlong:
+    """The target's one pass along its samples, with what every draft of `names` reads."""
+    decoder = make_decoder(config, AUTOREGRESSIVE)
+    strategies = (make_decoder(config, name).strategy for name in names)
+    collect = sorted({layer for s in strategies if s is not None for layer in s.collect})
+    return target_along(decoder.target, target, texts, length, tuple(collect), decoder.sampling)
+
+
+def oracle_records(
+    config: ExperimentConfig,
+    name: str,
+    params: Params,
+    texts: np.ndarray,
+    along: TargetAlong,
+    length: int,
+) -> list[dict[str, Any]]:
+    """The oracle's expectations for one draft, text by text."""
     decoder, k = make_decoder(config, name), oracle_depth(config)
-    along = acceptance_along(
-        decoder.target, decoder.strategy, weights, texts, length, config.eval.output_length, k,
+    assert decoder.strategy is not None
+    acceptance = acceptance_along(
+        decoder.strategy, params, texts, along, length, config.eval.output_length, k,
         decoder.sampling,
     )  # fmt: skip
-    statistics = round_statistics(np.asarray(along))
+    statistics = round_statistics(np.asarray(acceptance))
     fields = {f.name: getattr(statistics, f.name) for f in dataclasses.fields(statistics)}
     return [
         {"k": k, "trained_k": config.train.k} | {n: x[row].tolist() for n, x in fields.items()}
@@ -177,7 +199,16 @@ def _oracle(config, name, weights, texts, length) -> list[dict[str, Any]]:
     ]
 
 
-def _decode(config, name, weights, batch, rows, length, sample) -> np.ndarray:
+def decode_counts(
+    config: ExperimentConfig,
+    name: str,
+    weights: Weights,
+    batch: Sequence[Context],
+    rows: Sequence[int],
+    length: int,
+    sample: int,
+) -> np.ndarray:
+    """Rounds with 0 .. k acceptances, [B, k + 1], of decoding each context once."""
     eos = _eos(config)
     state = generate(
         make_decoder(config, name, eos),

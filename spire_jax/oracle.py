@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from spire_jax.decode import Weights
 from spire_jax.drafting import Strategy
-from spire_jax.models.transformer import Model
-from spire_jax.sampling import Sampling, probabilities
+from spire_jax.models.transformer import Model, Params
+from spire_jax.sampling import Sampling, probability_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +30,37 @@ class RoundStatistics:
     accepted: Float[np.ndarray, "n k"]  # ... and passed
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 4, 5, 6, 7))
-def acceptance_along(
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TargetAlong:
+    """One forward pass of the target along its own samples; it serves every draft."""
+
+    p: Float[Array, "B O"]  # probability of each token after the context
+    activations: dict[int, Float[Array, "B T1 D"]]  # y^l by l, of all tokens but the last
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def target_along(
     target: Model,
-    strategy: Strategy,
-    weights: Weights,
+    params: Params,
     tokens: Int[Array, "B T"],
+    context_length: int,
+    collect: tuple[int, ...],
+    sampling: Sampling,
+) -> TargetAlong:
+    """The target's probabilities of the tokens after a context, and the activations `collect`."""
+    first = context_length - 1
+    logits, activations = target.bind(params).forward(tokens[:, :-1], collect, logits_from=first)
+    p = probability_of(logits, tokens[:, context_length:], sampling)
+    return TargetAlong(p, dict(zip(collect, activations, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
+def acceptance_along(
+    strategy: Strategy,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    along: TargetAlong,
     context_length: int,
     output_length: int,
     k: int,
@@ -45,7 +69,9 @@ def acceptance_along(
     """Probability that depth j of a round starting at each output position is accepted.
 
     Args:
+        params: the draft's.
         tokens: texts of context + output + k - 1 tokens, sampled from the target.
+        along: the target's pass over them, with the activations that the strategy reads.
 
     Returns:
         min(1, q(x) / p(x)) for x the token j + 1 after start r: start 0 is the context's last
@@ -55,18 +81,11 @@ def acceptance_along(
     if tokens.shape[1] != needed:
         raise ValueError(f"the oracle needs texts of {needed} tokens, not {tokens.shape[1]}")
     starts = np.arange(context_length - 1, context_length - 1 + output_length)
-    inputs = tokens[:, :-1]
-    target_logits, activations = target.bind(weights.target).forward(inputs, strategy.collect)
-    draft_logits = strategy.teacher_forced(weights.draft, inputs, activations, starts, k)
-    following = starts[:, None] + np.arange(1, k + 1)
-    emitted = tokens[:, following][..., None]
-    p = probabilities(target_logits[:, context_length - 1 :], sampling)
-    p = p[:, following - context_length]
-    p_emitted = jnp.take_along_axis(p, emitted, axis=-1)[..., 0]
-    q = probabilities(draft_logits, sampling)
-    q_emitted = jnp.take_along_axis(q, emitted, axis=-1)[..., 0]
+    activations = tuple(along.activations[layer] for layer in strategy.collect)
+    q = strategy.probabilities_along(params, tokens, activations, starts, k, sampling)
+    p = along.p[:, starts[:, None] + np.arange(k) - starts[0]]
     # A sampled token has p > 0; where another pass rounds it to 0, q / p is taken as 1 at most.
-    return jnp.minimum(1.0, q_emitted / jnp.maximum(p_emitted, jnp.finfo(jnp.float32).tiny))
+    return jnp.minimum(1.0, q / jnp.maximum(p, jnp.finfo(jnp.float32).tiny))
 
 
 def round_statistics(acceptance: Float[np.ndarray, "n R k"]) -> RoundStatistics:

@@ -48,6 +48,19 @@ def probabilities(logits: Float[Array, "*rows V"], sampling: Sampling) -> Float[
     return jnp.take_along_axis(p, jnp.argsort(order, axis=-1), axis=-1)
 
 
+def probability_of(
+    logits: Float[Array, "*rows V"], tokens: Int[Array, "*rows"], sampling: Sampling
+) -> Float[Array, "*rows"]:
+    """`probabilities` of one token per row; without a truncation no distribution is written."""
+    plain = sampling.temperature > 0 and sampling.top_k == 0 and sampling.top_p >= 1
+    if not plain:
+        p = probabilities(logits, sampling)
+        return jnp.take_along_axis(p, tokens[..., None], axis=-1)[..., 0]
+    logits = logits.astype(jnp.float32) / sampling.temperature
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
+
+
 def sample(keys: Key[Array, " B"], p: Float[Array, "B V"]) -> Int[Array, " B"]:
     """One token per row from probabilities `p`, one key per row; probability 0 is never drawn."""
     return jax.vmap(lambda key, row: jax.random.categorical(key, jnp.log(row)))(keys, p)

@@ -79,18 +79,19 @@ class Strategy(Protocol):
         """
         ...
 
-    def teacher_forced(
+    def probabilities_along(
         self,
         params: Params,
         tokens: Int[Array, "B T"],
         activations: Activations,
         starts: Int[np.ndarray, " R"],
         k: int,
-    ) -> Float[Array, "B R k V"]:
-        """Logits of k steps along a given text from every start; what the oracle reads.
+        sampling: Sampling,
+    ) -> Float[Array, "B R k"]:
+        """q of the tokens of a given text, k depths from every start; what the oracle reads.
 
-        Step j from start s follows token s + j, with the target's activations of the tokens
-        before s.
+        Depth j (0-based) from start s is the draft's probability of token s + j + 1, given the
+        target's activations of the tokens before s. `activations` cover all but the last token.
         """
         ...
 

@@ -3,12 +3,13 @@
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 
 from spire_jax.drafting import depth_keys
 from spire_jax.models.kv_cache import empty_ring, ring_cache, ring_positions
 from spire_jax.models.spire import target_layers
 from spire_jax.models.transformer import Model
-from spire_jax.sampling import probabilities, sample, stream
+from spire_jax.sampling import probabilities, probability_of, sample, stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,5 +49,6 @@ class Spire:
     def commit(self, params, cache, activations, positions):
         return self.model.bind(params).refresh(cache, activations, positions)
 
-    def teacher_forced(self, params, tokens, activations, starts, k):
-        return self.model.bind(params).rollout(tokens, activations, starts, k)
+    def probabilities_along(self, params, tokens, activations, starts, k, sampling):
+        logits = self.model.bind(params).rollout(tokens[:, :-1], activations, starts, k)
+        return probability_of(logits, tokens[:, starts[:, None] + np.arange(1, k + 1)], sampling)

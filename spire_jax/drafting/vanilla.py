@@ -8,7 +8,7 @@ import numpy as np
 from spire_jax.drafting import depth_keys
 from spire_jax.models.kv_cache import empty_full, empty_ring, full_cache, ring_cache, ring_positions
 from spire_jax.models.transformer import Model
-from spire_jax.sampling import probabilities, sample, stream
+from spire_jax.sampling import probabilities, probability_of, sample, stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,9 @@ class Vanilla:
     def commit(self, params, cache, activations, positions):
         return cache
 
-    def teacher_forced(self, params, tokens, activations, starts, k):
+    def probabilities_along(self, params, tokens, activations, starts, k, sampling):
         # What a plain transformer predicts does not depend on where drafting began.
-        logits, _ = self.model.bind(params).forward(tokens)
-        return logits[:, starts[:, None] + np.arange(k)]
+        first = int(starts.min())
+        logits, _ = self.model.bind(params).forward(tokens[:, :-1], logits_from=first)
+        q = probability_of(logits, tokens[:, first + 1 :], sampling)
+        return q[:, starts[:, None] - first + np.arange(k)]

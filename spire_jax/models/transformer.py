@@ -52,14 +52,15 @@ class Transformer(nnx.Module):
         return logits
 
     def forward(
-        self, tokens: Int[Array, "B T"], collect: tuple[int, ...] = ()
-    ) -> tuple[Float[Array, "B T V"], Activations]:
+        self, tokens: Int[Array, "B T"], collect: tuple[int, ...] = (), *, logits_from: int = 0
+    ) -> tuple[Float[Array, "B T1 V"], Activations]:
         """Logits over a whole text from position 0, and y^l for each l in `collect`.
 
-        y^l is the residual stream after layer l; y^0 is the embedding.
+        y^l is the residual stream after layer l; y^0 is the embedding. Logits of the positions
+        before `logits_from` are left out.
         """
         x, activations, _ = self._run(tokens, collect, keep_keys=False)
-        return self.unembed(x), activations
+        return self.unembed(x[:, logits_from:]), activations
 
     def prefill(
         self, tokens: Int[Array, "B T"], collect: tuple[int, ...] = ()
