@@ -102,7 +102,8 @@ def draft_task(config: ExperimentConfig, name: str) -> Task:
                 target.bind(frozen).forward(batch.tokens, drafting.collect)
             )
         if draft.kind == "spire":
-            logits = drafting.teacher_forced(params, batch.tokens, activations, starts, train.k)
+            module = drafting.model.bind(params)
+            logits = module.rollout(batch.tokens, activations, starts, train.k)
             logits = logits.reshape(*batch.tokens.shape, -1)
         else:
             logits, _ = drafting.model.bind(params).forward(batch.tokens)
@@ -154,7 +155,7 @@ def forward_flops(model: Model, seq_len: int) -> float:
         weights += 2 * 2 * c.n_layers * c.d_model * c.n_kv_heads * c.d_head
     visible = (seq_len + 1) / 2
     if c.window:
-        visible = min(visible, c.window + c.sink)
+        visible = min(visible, float(c.window + c.sink))
     attention = 4 * c.n_layers * c.n_kv_heads * c.q_per_kv * c.d_head * visible
     return 2 * (weights + c.d_model * c.vocab_size) + attention
 
