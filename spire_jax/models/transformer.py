@@ -37,7 +37,10 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
         """x^0: the embeddings of tokens."""
-        x = self.embedding[...][tokens].astype(self.compute.dtype)
+        # Gathered over fsdp before the look-up: rows of a table split by d_model would come out
+        # split by it too, and moving them to the batch's sharding costs XLA a full replication.
+        table = constrain(self.embedding[...], "vocab", None)
+        x = table[tokens].astype(self.compute.dtype)
         return constrain(x, "batch", *(None,) * (x.ndim - 1))
 
     def unembed(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
