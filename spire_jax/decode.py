@@ -195,7 +195,7 @@ def _prefill(decoder: Decoder, weights: Weights, tokens, lengths, capacity: int)
 def start(
     decoder: Decoder,
     weights: Weights,
-    prompts: Sequence[Int[np.ndarray, " n"]],
+    prompts: Sequence[Int[np.ndarray, " _"]],
     budgets: Sequence[int],
     seeds: Sequence[int],
     *,
@@ -266,7 +266,7 @@ def finish(
 def generate(
     decoder: Decoder,
     weights: Weights,
-    prompts: Sequence[Int[np.ndarray, " n"]],
+    prompts: Sequence[Int[np.ndarray, " _"]],
     budgets: Sequence[int],
     seeds: Sequence[int],
     *,
