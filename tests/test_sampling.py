@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spire_jax.sampling import Sampling, probabilities, round_keys, sample, stream
+from spire_jax.sampling import (
+    Sampling,
+    probabilities,
+    probability_of,
+    round_keys,
+    sample,
+    stream,
+)
 
 HALVES = np.log([0.1, 0.4, 0.2, 0.3])  # logits of a distribution to work with by hand
 
@@ -76,6 +83,19 @@ def test_rows_are_transformed_independently():
     rows = [[probabilities(row, sampling) for row in block] for block in logits]
     np.testing.assert_allclose(whole, rows, atol=1e-7)
     np.testing.assert_array_equal(whole.argmax(-1), logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.7), Sampling(0.0), Sampling(top_k=3), Sampling(top_p=0.6)]
+)
+def test_probability_of_a_token_is_its_share_of_the_distribution(sampling):
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(2, 30, 8)), jnp.float32).at[..., 7].set(-jnp.inf)
+    tokens = jnp.asarray(rng.integers(0, 8, (2, 30)))
+    found = probability_of(logits, tokens, sampling)
+    expected = jnp.take_along_axis(probabilities(logits, sampling), tokens[..., None], -1)[..., 0]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert not np.asarray(found)[np.asarray(tokens) == 7].any() and np.asarray(found).any()
 
 
 def test_bfloat16_logits_are_transformed_in_float32():

@@ -1,0 +1,202 @@
+"""The oracle against enumeration, and the decoder's rounds against the oracle."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import TINY, pair, texts
+
+from spire_jax.decode import generate
+from spire_jax.oracle import acceptance_along, round_statistics, target_along
+from spire_jax.sampling import Sampling, probabilities
+
+# --- the dynamic program -----------------------------------------------------------------------
+
+
+def enumerated(a: np.ndarray):
+    """Every way in which rounds may go over one text: (weight, lengths, reached, accepted)."""
+    starts, k = a.shape
+    totals = np.zeros(2), np.zeros(k), np.zeros(k)
+
+    def walk(start, weight, generations):
+        if start >= starts:
+            accepted = np.array(generations) - 1
+            totals[0][:] += weight * np.array([sum(generations), len(generations)])
+            for depth in range(k):
+                totals[1][depth] += weight * (accepted >= depth).sum()
+                totals[2][depth] += weight * (accepted > depth).sum()
+            return
+        for accepted in range(k + 1):
+            passed = np.prod(a[start, :accepted])
+            failed = 1 - a[start, accepted] if accepted < k else 1.0
+            walk(start + accepted + 1, weight * passed * failed, (*generations, accepted + 1))
+
+    walk(0, 1.0, ())
+    return totals
+
+
+@pytest.mark.parametrize("starts, k", [(1, 1), (1, 3), (4, 1), (5, 2), (6, 3)])
+def test_rounds_are_those_of_enumeration(starts, k):
+    a = np.random.default_rng(starts * 10 + k).uniform(size=(3, starts, k))
+    found = round_statistics(a)
+    for row in range(3):
+        (length, rounds), reached, accepted = enumerated(a[row])
+        np.testing.assert_allclose(found.lengths_by_k[row, -1], length)
+        np.testing.assert_allclose(found.rounds_by_k[row, -1], rounds)
+        np.testing.assert_allclose(found.reached[row], reached)
+        np.testing.assert_allclose(found.accepted[row], accepted)
+        for shallower in range(1, k):  # tau(k) from the same acceptances, cut at each depth
+            (length, rounds), *_ = enumerated(a[row, :, :shallower])
+            np.testing.assert_allclose(found.lengths_by_k[row, shallower - 1], length)
+            np.testing.assert_allclose(found.rounds_by_k[row, shallower - 1], rounds)
+
+
+def test_rounds_by_hand():
+    """Certain acceptances: rounds of k + 1 tokens, the last one counted whole; and none at all."""
+    all_pass = round_statistics(np.ones((1, 7, 2)))
+    np.testing.assert_allclose(all_pass.lengths_by_k, [[8, 9]])  # 2+2+2+2, 3+3+3
+    np.testing.assert_allclose(all_pass.rounds_by_k, [[4, 3]])
+    none_pass = round_statistics(np.zeros((1, 7, 2)))
+    np.testing.assert_allclose(none_pass.lengths_by_k, [[7, 7]])
+    np.testing.assert_allclose(none_pass.rounds_by_k, [[7, 7]])
+    np.testing.assert_allclose(none_pass.reached, [[7, 0]])
+    # Independent acceptances of 0.5: long texts go to tau = 1 + 1/2 + 1/4.
+    half = round_statistics(np.full((1, 4000, 2), 0.5))
+    np.testing.assert_allclose(half.lengths_by_k[0, 1] / half.rounds_by_k[0, 1], 1.75, rtol=1e-3)
+
+
+def test_tau_grows_with_k():
+    """Per text, up to what the budget cuts off, which counts whole and favours deep rounds."""
+    a = np.random.default_rng(0).uniform(size=(20, 60, 4))
+    found = round_statistics(a)
+    tau = found.lengths_by_k / found.rounds_by_k
+    assert (np.diff(tau, axis=1) > 0).all() and (tau[:, 0] > 1).all() and (tau[:, -1] < 5).all()
+
+
+# --- acceptance along a text -------------------------------------------------------------------
+
+
+def along(kind: str, tokens, context: int, output: int, k: int, sampling: Sampling, config=TINY):
+    """min(1, q / p) of a draft along texts, after the one pass of the target over them."""
+    p = pair(kind, config)
+    target = target_pass(p.target, p.target_params, jnp.asarray(tokens), context, sampling)
+    return np.asarray(
+        acceptance_along(
+            p.strategy, p.draft_params, jnp.asarray(tokens), target, context, output, k, sampling
+        )
+    )
+
+
+def target_pass(model, params, tokens, context, sampling):
+    return target_along(model, params, tokens, context, (1, 2), sampling)  # what SPIRe reads
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "spire"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, 15, 0.95)], ids=["plain", "cut"])
+def test_acceptance_is_q_over_p_of_each_token_from_each_start(kind, sampling):
+    context, output, k = 4, 5, 3
+    tokens = texts(6, context + output + k - 1)
+    p, length = pair(kind), tokens.shape[1]
+    forward = jax.jit(lambda w, x: p.target.bind(w).forward(x, p.strategy.collect))
+    logits, activations = forward(p.target_params, jnp.asarray(tokens))
+    of_target = np.asarray(probabilities(logits, sampling))
+    module = p.strategy.model.bind(p.draft_params)
+    if kind == "spire":
+        starts = np.arange(length - k + 1)
+        rollout = jax.jit(lambda x, ys: module.rollout(x, ys, starts, k))
+        logits = rollout(jnp.asarray(tokens), activations)
+    else:
+        logits, _ = module.forward(jnp.asarray(tokens))
+    of_draft = np.asarray(probabilities(logits, sampling))
+    found = along(kind, tokens, context, output, k, sampling)
+    assert found.shape == (6, output, k)
+    compared = 0
+    for b, r, j in np.ndindex(found.shape):
+        start = context - 1 + r  # start 0 is the context's last token
+        x = tokens[b, start + j + 1]
+        q = of_draft[b, start, j, x] if kind == "spire" else of_draft[b, start + j, x]
+        if of_target[b, start + j, x] > 0:  # a text of the target has no others
+            expected = min(1.0, q / of_target[b, start + j, x])
+            np.testing.assert_allclose(found[b, r, j], expected, atol=1e-5)
+            compared += 1
+    assert compared > found.size / 3 and 0.1 < found.mean() < 0.9
+
+
+def test_texts_of_the_wrong_length_are_refused():
+    with pytest.raises(ValueError, match="needs texts of 17 tokens, not 16"):
+        along("vanilla", texts(1, 16), 10, 5, 3, Sampling())
+
+
+# --- the decoder agrees ------------------------------------------------------------------------
+
+CONTEXT, OUTPUT, K, ROWS = 10, 24, 3, 512
+WINDOWED = dataclasses.replace(TINY, window=7, sink=2)  # a target with a mask of its own
+CASES = [
+    (kind, TINY, 1.0)
+    for kind in ("spire", "spire_strict", "spire_plain", "vanilla", "ring", "self")
+]
+CASES += [("spire", TINY, 0.7), ("spire", WINDOWED, 1.0)]
+
+
+@functools.cache
+def autoregressive_texts(config, temperature: float) -> np.ndarray:
+    """One set of samples of the target for every draft, long enough for the last round."""
+    p = pair("vanilla", config)
+    budget = OUTPUT + K - 1
+    decoder = p.autoregressive(temperature)
+    state = generate(decoder, p.weights, list(texts(ROWS, CONTEXT)), [budget] * ROWS, range(ROWS))
+    return np.asarray(state.tokens)[:, : CONTEXT + budget]
+
+
+def ratio(over: np.ndarray, under: np.ndarray) -> tuple[float, float]:
+    """sum(over) / sum(under), and its standard error over rows by the delta method."""
+    value = over.sum() / under.sum()
+    spread = np.std(over - value * under) * np.sqrt(len(over)) / under.sum()
+    return value, spread
+
+
+@functools.cache
+def both(kind: str, config, temperature: float):
+    """The oracle's statistics, and the decoder's counts of accepted tokens by round and row."""
+    p = pair(kind, config)
+    decoder = p.decoder(K, temperature)
+    samples = autoregressive_texts(config, temperature)
+    acceptance = along(kind, samples, CONTEXT, OUTPUT, K, decoder.sampling, config)
+    seeds = range(10_000, 10_000 + ROWS)
+    state = generate(decoder, p.weights, list(texts(ROWS, CONTEXT)), [OUTPUT] * ROWS, seeds)
+    return round_statistics(acceptance), np.asarray(state.counts)
+
+
+@pytest.mark.parametrize("kind, config, temperature", CASES)
+def test_decoder_agrees_with_the_oracle(kind, config, temperature):
+    """tau within the joint 95% interval, acceptance within three standard errors at each depth."""
+    oracle, counts = both(kind, config, temperature)
+    lengths, rounds = counts @ np.arange(1, K + 2), counts.sum(axis=1)
+    expected, its_error = ratio(oracle.lengths_by_k[:, -1], oracle.rounds_by_k[:, -1])
+    tau, error = ratio(lengths, rounds)
+    assert abs(tau - expected) < 1.96 * np.hypot(error, its_error) + 1e-3
+    for depth in range(K):
+        passed, tried = counts[:, depth + 1 :].sum(axis=1), counts[:, depth:].sum(axis=1)
+        expected, its_error = ratio(oracle.accepted[:, depth], oracle.reached[:, depth])
+        found, error = ratio(passed, tried)
+        assert abs(found - expected) < 3 * np.hypot(error, its_error) + 1e-3, f"depth {depth + 1}"
+    if kind == "self":
+        rejected = counts[:, :K].sum()  # of as many tests as there are tokens
+        assert rejected < 1e-4 * lengths.sum()
+
+
+def test_the_intervals_are_narrow_and_the_drafts_differ():
+    """tau is known to about two percent, so that agreement says something."""
+    taus = {}
+    for kind, config, temperature in CASES[:5]:
+        oracle, counts = both(kind, config, temperature)
+        taus[kind], error = ratio(oracle.lengths_by_k[:, -1], oracle.rounds_by_k[:, -1])
+        _, decoder_error = ratio(counts @ np.arange(1, K + 2), counts.sum(axis=1))
+        assert error < decoder_error < 0.02 * taus[kind]
+        assert 1.05 < taus[kind] < K
+    for one, other in itertools.combinations(("spire", "vanilla", "ring"), 2):
+        assert abs(taus[one] - taus[other]) > 0.02
