@@ -15,6 +15,10 @@ from jaxtyping import Bool, Int
 
 from spire_jax.data.sources import Corpus, DataError, Document
 
+# Grain reads 500 batches ahead unless told otherwise: half a gigabyte at 128 rows of 1024, and no
+# shorter a wait for the next one.
+BATCHES_AHEAD = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -23,7 +27,7 @@ class Batch:
     tokens_BxT: Int[np.ndarray, "B T"]
     targets_BxT: Int[np.ndarray, "B T"]  # the token after each
     mask_BxT: Bool[np.ndarray, "B T"]  # False on padding
-    example_B: Int[np.ndarray, " B"]  # rows of the data set
+    example_B: Int[np.ndarray, " B"]  # rows of the data set; -1 where there is none
 
 
 class Dataset:
@@ -79,14 +83,19 @@ def train_batches(
 
     Args:
         batch_size: rows per step over all processes; `process_count` divides it.
+        start_example: any count; a later start only skips, at no cost.
         workers: threads that read ahead; 0 = Grain's default.
+
+    Raises:
+        DataError: a batch that cannot be split evenly over the processes.
     """
     if batch_size % process_count:
         raise DataError(f"train.batch_size={batch_size} is not a multiple of {process_count} "
                         f"processes")  # fmt: skip
     order = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat()
     mine = order[start_example + process_index :: process_count]
-    options = grain.ReadOptions(num_threads=workers) if workers else None
+    threads = workers or grain.ReadOptions().num_threads
+    options = grain.ReadOptions(threads, prefetch_buffer_size=max(BATCHES_AHEAD, threads))
     rows = mine.batch(batch_size // process_count).to_iter_dataset(options)
     return map(_batch, iter(rows))
 
@@ -106,6 +115,7 @@ def held_out_batches(
     for begin in range(0, count, batch_size):
         rows = [dataset[i] for i in chosen[begin : begin + batch_size]]
         empty = {name: np.zeros_like(value) for name, value in rows[0].items()}
+        empty["example"] -= 1
         rows += [empty] * (batch_size - len(rows))
         yield _batch({name: np.stack([row[name] for row in rows]) for name in empty})
 
@@ -129,10 +139,10 @@ def cut_contexts(
     """Held-out contexts (method.md section 4): each document cut at random points.
 
     Every document with room for the context and `room` more tokens is used once before any is
-    used a second time.
+    used a second time, and then at another point: no two contexts are the same.
 
     Raises:
-        DataError: no held-out document is long enough.
+        DataError: no held-out document is long enough, or there are not that many points.
     """
     need = context_length + room
     heldout = corpus.split(True)
@@ -144,12 +154,23 @@ def cut_contexts(
             f"no held-out document has room for eval.context_lengths + eval.output_length + k = "
             f"{need} tokens; the longest has {longest}: shorten the context, or add longer text"
         )
+    points = [d.end - 1 - d.begin - need + 1 for d in fitting]
+    if n_contexts > sum(points):
+        raise DataError(
+            f"eval.contexts={n_contexts}, but the held-out documents can be cut at {sum(points)} "
+            f"points only (context, output and k take {need} tokens); lower it, or add longer text"
+        )
     rng = np.random.default_rng([seed, 0xC07])
+    taken: list[set[int]] = [set() for _ in fitting]
     contexts: list[Context] = []
-    while len(contexts) < n_contexts:
-        for index in rng.permutation(len(fitting))[: n_contexts - len(contexts)]:
-            tokens = corpus.tokens_of(fitting[index])[:-1]
-            cut = int(rng.integers(context_length, len(tokens) - room + 1))
-            piece = tokens[cut - context_length : cut].astype(np.int32)
-            contexts.append(Context(fitting[index].path, cut, piece))
-    return contexts
+    while True:
+        for index in rng.permutation(len(fitting)):
+            if len(contexts) == n_contexts:
+                return contexts
+            if len(taken[index]) == points[index]:
+                continue
+            while (start := int(rng.integers(points[index]))) in taken[index]:
+                pass
+            taken[index].add(start)
+            piece = corpus.tokens_of(fitting[index])[start : start + context_length]
+            contexts.append(Context(fitting[index].path, start + context_length, piece))

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from spire_jax.config import DataConfig
 from spire_jax.data.tokenizer import Tokenizer, make_tokenizer
@@ -43,15 +43,16 @@ class Corpus:
 
     source: str
     documents: tuple[Document, ...]
-    tokens: Int[np.ndarray, " n"]
+    tokens: Integer[np.ndarray, " n"]  # uint16 where the vocabulary allows
     sha256: str
     tokenizer: Tokenizer
     duplicates: int  # files left out because another one is the same
     not_text: int  # files left out because they are binary or not UTF-8
+    empty: int  # files left out because there is nothing in them
 
     def tokens_of(self, document: Document) -> Int[np.ndarray, " n"]:
         """A document's tokens, ended by the separator."""
-        return self.tokens[document.begin : document.end]
+        return self.tokens[document.begin : document.end].astype(np.int32)
 
     def split(self, heldout: bool) -> list[Document]:
         """The training or the held-out documents."""
@@ -68,6 +69,7 @@ class Corpus:
             **{f"{name}_bytes": sum(d.n_bytes for d in ds) for name, ds in of.items()},
             "duplicates_dropped": self.duplicates,
             "not_text": self.not_text,
+            "empty": self.empty,
         }
 
 
@@ -75,8 +77,8 @@ def load_corpus(config: DataConfig) -> Corpus:
     """Read, check, split and tokenize the documents of `data.source`.
 
     Raises:
-        DataError: a folder that is missing or holds no text, a file that cannot be read, or a
-            split that is left empty.
+        DataError: a folder that is missing or holds no text, a file that cannot be read or
+            changes meanwhile, or a split that is left empty.
     """
     if config.source == "stdlib":
         root, pattern = pathlib.Path(sysconfig.get_paths()["stdlib"]), "*.py"
@@ -92,12 +94,17 @@ def read_folder(root: pathlib.Path, pattern: str, source: str, config: DataConfi
     """A corpus of the files below `root` that match `pattern`."""
     tokenizer = make_tokenizer(config.tokenizer)
     documents, pieces, seen = [], [], set()
-    duplicates = not_text = files = position = 0
+    small = np.uint16 if tokenizer.n_tokens <= 2**16 else np.int32
+    separator = np.array([tokenizer.separator], small)
+    duplicates = not_text = empty = files = position = 0
     identity = hashlib.sha256(f"{tokenizer.name}\0{config.heldout_percent}\0".encode())
     skip = STDLIB_WITHOUT if source == "stdlib" else set()
     for relative in _files(root, pattern, skip):
         files += 1
         content = _read(root / relative)
+        if not content:
+            empty += 1
+            continue
         if not _is_text(content):
             not_text += 1
             continue
@@ -106,20 +113,19 @@ def read_folder(root: pathlib.Path, pattern: str, source: str, config: DataConfi
             duplicates += 1
             continue
         seen.add(digest)
-        ids = tokenizer.encode(content)
+        ids = tokenizer.encode(content).astype(small)
         end = position + len(ids) + 1
         heldout = _is_heldout(relative, config.heldout_percent)
         documents.append(Document(relative, heldout, len(content), position, end))
-        pieces += [ids, np.array([tokenizer.separator], np.int32)]
+        pieces += [ids, separator]
         identity.update(relative.encode() + b"\0" + digest)
         position = end
     if not documents:
-        found = f"{files} files, none of them UTF-8 text" if files else "no files"
+        kinds = f"{not_text} binary or not UTF-8, {empty} empty"
+        found = f"{files} files but no text ({kinds})" if files else "no files"
         raise DataError(f"data.source={source!r} holds {found}; give a folder of text files")
-    small = np.uint16 if tokenizer.n_tokens <= 2**16 else np.int32
-    tokens = np.concatenate(pieces).astype(small)
-    corpus = Corpus(source, tuple(documents), tokens, identity.hexdigest(), tokenizer,
-                    duplicates, not_text)  # fmt: skip
+    corpus = Corpus(source, tuple(documents), np.concatenate(pieces), identity.hexdigest(),
+                    tokenizer, duplicates, not_text, empty)  # fmt: skip
     for heldout, name in ((False, "training"), (True, "held-out")):
         if not corpus.split(heldout):
             raise DataError(
@@ -131,15 +137,22 @@ def read_folder(root: pathlib.Path, pattern: str, source: str, config: DataConfi
 
 
 def _files(root: pathlib.Path, pattern: str, skip: set[str]) -> Iterator[str]:
-    """Relative paths of regular files, sorted; hidden ones left out, links not followed."""
+    """Relative paths of regular files, sorted; hidden ones left out.
+
+    Links to files are read, links to folders are not followed: they may lead in a circle.
+    """
     paths = []
     for folder, names, files in os.walk(root, onerror=functools.partial(_unreadable, root)):
         names[:] = [n for n in names if n not in skip and not n.startswith(".")]
         here = pathlib.Path(folder)
         for name in files:
             path = here / name
-            if not name.startswith(".") and path.match(pattern) and path.is_file():
-                paths.append(path.relative_to(root).as_posix())
+            if name.startswith(".") or not path.match(pattern) or not os.path.isfile(path):
+                continue
+            relative = path.relative_to(root).as_posix()
+            if not _encodes(relative):
+                raise DataError(f"{relative!r} below {root}: the name is not UTF-8; rename it")
+            paths.append(relative)
     return iter(sorted(paths))
 
 
@@ -150,7 +163,10 @@ def _unreadable(root: pathlib.Path, error: OSError) -> None:
 
 def _read(path: pathlib.Path) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            before = os.fstat(file.fileno())
+            content = file.read()
+            after = os.fstat(file.fileno())
     except FileNotFoundError as error:
         raise DataError(
             f"{path} disappeared while the corpus was read; start again when the folder is at rest"
@@ -159,14 +175,29 @@ def _read(path: pathlib.Path) -> bytes:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); check it or remove it"
         ) from error
+    changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
+    if changed or len(content) != after.st_size:
+        raise DataError(
+            f"{path} changed while the corpus was read; start again when the folder is at rest"
+        )
+    return content
 
 
 def _is_text(content: bytes) -> bool:
-    if not content or b"\0" in content:
+    if b"\0" in content:
         return False
     try:
         content.decode()
     except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _encodes(name: str) -> bool:
+    """False for the stand-ins (halves of surrogate pairs) of a name's bytes that are not UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
         return False
     return True
 

@@ -1,6 +1,6 @@
 """Tokenizers: text to ids and back. Bytes for now; others join `make_tokenizer`."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -8,6 +8,7 @@ from jaxtyping import Int
 from spire_jax.config import ConfigError
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the library asks of a tokenizer."""
 
@@ -15,8 +16,8 @@ class Tokenizer(Protocol):
     n_tokens: int  # the separator included
     separator: int  # ends every document; the end of sequence in decoding
 
-    def encode(self, text: bytes) -> Int[np.ndarray, " n"]:
-        """Token ids of UTF-8 text, without a separator."""
+    def encode(self, text: bytes | str) -> Int[np.ndarray, " n"]:
+        """Token ids (int32) of text, as it is or in UTF-8, without a separator."""
         ...
 
     def decode(self, ids: Int[np.ndarray, " n"]) -> str:
@@ -35,7 +36,8 @@ class ByteTokenizer:
     n_tokens = 257
     separator = 256
 
-    def encode(self, text: bytes) -> Int[np.ndarray, " n"]:
+    def encode(self, text: bytes | str) -> Int[np.ndarray, " n"]:
+        text = text.encode() if isinstance(text, str) else text
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
     def decode(self, ids: Int[np.ndarray, " n"]) -> str:
