@@ -1,0 +1,169 @@
+"""Speculation leaves the output's distribution as it is: greedy token for token, sampled by
+chi-square against exact enumeration of the target (method.md section 4)."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+from scipy import stats
+
+from spire_jax.decode import generate
+from spire_jax.sampling import Sampling, probabilities
+
+DRAFTS = ("spire", "spire_strict", "spire_plain", "vanilla", "ring", "self")
+# From one token to beyond window + sink + k of every test (6 + 1 + 8).
+CONTEXTS = (1, 2, 5, 7, 8, 12, 16, 30)
+OUTPUT = 40  # wraps the ring several times
+
+
+@functools.cache
+def greedy_reference(batch: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Prompts, and their autoregressive continuations, each decoded in a batch of `batch`."""
+    prompts = models.ragged(CONTEXTS)
+    pair = models.pair("self")
+    texts = []
+    for begin in range(0, len(prompts), batch):
+        rows = prompts[begin : begin + batch]
+        state = generate(
+            pair.autoregressive(0.0), pair.weights, rows, [OUTPUT] * batch, [0] * batch, width=90
+        )
+        texts += outputs(state, rows)
+    return prompts, texts
+
+
+def outputs(state, prompts) -> list[np.ndarray]:
+    """Each row's generated tokens."""
+    tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
+    return [
+        tokens[i, len(prompt) : length]
+        for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+
+
+def check_greedy(prompt: np.ndarray, got: np.ndarray, wanted: np.ndarray) -> None:
+    """The same tokens; where they part, each is the target's argmax within 1e-3 in logit."""
+    assert len(got) == len(wanted)
+    if np.array_equal(got, wanted):
+        return
+    model, params = models.target()
+    text = np.concatenate([prompt, got]).astype(np.int32)
+    logits = np.asarray(model.bind(params).forward(text[None, :-1])[0][0, len(prompt) - 1 :])
+    gap = logits.max(axis=-1) - logits[np.arange(len(got)), got]
+    assert gap.max() <= 1e-3, f"token {gap.argmax()} is {gap.max()} below the target's argmax"
+
+
+# Rows decoded alone compile a program of their own: one depth in the fast tier.
+DEPTHS_AND_BATCHES = [(k, 8) for k in (1, 3, 4, 8)] + [(3, 1)] + [
+    pytest.param(k, 1, marks=pytest.mark.slow) for k in (1, 4, 8)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("k,batch", DEPTHS_AND_BATCHES)
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_greedy_equals_autoregressive(kind, k, batch):
+    prompts, wanted = greedy_reference(8)
+    pair = models.pair(kind)
+    chosen = range(len(prompts)) if batch == 8 else (0, 3, 7)
+    for begin in [0] if batch == 8 else chosen:
+        rows = slice(begin, begin + batch)
+        state = generate(
+            pair.decoder(k, 0.0), pair.weights, prompts[rows], [OUTPUT] * batch, [1] * batch,
+            width=90,
+        )  # fmt: skip
+        for prompt, got, want in zip(
+            prompts[rows], outputs(state, prompts[rows]), wanted[rows], strict=True
+        ):
+            check_greedy(prompt, got, want)
+
+
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_dense_target_as_its_own_draft(k):
+    """Every greedy draft is accepted but near-ties; sampled, more than 0.9999 of them."""
+    pair, prompts = models.pair("self"), models.ragged(CONTEXTS)
+    for temperature, least in ((0.0, 0.999), (1.0, 0.9999)):
+        counts = np.zeros(k + 1, np.int64)
+        for seed in range(4 if temperature else 1):
+            state = generate(
+                pair.decoder(k, temperature), pair.weights, prompts, [200] * 8,
+                range(100 * seed, 100 * seed + 8), width=240,
+            )  # fmt: skip
+            counts += np.asarray(state.counts).sum(axis=0)
+        tested = sum(counts[a:].sum() for a in range(k))
+        accepted = sum(counts[a:].sum() for a in range(1, k + 1))
+        assert accepted / tested > least
+
+
+# --- sampled, end to end -----------------------------------------------------------------------
+
+SMALL = dataclasses.replace(
+    models.TINY, n_layers=2, d_model=16, d_ff=16, vocab_size=16, n_tokens=16, q_per_kv=1
+)
+ROWS, BATCHES = 8192, 5
+
+
+def joint_of_three(prompt: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """The target's exact distribution over the next three tokens, [16, 16, 16]."""
+    model, params = models.target(SMALL)
+    v = SMALL.n_tokens
+    pairs = np.stack(np.meshgrid(np.arange(v), np.arange(v), indexing="ij"), -1).reshape(-1, 2)
+    texts = np.concatenate([np.tile(prompt, (v * v, 1)), pairs], axis=1).astype(np.int32)
+    logits, _ = jax.jit(lambda p, x: model.bind(p).forward(x))(params, texts)
+    p = np.asarray(probabilities(logits[:, len(prompt) - 1 :], sampling), np.float64)
+    first, second, third = p[0, 0], p[::v, 1], p[:, 2].reshape(v, v, v)
+    return first[:, None, None] * second[:, :, None] * third
+
+
+def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:
+    """p-value; cells expected fewer than 5 times are put together. Impossible cells stay empty."""
+    observed, expected = observed.ravel(), expected.ravel()
+    assert observed[expected == 0].sum() == 0, "a token of probability 0 was emitted"
+    rare = expected < 5
+    observed = np.append(observed[~rare], observed[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    keep = expected > 0
+    observed, expected = observed[keep], expected[keep]
+    return stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue
+
+
+def sampled_joint(pair, decoder, prompt: np.ndarray, rows: int, batches: int):
+    """Counts of the first three tokens over many requests that differ in their seed alone."""
+    v = SMALL.n_tokens
+    counts, accepted = np.zeros((v, v, v)), np.zeros(decoder.k + 1)
+    for batch in range(batches):
+        seeds = range(batch * rows, (batch + 1) * rows)
+        state = generate(decoder, pair.weights, [prompt] * rows, [3] * rows, seeds)
+        new = np.asarray(state.tokens)[:, len(prompt) : len(prompt) + 3]
+        np.add.at(counts, tuple(new.T), 1)
+        accepted += np.asarray(state.counts).sum(axis=0)
+    return counts, accepted
+
+
+@pytest.mark.parametrize(
+    "kind,temperature,options",
+    [
+        ("spire", 1.0, {}),
+        ("spire", 0.6, {}),
+        ("spire", 1.0, {"top_k": 6}),
+        ("spire", 0.6, {"top_k": 9, "top_p": 0.8}),
+        ("vanilla", 1.0, {"top_p": 0.7}),
+        ("ring", 0.6, {}),
+    ],
+)
+def test_sampled_joint_equals_enumeration(kind, temperature, options):
+    """The joint of the first three tokens, across rounds: k = 2 ends a round inside it."""
+    pair = models.pair(kind, SMALL)
+    sampling = Sampling(temperature, **options)
+    prompt = models.texts(1, 9, seed=3, n_tokens=SMALL.n_tokens)[0]
+    decoder = pair.decoder(2, temperature, **options)
+    counts, accepted = sampled_joint(pair, decoder, prompt, ROWS, BATCHES)
+    share = accepted[1:].sum() / accepted.sum()
+    assert 0.05 < share < 0.95, "a draft that agrees or disagrees always tests nothing"
+    expected = joint_of_three(prompt, sampling) * ROWS * BATCHES
+    assert chi_square(counts, expected) > 1e-4
+    for position in range(3):
+        others = tuple(i for i in range(3) if i != position)
+        assert chi_square(counts.sum(axis=others), expected.sum(axis=others)) > 1e-4

@@ -1,0 +1,344 @@
+"""Planted bugs: each is caught by a check that passes without it.
+
+Losslessness sees bugs of sampling, verification and of the target's cache. It is blind to bugs of
+the draft's cache (catch-up, refresh, ring, sink, window, prefill), which only cost acceptance:
+those are caught by holding every distribution that the decoder drafts from against the rollout
+that training and the oracle use. Bugs are planted by monkeypatching; the product has no hooks.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+from end_to_end.test_lossless import SMALL, chi_square, joint_of_three, sampled_joint
+
+import spire_jax.decode as decode
+import spire_jax.drafting.spire as spire_drafting
+import spire_jax.drafting.vanilla as vanilla_drafting
+import spire_jax.models.layers as layers
+import spire_jax.verification as verification
+from spire_jax.masks import EMPTY
+from spire_jax.models.kv_cache import RingCache
+from spire_jax.models.spire import SpireDraft
+from spire_jax.models.transformer import Transformer
+from spire_jax.sampling import Sampling, round_keys
+
+
+def forget_compiled() -> None:
+    """Trace anew: what was compiled before a patch does not have it."""
+    for function in (decode.decode_rounds, decode._prefill):
+        function.clear_cache()
+
+
+# --- the checks --------------------------------------------------------------------------------
+
+
+def samples_follow_the_target(kind: str = "spire", temperature: float = 0.6) -> None:
+    """The joint of the first three sampled tokens, by chi-square against enumeration."""
+    pair = models.pair(kind, SMALL)
+    prompt = models.texts(1, 9, seed=3, n_tokens=SMALL.n_tokens)[0]
+    expected = joint_of_three(prompt, Sampling(temperature))
+    counts, _ = sampled_joint(pair, pair.decoder(2, temperature), prompt, 4096, 4)
+    assert chi_square(counts, expected * counts.sum()) > 1e-4
+
+
+def drafts_follow_the_rollout(kind: str = "spire") -> None:
+    """Every q that a round drafts from is the rollout's at that depth, along 14 rounds."""
+    pair, k, rounds, width = models.pair(kind), 2, 14, 72
+    decoder = pair.decoder(k)
+    prompts = models.ragged((1, 2, 6, 9, 14, 20, 5, 12), seed=5)
+    state = decode.start(decoder, pair.weights, prompts, [50] * 8, range(8), width=width)
+    starts = np.arange(width - k)
+
+    @jax.jit
+    def propose(state):
+        positions = state.lengths - 1
+        last = decode._token(state.tokens, positions)
+        previous = decode._token(state.tokens, jnp.maximum(positions - 1, 0))
+        keys = round_keys(state.seeds, state.rounds)
+        return pair.strategy.propose(pair.draft_params, state.draft_cache, previous, last,
+                                     positions, keys, k, decoder.sampling)[:2]  # fmt: skip
+
+    @jax.jit
+    def teacher_forced(texts):
+        draft = pair.strategy.model.bind(pair.draft_params)
+        if not isinstance(draft, SpireDraft):
+            return jax.nn.softmax(draft.forward(texts)[0][:, starts[:, None] + np.arange(k)])
+        target = pair.target.bind(pair.target_params)
+        _, activations = target.forward(texts, pair.strategy.collect)
+        return jax.nn.softmax(draft.rollout(texts, activations, starts, k))
+
+    worst = 0.0
+    for _ in range(rounds):
+        drafts, q = propose(state)
+        lengths = np.asarray(state.lengths)
+        texts = np.array(state.tokens)
+        for row, length in enumerate(lengths):
+            texts[row, length : length + k] = drafts[row]
+        wanted = np.asarray(teacher_forced(texts))[np.arange(8), lengths - 1]
+        worst = max(worst, float(np.abs(wanted - np.asarray(q)).max()))
+        state = decode.decode_rounds(decoder, pair.weights, state, 1)
+    counts = np.asarray(state.counts).sum(axis=0)
+    assert counts.min() > 0, "no rejection at some depth: the check would miss it"
+    assert worst < 1e-4, f"q differs from the rollout's by {worst}"
+
+
+def greedy_follows_the_target(kind: str = "spire") -> None:
+    """Greedy speculation equals autoregressive decoding."""
+    pair, prompts = models.pair(kind), models.ragged((1, 5, 9, 14), seed=2)
+    texts = []
+    for decoder in (pair.autoregressive(0.0), pair.decoder(3, 0.0)):
+        state = decode.generate(decoder, pair.weights, prompts, [24] * 4, range(4), width=48)
+        texts.append([np.asarray(state.tokens[i, : len(p) + 24]) for i, p in enumerate(prompts)])
+    assert all(np.array_equal(a, b) for a, b in zip(*texts, strict=True))
+
+
+def self_draft_fills_every_round() -> None:
+    """The target as its own draft emits k + 1 tokens a round."""
+    pair, prompts = models.pair("self"), models.ragged((3, 9), seed=2)
+    state = decode.generate(pair.decoder(4, 0.0), pair.weights, prompts, [20] * 2, range(2))
+    assert np.asarray(state.rounds).tolist() == [4, 4]
+
+
+def rows_stop_at_the_end_of_sequence() -> None:
+    """A row ends with its first end of sequence, wherever in a block that falls."""
+    pair, prompts = models.pair("self"), models.ragged((3, 9, 6, 4), seed=2)
+    free = decode.generate(pair.decoder(4, 0.0), pair.weights, prompts, [20] * 4, range(4))
+    tokens = np.asarray(free.tokens)
+    for row, prompt in enumerate(prompts):
+        eos = int(tokens[row, len(prompt) + 6])  # in the middle of the second block
+        state = decode.generate(pair.decoder(4, 0.0, eos), pair.weights, prompts, [20] * 4,
+                                range(4))  # fmt: skip
+        output = tokens[row, len(prompt) :].tolist()
+        assert int(state.lengths[row]) == len(prompt) + output.index(eos) + 1
+        break
+
+
+def every_round_has_its_own_key() -> None:
+    """A request's round counter counts its rounds: a position's draws are never used again."""
+    pair, prompts = models.pair("spire"), models.ragged((3, 9), seed=2)
+    state = decode.generate(pair.decoder(2), pair.weights, prompts, [20] * 2, range(2))
+    assert np.array_equal(np.asarray(state.rounds), np.asarray(state.counts).sum(axis=1))
+
+
+# --- the mutants -------------------------------------------------------------------------------
+
+
+def key_shared_by_draft_and_residual(patch):
+    patch(spire_drafting, "stream", lambda keys, name: verification.stream(keys, "next"))
+    patch(spire_drafting, "depth_keys", lambda keys, depth: keys)
+
+
+def residual_from_p_alone(patch):
+    patch(verification, "residual_distribution", lambda p, q: p)
+
+
+def residual_turned_round(patch):
+    original = verification.residual_distribution
+    patch(verification, "residual_distribution", lambda p, q: original(q, p))
+
+
+def temperature_on_the_draft_only(patch):
+    original = decode.probabilities
+    patch(decode, "probabilities",
+          lambda logits, sampling: original(logits, dataclasses.replace(sampling, temperature=1.0)))  # fmt: skip
+
+
+def sampled_from_another_q_than_reported(patch):
+    original = spire_drafting.sample
+    patch(spire_drafting, "sample",
+          lambda keys, p: original(keys, jnp.sqrt(p) / jnp.sqrt(p).sum(-1, keepdims=True)))  # fmt: skip
+
+
+def rejection_follows_the_inverse_ratio(patch):
+    def verify(keys, drafts, q, p):
+        k = drafts.shape[1]
+        swapped = jnp.concatenate([q, p[:, k:]], axis=1)
+        return original(keys, drafts, p[:, :k], swapped)
+
+    original = decode.verify_tokens
+    patch(decode, "verify_tokens", verify)
+
+
+def missing_catch_up_entry(patch):
+    def extend(self, cache, tokens, positions, collect=()):
+        if tokens.shape[1] == 2:
+            positions = positions.at[:, 0].set(-1)
+        return original(self, cache, tokens, positions, collect)
+
+    original = Transformer.extend
+    patch(Transformer, "extend", extend)
+
+
+def refresh_skipped(patch):
+    patch(spire_drafting.Spire, "commit", lambda self, params, cache, activations, pos: cache)
+
+
+def refresh_shifted_by_one(patch):
+    original = spire_drafting.Spire.commit
+    patch(spire_drafting.Spire, "commit", lambda self, params, cache, activations, pos: original(
+        self, params, cache, activations, pos + 1))  # fmt: skip
+
+
+def ring_off_by_one(patch):
+    # The ring of window + k has one slot to spare: a draft writes up to position p + k - 1 while
+    # its first query, at p, sees from p - window + 1 on. One fewer than that evicts live entries.
+    def slots(self, positions):
+        smaller = dataclasses.replace(self, ring=self.ring - 2)
+        return original(smaller, positions)
+
+    original = RingCache.slots
+    patch(RingCache, "slots", slots)
+
+
+def sink_evicted(patch):
+    def positions_without_sinks(lengths, sink, ring):
+        positions, gather = original(lengths, sink, ring)
+        return positions.at[:, :sink].set(EMPTY), gather
+
+    original = spire_drafting.ring_positions
+    patch(spire_drafting, "ring_positions", positions_without_sinks)
+
+
+def window_counted_without_the_query(patch):
+    def may_attend(q_pos, k_pos, window=0, sink=0):
+        decoding = not isinstance(q_pos, np.ndarray) and bool(window)
+        return original(q_pos, k_pos, window + decoding, sink)
+
+    original = layers.may_attend
+    patch(layers, "may_attend", may_attend)
+
+
+def stale_rejected_entry_visible(patch):
+    def attend(self, block, q, k, v, q_pos, k_pos, limit=None):
+        decoding = limit is not None and not isinstance(limit, np.ndarray)
+        return original(self, block, q, k, v, q_pos, k_pos, None if decoding else limit)
+
+    original = SpireDraft._attend
+    patch(SpireDraft, "_attend", attend)
+
+
+def draft_position_off_by_one(patch):
+    def propose(self, params, cache, previous, last, positions, *rest):
+        return original(self, params, cache, previous, last, positions + 1, *rest)
+
+    original = spire_drafting.Spire.propose
+    patch(spire_drafting.Spire, "propose", propose)
+
+
+def prefill_one_token_short(patch):
+    original = spire_drafting.ring_positions
+    patch(spire_drafting, "ring_positions",
+          lambda lengths, sink, ring: original(jnp.maximum(lengths - 1, 0), sink, ring))  # fmt: skip
+
+
+def ring_prefill_unordered(patch):
+    def rolled(lengths, sink, ring):
+        positions, gather = original(lengths, sink, ring)
+        return positions, jnp.maximum(gather - 1, 0)
+
+    original = vanilla_drafting.ring_positions
+    patch(vanilla_drafting, "ring_positions", rolled)
+
+
+def q_recomputed_in_bfloat16(patch):
+    def propose(self, *args):
+        drafts, q, cache = original(self, *args)
+        return drafts, q.astype(jnp.bfloat16).astype(jnp.float32), cache
+
+    original = spire_drafting.Spire.propose
+    patch(spire_drafting.Spire, "propose", propose)
+
+
+def bonus_token_skipped(patch):
+    def verify(keys, drafts, q, p):
+        accepted, following = original(keys, drafts, q, p)
+        k = drafts.shape[1]
+        following = jnp.where(accepted == k, drafts[:, -1], following)
+        return jnp.minimum(accepted, k - 1), following
+
+    original = decode.verify_tokens
+    patch(decode, "verify_tokens", verify)
+
+
+def end_of_sequence_ignored_in_a_block(patch):
+    original = decode._emit
+    patch(decode, "_emit", lambda decoder, *rest: original(
+        dataclasses.replace(decoder, eos=-1), *rest))  # fmt: skip
+
+
+def round_counter_stands_still(patch):
+    def emit(decoder, state, *rest):
+        return dataclasses.replace(original(decoder, state, *rest), rounds=state.rounds)
+
+    original = decode._emit
+    patch(decode, "_emit", emit)
+
+
+def target_writes_one_slot_late(patch):
+    def extend(self, cache, tokens, positions, collect=()):
+        shifted = positions + 1 if tokens.shape[1] == 4 else positions
+        return original(self, cache, tokens, shifted, collect)
+
+    original = Transformer.extend
+    patch(Transformer, "extend", extend)
+
+
+rollout_of_ring = functools.partial(drafts_follow_the_rollout, "ring")
+MUTANTS = [
+    (key_shared_by_draft_and_residual, samples_follow_the_target),
+    (residual_from_p_alone, samples_follow_the_target),
+    (residual_turned_round, samples_follow_the_target),
+    (temperature_on_the_draft_only, samples_follow_the_target),
+    (sampled_from_another_q_than_reported, samples_follow_the_target),
+    (rejection_follows_the_inverse_ratio, samples_follow_the_target),
+    (missing_catch_up_entry, rollout_of_ring),
+    (ring_prefill_unordered, rollout_of_ring),
+    (refresh_skipped, drafts_follow_the_rollout),
+    (refresh_shifted_by_one, drafts_follow_the_rollout),
+    (ring_off_by_one, drafts_follow_the_rollout),
+    (sink_evicted, drafts_follow_the_rollout),
+    (window_counted_without_the_query, drafts_follow_the_rollout),
+    (stale_rejected_entry_visible, drafts_follow_the_rollout),
+    (draft_position_off_by_one, drafts_follow_the_rollout),
+    (prefill_one_token_short, drafts_follow_the_rollout),
+    (q_recomputed_in_bfloat16, drafts_follow_the_rollout),
+    (target_writes_one_slot_late, greedy_follows_the_target),
+    (bonus_token_skipped, self_draft_fills_every_round),
+    (end_of_sequence_ignored_in_a_block, rows_stop_at_the_end_of_sequence),
+    (round_counter_stands_still, every_round_has_its_own_key),
+]
+CHECKS = list(dict.fromkeys(check for _, check in MUTANTS))
+
+
+def name_of(value) -> str:
+    return getattr(value, "__name__", "drafts_follow_the_rollout_ring")
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=name_of)
+def test_check_passes_without_a_bug(check):
+    forget_compiled()
+    check()
+
+
+@pytest.mark.parametrize("mutant,check", MUTANTS, ids=name_of)
+def test_mutant_is_caught(mutant, check, monkeypatch):
+    planted = []
+
+    def patch(owner, name, value):
+        planted.append(name)
+        monkeypatch.setattr(owner, name, value)
+
+    mutant(patch)
+    assert planted
+    forget_compiled()
+    try:
+        with pytest.raises(AssertionError):
+            check()
+    finally:
+        monkeypatch.undo()
+        forget_compiled()
