@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Int, Key
 from spire_jax.drafting import DraftCache, Strategy
 from spire_jax.models.kv_cache import FullCache, empty_full, full_cache
 from spire_jax.models.transformer import Model, Params
+from spire_jax.records import record
 from spire_jax.sampling import Sampling, probabilities, round_keys
 from spire_jax.sharding import constrain, place_rows
 from spire_jax.verification import verify_tokens
@@ -51,7 +52,7 @@ class Weights(NamedTuple):
     draft: Params = None
 
 
-@jax.tree_util.register_dataclass
+@record()
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
     """A batch of requests between two rounds."""
@@ -215,7 +216,6 @@ def start(
             context + budget + k beyond the model or beyond `width`.
     """
     config = decoder.target.config
-    longest = config.max_len or width
     for row, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
         if len(prompt) == 0:
             raise DecodeError(f"row {row}: the prompt is empty; give at least one token")
@@ -228,7 +228,7 @@ def start(
             if limit and need > limit:
                 raise DecodeError(
                     f"row {row}: context {len(prompt)} + budget {budget} + k {decoder.k} = {need} "
-                    f"goes beyond {what} {longest} positions; shorten one of them"
+                    f"goes beyond {what} {limit} positions; shorten one of them"
                 )
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     ends = lengths + np.array(budgets, np.int32)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from spire_jax.drafting import Strategy
 from spire_jax.models.transformer import Model, Params
+from spire_jax.records import record
 from spire_jax.sampling import Sampling, probability_of
 
 
@@ -30,7 +31,7 @@ class RoundStatistics:
     accepted: Float[np.ndarray, "n k"]  # ... and passed
 
 
-@jax.tree_util.register_dataclass
+@record()
 @dataclasses.dataclass(frozen=True)
 class TargetAlong:
     """One forward pass of the target along its own samples; it serves every draft."""

@@ -39,9 +39,11 @@ from spire_jax.data.pipeline import Dataset, train_batches
 from spire_jax.data.sources import Corpus, DataError, load_corpus
 from spire_jax.decode import DecodeError
 from spire_jax.evaluate import evaluate
+from spire_jax.metrics import MetricsError
 from spire_jax.models.transformer import Params
 from spire_jax.report import print_table, write_report
-from spire_jax.sharding import check_mesh, make_mesh
+from spire_jax.report_records import ReportError
+from spire_jax.sharding import check_mesh, make_mesh, shardings
 from spire_jax.train import (
     Task,
     TrainingError,
@@ -53,6 +55,10 @@ from spire_jax.train import (
     train,
 )
 
+ERRORS = (  # what a user can mend: shown without a traceback
+    ConfigError, DataError, CheckpointError, MetricsError, TrainingError, DecodeError, ReportError,
+    OSError,
+)  # fmt: skip
 STAGES = ("target", "drafts", "evaluate", "report")
 
 
@@ -127,9 +133,7 @@ class Pipeline:
         names = [name for name, _ in self.config.drafts]
         unknown = set(stages) - set(STAGES) - set(names)
         if unknown:
-            raise ConfigError(
-                f"--stages: unknown {sorted(unknown)}; there are {[*STAGES, *names]}"
-            )
+            raise ConfigError(f"--stages: unknown {sorted(unknown)}; there are {[*STAGES, *names]}")
         chosen = [name for name in names if "drafts" in stages or name in stages]
         self._check_workdir("target" in stages, chosen)
         summary = None
@@ -195,8 +199,6 @@ class Pipeline:
 
     def params(self, stage: str) -> Params:
         """The parameters of a finished stage, on the mesh; an error says what to run first."""
-        from spire_jax.sharding import shardings
-
         task = (
             target_task(self.config)
             if stage == "target"
@@ -204,7 +206,9 @@ class Pipeline:
         )
         if not self._complete(stage):
             name = "target" if stage == "target" else "drafts"
-            raise ConfigError(f"{stage} is not trained in {self.workdir}; run --stages={name} first")
+            raise ConfigError(
+                f"{stage} is not trained in {self.workdir}; run --stages={name} first"
+            )
         abstract = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             task.model.shapes(),
@@ -333,18 +337,18 @@ def _only_one(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m spire_jax.run", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m spire_jax.run", None, __doc__, formatter_class=raw)
     parser.add_argument("--workdir", required=True, help="where everything is written")
-    parser.add_argument("--stages", default=",".join(STAGES),
-                        help=f"comma-separated, of {', '.join(STAGES)} or a draft's name")  # fmt: skip
+    choices = f"comma-separated, of {', '.join(STAGES)} or a draft's name"
+    parser.add_argument("--stages", default=",".join(STAGES), help=choices)
     args, config = command_line(parser, argv)
     try:
         pipeline = Pipeline(config, args.workdir)
         with _only_one(pipeline.workdir):
             (pipeline.workdir / "config.json").write_text(json.dumps(to_dict(config), indent=1))
             summary = pipeline.run([s for s in args.stages.split(",") if s])
-    except (ConfigError, DataError, CheckpointError, TrainingError, DecodeError, OSError) as error:
+    except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

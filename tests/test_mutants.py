@@ -31,7 +31,7 @@ from spire_jax.sampling import Sampling, round_keys
 def forget_compiled() -> None:
     """Trace anew: what was compiled before a patch does not have it."""
     for function in (decode.decode_rounds, decode._prefill):
-        function.clear_cache()
+        function.clear_cache()  # type: ignore[attr-defined]
 
 
 # --- the checks --------------------------------------------------------------------------------
@@ -143,15 +143,16 @@ def residual_turned_round(patch):
 
 
 def temperature_on_the_draft_only(patch):
-    original = decode.probabilities
-    patch(decode, "probabilities",
-          lambda logits, sampling: original(logits, dataclasses.replace(sampling, temperature=1.0)))  # fmt: skip
+    original, warm = decode.probabilities, Sampling(temperature=1.0)
+    patch(decode, "probabilities", lambda logits, sampling: original(logits, warm))
 
 
 def sampled_from_another_q_than_reported(patch):
+    def flatter(keys, p):
+        return original(keys, jnp.sqrt(p) / jnp.sqrt(p).sum(axis=-1, keepdims=True))
+
     original = spire_drafting.sample
-    patch(spire_drafting, "sample",
-          lambda keys, p: original(keys, jnp.sqrt(p) / jnp.sqrt(p).sum(-1, keepdims=True)))  # fmt: skip
+    patch(spire_drafting, "sample", flatter)
 
 
 def rejection_follows_the_inverse_ratio(patch):
@@ -231,9 +232,11 @@ def draft_position_off_by_one(patch):
 
 
 def prefill_one_token_short(patch):
+    def shorter(lengths, sink, ring):
+        return original(jnp.maximum(lengths - 1, 0), sink, ring)
+
     original = spire_drafting.ring_positions
-    patch(spire_drafting, "ring_positions",
-          lambda lengths, sink, ring: original(jnp.maximum(lengths - 1, 0), sink, ring))  # fmt: skip
+    patch(spire_drafting, "ring_positions", shorter)
 
 
 def ring_prefill_unordered(patch):

@@ -8,24 +8,16 @@ position, so the same holds there. One array per layer, not a stacked one: XLA u
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from spire_jax.config import ModelConfig
 from spire_jax.masks import EMPTY
+from spire_jax.records import record
 from spire_jax.sharding import constrain
 
 Layers = tuple[Float[Array, "B S K H"], ...]
 KeysValues = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]
-
-
-def _record(*meta: str):
-    def register(cls):
-        data = [f.name for f in dataclasses.fields(cls) if f.name not in meta]
-        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(meta))
-
-    return register
 
 
 class _Cache:
@@ -52,7 +44,7 @@ class _Cache:
         return dataclasses.replace(self, keys=put(self.keys, k), values=put(self.values, v))  # type: ignore[type-var]
 
 
-@_record()
+@record()
 @dataclasses.dataclass(frozen=True)
 class FullCache(_Cache):
     """Every position of the text: slot j holds position j."""
@@ -74,7 +66,7 @@ class FullCache(_Cache):
         return self
 
 
-@_record("sink", "ring")
+@record("sink", "ring")
 @dataclasses.dataclass(frozen=True)
 class RingCache(_Cache):
     """Sinks and a ring of the newest window + k positions (method.md 3.1)."""
