@@ -20,13 +20,13 @@ import numpy as np
 
 from spire_jax import config as configs
 from spire_jax.config import ExperimentConfig, body_parameters
-from spire_jax.data.pipeline import Batch, Context, cut_contexts
+from spire_jax.data.pipeline import Batch, Context
 from spire_jax.decode import Weights, decode_rounds, finish, generation_lengths, start
 from spire_jax.evaluate import (
     AUTOREGRESSIVE,
+    choose_contexts,
     decode_counts,
     make_decoder,
-    oracle_depth,
     oracle_records,
     sample_texts,
     target_pass,
@@ -67,13 +67,7 @@ def main() -> None:
         weights = {AUTOREGRESSIVE: Weights(target)}
         for name, _ in config.drafts:
             weights[name] = Weights(target, pipeline.params(f"draft {name}"))
-        contexts = cut_contexts(
-            pipeline.corpus,
-            n_contexts=config.eval.batch_size,
-            context_length=max(config.eval.context_lengths),
-            room=config.eval.output_length + oracle_depth(config),
-            seed=config.seed,
-        )
+        contexts = choose_contexts(config, pipeline.corpus)[: config.eval.batch_size]
         bench_decoding(config, weights, contexts, args.repeats)
         bench_oracle(config, weights, contexts)
     print(f"peak memory of this process: {peak_memory_bytes() / 1e6:.0f} MB")

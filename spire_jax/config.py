@@ -335,6 +335,7 @@ def validate(config: ExperimentConfig) -> None:
     _positive(ev, "eval", "contexts output_length batch_size bootstrap timing_repeats heldout_rows")
     for key, value in (("target.max_len", t.max_len), ("target.window", t.window),
                        ("target.sink", t.sink), ("eval.examples", ev.examples),
+                       ("seed", config.seed), ("data.workers", config.data.workers),
                        ("decode.temperature", decode.temperature), ("decode.top_k", decode.top_k),
                        ("eval.decoder_samples", ev.decoder_samples)):  # fmt: skip
         _check(value >= 0, f"{key}={value} is negative; use 0 or more")

@@ -22,6 +22,7 @@ import numpy as np
 
 from spire_jax.config import ExperimentConfig
 from spire_jax.data.pipeline import Context, Dataset, cut_contexts, held_out_batches
+from spire_jax.data.sources import Corpus
 from spire_jax.data.tokenizer import make_tokenizer
 from spire_jax.decode import (
     ACCEPTED,
@@ -52,6 +53,17 @@ def oracle_depth(config: ExperimentConfig) -> int:
     return max(config.train.k, config.decode.k)
 
 
+def choose_contexts(config: ExperimentConfig, corpus: Corpus) -> list[Context]:
+    """The held-out contexts of an evaluation; DataError if no document is long enough."""
+    return cut_contexts(
+        corpus,
+        n_contexts=config.eval.contexts,
+        context_length=max(config.eval.context_lengths),
+        room=config.eval.output_length + oracle_depth(config),
+        seed=config.seed,
+    )
+
+
 def cache_width(config: ExperimentConfig) -> int:
     """Positions of every cache in an evaluation: one shape, so that rounds compile once."""
     return max(config.eval.context_lengths) + config.eval.output_length + oracle_depth(config)
@@ -79,13 +91,7 @@ def evaluate(
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     ev = config.eval
-    contexts = cut_contexts(
-        dataset.corpus,
-        n_contexts=ev.contexts,
-        context_length=max(ev.context_lengths),
-        room=ev.output_length + oracle_depth(config),
-        seed=config.seed,
-    )
+    contexts = choose_contexts(config, dataset.corpus)
     teacher_forced = held_out(config, target, drafts, dataset)
     # From here on models decode, in decode.dtype.
     compute = compute_for(config.decode, config.train)

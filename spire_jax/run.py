@@ -38,7 +38,7 @@ from spire_jax.config import (
 from spire_jax.data.pipeline import Dataset, train_batches
 from spire_jax.data.sources import Corpus, DataError, load_corpus
 from spire_jax.decode import DecodeError
-from spire_jax.evaluate import evaluate
+from spire_jax.evaluate import choose_contexts, evaluate
 from spire_jax.metrics import MetricsError
 from spire_jax.models.transformer import Params
 from spire_jax.report import print_table, write_report
@@ -136,6 +136,8 @@ class Pipeline:
             raise ConfigError(f"--stages: unknown {sorted(unknown)}; there are {[*STAGES, *names]}")
         chosen = [name for name in names if "drafts" in stages or name in stages]
         self._check_workdir("target" in stages, chosen)
+        if "evaluate" in stages:
+            choose_contexts(self.config, self.corpus)  # fails now rather than after training
         summary = None
         with jax.set_mesh(self.mesh):
             if "target" in stages:

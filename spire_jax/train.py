@@ -250,7 +250,7 @@ def train_step(task: Task, train: TrainConfig, optimizer, state, frozen: Params,
 
         (grads, metrics), _ = jax.lax.scan(add, zeros, micros)
     metrics = by_depth(metrics)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["learning_rate"] = learning_rate(train, task)(state["step"])
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)

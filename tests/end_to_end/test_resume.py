@@ -1,0 +1,115 @@
+"""A run killed at any moment and started again ends as one that was not."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import pipelines
+import pytest
+
+from spire_jax.checkpoints import load_params
+
+TIMING = {"tokens_per_s", "peak_share"}
+MODELS = {"target": "target", "spire": "drafts/spire", "vanilla": "drafts/vanilla"}
+
+
+def leaves(tree, path=()):
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from leaves(value, (*path, key))
+    else:
+        yield path, np.asarray(tree)
+
+
+def check_equal(workdir, reference, models=tuple(MODELS)) -> None:
+    """Bit-identical parameters; metrics without holes, repeats or torn lines, equal but timing."""
+    for name in models:
+        ours, theirs = (dict(leaves(load_params(w / MODELS[name] / "params")))
+                        for w in (workdir, reference))  # fmt: skip
+        assert ours.keys() == theirs.keys()
+        for path, value in ours.items():
+            assert value.tobytes() == theirs[path].tobytes(), (name, path)
+        lines = [
+            [{k: v for k, v in json.loads(line).items() if k not in TIMING}
+             for line in (w / "metrics" / f"{name}.jsonl").read_text().splitlines()]
+            for w in (workdir, reference)
+        ]  # fmt: skip
+        assert lines[0] == lines[1]
+
+
+def finish(corpus, workdir, *more) -> str:
+    process = pipelines.process(corpus, workdir, *more)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    return error
+
+
+def kill_after(corpus, workdir, seconds: float, *more) -> bool:
+    """Start a run, kill it after a while; whether it was still going."""
+    process = pipelines.process(corpus, workdir, *more)
+    time.sleep(seconds)
+    alive = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return alive
+
+
+def wait_for(path, process, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not list(path.parent.glob(path.name)):
+        assert process.poll() is None and time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.002)
+
+
+def test_killed_while_training_and_resumed(corpus, finished, tmp_path):
+    """Killed as soon as checkpoints appear, in the target and in a draft."""
+    workdir = tmp_path / "killed"
+    for folder in ("target", "drafts/spire"):
+        process = pipelines.process(corpus, workdir)
+        wait_for(workdir / folder / "checkpoints" / "*6*", process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (workdir / folder / "params").exists(), "the kill came too late to test much"
+    finish(corpus, workdir)
+    check_equal(workdir, finished)
+
+
+def test_a_torn_checkpoint_is_skipped_with_a_warning(corpus, finished, tmp_path):
+    workdir = tmp_path / "torn"
+    process = pipelines.process(corpus, workdir, "--stages=target")
+    wait_for(workdir / "target" / "checkpoints" / "9", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    steps = [
+        int(p.name) for p in (workdir / "target" / "checkpoints").iterdir() if p.name.isdigit()
+    ]
+    newest = workdir / "target" / "checkpoints" / str(max(steps))
+    files = sorted((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    files[-1].write_bytes(files[-1].read_bytes()[: files[-1].stat().st_size // 2])
+    error = finish(corpus, workdir, "--stages=target")
+    assert f"{newest.name}" in error and "unreadable" in error
+    check_equal(workdir, finished, ["target"])
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(corpus, finished, tmp_path):
+    """Anywhere in a run: start-up, compilation, training, saving, evaluation, report."""
+    begin = time.monotonic()
+    finish(corpus, tmp_path / "timed")
+    whole = time.monotonic() - begin
+    shutil.rmtree(tmp_path / "timed")
+    rng = random.Random(0)
+    workdir, kills, moments = tmp_path / "killed", 0, []
+    while kills < 10:
+        moment = rng.uniform(0.1, 0.9) * whole
+        if kill_after(corpus, workdir, moment):
+            kills += 1
+            moments.append(round(moment, 1))
+        else:  # it got to its end: the next kills fall into a new run
+            check_equal(workdir, finished)
+            shutil.rmtree(workdir)
+    finish(corpus, workdir)
+    check_equal(workdir, finished)

@@ -1,0 +1,135 @@
+"""Configuration: overrides, types, and every contradiction named before anything runs."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from spire_jax import config as configs
+from spire_jax.config import ConfigError, DraftConfig, ModelConfig, TrainConfig
+
+QUICKSTART = pathlib.Path("configs/quickstart.py")
+
+
+def load(*overrides: str) -> configs.ExperimentConfig:
+    return configs.load(QUICKSTART, overrides)
+
+
+@pytest.mark.parametrize("path", sorted(pathlib.Path("configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_loads_and_says_how_to_run_it(path):
+    configs.load(path)
+    text = path.read_text()
+    assert "python -m" in text or "launch/" in text
+    assert "import ml_collections" in text and "spire_jax import" not in text
+
+
+def leaves(section, path=""):
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{path}{field.name}.")
+        elif field.name != "drafts":
+            yield path + field.name, value
+
+
+def test_every_value_can_be_overridden():
+    base = load()
+    keys = list(leaves(base))
+    keys += [(f"drafts.spire.{key}", value) for key, value in leaves(base.draft("spire"))]
+    assert len(keys) > 70
+    for key, value in keys:
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        assert load(f"{key}={text}") == base, key
+    changed = load("train.steps=7", "drafts.spire.attend_self=false", "eval.context_lengths=9,8")
+    assert changed.train.steps == 7
+    assert changed.draft("spire").attend_self is False
+    assert changed.eval.context_lengths == (9, 8)
+    assert changed.draft("vanilla") == base.draft("vanilla")
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("train.stepz=5", "unknown config key 'train.stepz'; did you mean 'steps'"),
+        ("trian.steps=5", "unknown config key 'trian'; did you mean 'train'"),
+        ("drafts.spyre.window=5", "unknown config key 'drafts.spyre'; did you mean 'spire'"),
+        ("train.steps=many", "train.steps='many' should be int"),
+        ("train.remat=maybe", "train.remat='maybe' should be bool"),
+        ("eval.context_lengths=a", "eval.context_lengths='a' should be a list of integers"),
+        ("train.steps", "not of the form key=value"),
+        ("train.k=3", "train.k=3 does not divide train.seq_len=256"),
+        ("drafts.spire.window=0", "drafts.spire.window=0 is under 1"),
+        ("drafts.vanilla.window=-1", "drafts.vanilla.window=-1 is under 1"),
+        ("drafts.spire.sink=49", "drafts.spire.sink=49 is longer than the shortest context"),
+        ("drafts.spire.n_layers=9", "drafts.spire.n_layers=9 is deeper than the target"),
+        ("drafts.spire.d_model=128", "drafts.spire.d_model=128 differs from target.d_model=96"),
+        ("drafts.spire.d_ff=64", "drafts.spire.d_ff=64 differs from target.d_ff"),
+        ("drafts.spire.kind=medusa", "choose from ['spire', 'vanilla']"),
+        ("drafts.spire.loss=kl", "drafts.spire.loss='kl'; choose from"),
+        ("drafts.spire.omega=2", "drafts.spire.omega=2.0 must lie in [0, 1]"),
+        ("target.vocab_size=200", "target.vocab_size=200 is under the data's 257"),
+        ("target.max_len=250", "= 252 goes beyond target.max_len=250"),
+        ("target.d_head=7", "target.d_head=7 is odd"),
+        ("data.tokenizer=words", "data.tokenizer='words' is unknown"),
+        ("train.accumulate=3", "train.accumulate=3 does not divide train.batch_size"),
+        ("train.dtype=float16", "train.dtype='float16'; use 'float32' or 'bfloat16'"),
+        ("train.peak_lr=0", "train.peak_lr=0.0 must be above 0"),
+        ("decode.k=0", "decode.k=0 must be above 0"),
+        ("decode.top_p=0", "decode.top_p=0.0 must lie in (0, 1]"),
+        ("decode.temperature=-1", "decode.temperature=-1.0 is negative"),
+        ("mesh.tensor=0", "mesh.tensor=0; use 1 or more"),
+        ("mesh.tensor=-1", "mesh: at most one axis can be -1"),
+        ("seed=-1", "seed=-1 is negative"),
+        ("data.heldout_percent=0", "data.heldout_percent=0 must lie between"),
+    ],
+)
+def test_bad_values_are_named(override, message):
+    with pytest.raises(ConfigError) as error:
+        load(override)
+    assert message in str(error.value)
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nothing\.py does not exist"):
+        configs.load(tmp_path / "nothing.py")
+    for text, message in (
+        ("dict(train=5)", "train is a section, not a value"),
+        ("dict(train=dict(steps='5'))", "train.steps='5' should be of type int"),
+        ("dict(drafts=dict(a=dict(kidn='spire')))", "unknown config key 'drafts.a.kidn'"),
+        ("dict(drafts=dict(autoregressive=dict()))", "rename it"),
+    ):
+        path = tmp_path / "bad.py"
+        path.write_text(f"def get_config():\n    return {text}\n")
+        with pytest.raises(ConfigError) as error:
+            configs.load(path)
+        assert message in str(error.value)
+
+
+def test_command_line_ends_without_a_traceback(capsys):
+    import argparse
+
+    for argument, message in (
+        ("--config.train.stepz=5", "did you mean 'steps'"),
+        ("--configs.train.steps=5", "unknown argument"),
+        ("--config.train.steps", "set as --config.train.steps=value"),
+    ):
+        with pytest.raises(SystemExit) as status:
+            configs.command_line(argparse.ArgumentParser(), [f"--config={QUICKSTART}", argument])
+        assert status.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_draft_takes_its_sizes_from_the_target():
+    target = ModelConfig(n_layers=8, d_model=512, rope_base=5e5, tied=True, vocab_size=64)
+    model = configs.draft_model(target, DraftConfig(n_layers=2, window=64, sink=1))
+    assert (model.n_layers, model.d_model, model.window, model.sink) == (2, 512, 64, 1)
+    assert (model.rope_base, model.tied, model.vocab_size) == (5e5, True, 64)
+    dense = configs.draft_model(target, DraftConfig(kind="vanilla", window=0, d_model=256))
+    assert (dense.window, dense.sink, dense.d_model) == (0, 0, 256)
+
+
+def test_identity_leaves_out_what_computes_the_same():
+    one, other = TrainConfig(), TrainConfig(remat=True, log_every=3, checkpoint_every=7)
+    assert configs.digest(configs.identity(one)) == configs.digest(configs.identity(other))
+    other = TrainConfig(weight_decay=0.2)
+    assert configs.digest(configs.identity(one)) != configs.digest(configs.identity(other))
