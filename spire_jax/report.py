@@ -265,10 +265,12 @@ def _measured(name: str, timing: Mapping[str, Any]) -> dict[str, Any]:
 def _training(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The last step's values, and the median speed: the first steps compile."""
     last = rows[-1]
-    shares = [row["peak_share"] for row in rows if row.get("peak_share") is not None]
+    # A step that compiled, after a start or a resumption, has no speed.
+    rates, shares = ([row[key] for row in rows if row.get(key) is not None]
+                     for key in ("tokens_per_s", "peak_share"))  # fmt: skip
     return {
         **{key: last.get(key) for key in ("step", "tokens", "loss", "alpha", "alpha_by_depth")},
-        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows),
+        "tokens_per_s": statistics.median(rates) if rates else None,
         "peak_share": statistics.median(shares) if shares else None,
     }
 

@@ -81,7 +81,7 @@ def read_inputs(workdir: pathlib.Path, config: config_lib.ExperimentConfig) -> I
         path = workdir / "metrics" / f"{name}.jsonl"
         rows = _rows(path, f"train {name} again")
         for number, row in rows:
-            for key in ("step", "tokens", "loss", "tokens_per_s"):
+            for key in ("step", "tokens", "loss"):
                 _get(row, key, (int, float), f"{path}:{number}")
         metrics[name] = [row for _, row in rows]
     return Inputs(counts, evaluation, metrics)

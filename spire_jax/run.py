@@ -280,16 +280,7 @@ class Pipeline:
         self.console.print(f"{folder.name}/ was made with {changed}; kept as {kept.name}/")
 
     def _check_workdir(self, with_target: bool, drafts: Sequence[str]) -> None:
-        """Fail before anything expensive: identities, permissions, room on the disk."""
-        try:
-            self.workdir.mkdir(parents=True, exist_ok=True)
-            probe = self.workdir / ".writable"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise ConfigError(
-                f"--workdir={self.workdir} cannot be written ({error.strerror}); choose another"
-            ) from error
+        """Fail before anything expensive: identities, and room on the disk."""
         wanted = [*(["target"] if with_target else []), *(f"draft {name}" for name in drafts)]
         need = 0
         for stage in wanted:
@@ -328,8 +319,14 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "")
 @contextlib.contextmanager
 def _only_one(workdir: pathlib.Path) -> Iterator[None]:
     """Hold the work directory: two runs in it would overwrite each other."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / ".lock", "w") as lock:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        held = open(workdir / ".lock", "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={workdir} cannot be written ({error.strerror}); choose another"
+        ) from error
+    with held as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -28,15 +28,28 @@ from spire_jax.train import (
     train_step,
 )
 
-SIZES = dict(
-    target=dict(n_layers=2, d_model=16, n_kv_heads=2, d_head=8, d_ff=24),
-    drafts=dict(
-        spire=dict(n_layers=1, window=8),
-        vanilla=dict(kind="vanilla", n_layers=1, window=0, init="random", loss="hard"),
-    ),
-    train=dict(steps=24, batch_size=4, seq_len=16, log_every=4, checkpoint_every=8, k=4),
-    eval=dict(context_lengths=(8,), output_length=4),
-)
+SIZES: dict[str, dict] = {
+    "target": {"n_layers": 2, "d_model": 16, "n_kv_heads": 2, "d_head": 8, "d_ff": 24},
+    "drafts": {
+        "spire": {"n_layers": 1, "window": 8},
+        "vanilla": {
+            "kind": "vanilla",
+            "n_layers": 1,
+            "window": 0,
+            "init": "random",
+            "loss": "hard",
+        },
+    },
+    "train": {
+        "steps": 24,
+        "batch_size": 4,
+        "seq_len": 16,
+        "log_every": 4,
+        "checkpoint_every": 8,
+        "k": 4,
+    },
+    "eval": {"context_lengths": (8,), "output_length": 4},
+}
 
 
 def experiment(**train_values) -> configs.ExperimentConfig:
@@ -62,9 +75,9 @@ def arrays(seed: int, rows: int = 4, length: int = 16) -> TrainBatch:
 def batches(start: int):
     step = start // 4
     while True:
-        batch = arrays(step)
-        yield Batch(*(np.asarray(x, dtype) for x, dtype in zip(
-            batch, (np.int32, np.int32, bool), strict=True)), np.arange(4) + 4 * step)  # fmt: skip
+        tokens, targets, mask = (np.asarray(x) for x in arrays(step))
+        examples = np.arange(4) + 4 * step
+        yield Batch(tokens.astype(np.int32), targets.astype(np.int32), mask, examples)
         step += 1
 
 

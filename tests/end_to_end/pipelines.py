@@ -7,23 +7,7 @@ import sys
 
 from spire_jax import run
 
-WORDS = [
-    "def",
-    "return",
-    "if",
-    "else",
-    "for",
-    "in",
-    "while",
-    "try",
-    "import",
-    "class",
-    "self",
-    "x",
-    "y",
-    "z",
-    "value",
-]
+WORDS = ["def", "return", "if", "else", "for", "in", "while", "try", "class", "self", "x", "y"]
 OVERRIDES = {
     "target.n_layers": 2,
     "target.d_model": 16,
