@@ -197,7 +197,8 @@ def found(tmp_path_factory) -> dict:
     tests = pathlib.Path(__file__).parent
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        # Nearly all of the time goes into compiling.
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
         "PYTHONPATH": os.pathsep.join([str(tests.parent), os.environ.get("PYTHONPATH", "")]),
     }
     process = subprocess.run(
