@@ -108,14 +108,10 @@ def rows_stop_at_the_end_of_sequence() -> None:
     """A row ends with its first end of sequence, wherever in a block that falls."""
     pair, prompts = models.pair("self"), models.ragged((3, 9, 6, 4), seed=2)
     free = decode.generate(pair.decoder(4, 0.0), pair.weights, prompts, [20] * 4, range(4))
-    tokens = np.asarray(free.tokens)
-    for row, prompt in enumerate(prompts):
-        eos = int(tokens[row, len(prompt) + 6])  # in the middle of the second block
-        state = decode.generate(pair.decoder(4, 0.0, eos), pair.weights, prompts, [20] * 4,
-                                range(4))  # fmt: skip
-        output = tokens[row, len(prompt) :].tolist()
-        assert int(state.lengths[row]) == len(prompt) + output.index(eos) + 1
-        break
+    output = np.asarray(free.tokens)[0, len(prompts[0]) :].tolist()
+    eos = output[6]  # in the middle of the first row's second block
+    state = decode.generate(pair.decoder(4, 0.0, eos), pair.weights, prompts, [20] * 4, range(4))
+    assert int(state.lengths[0]) == len(prompts[0]) + output.index(eos) + 1
 
 
 def every_round_has_its_own_key() -> None:
