@@ -32,6 +32,8 @@ from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Model
 from spire_jax.sampling import Sampling, round_keys
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SMALL = dataclasses.replace(TINY, n_layers=2)  # its drafts are accepted often, at every depth
 WINDOWED = dataclasses.replace(TINY, window=7, sink=2)
 K, WIDTH = 3, 64

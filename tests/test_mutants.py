@@ -27,6 +27,8 @@ from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Transformer
 from spire_jax.sampling import Sampling, round_keys
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def forget_compiled() -> None:
     """Trace anew: what was compiled before a patch does not have it."""
