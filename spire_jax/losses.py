@@ -1,8 +1,8 @@
-"""Draft and target losses (method.md 3.4), float32, from logits; means over unmasked tokens."""
+"""Draft and target losses (method.md 3.4), float32, from logits, per token."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 
 def cross_entropy(
@@ -44,8 +44,3 @@ def draft_loss(
     if kind == "mixed":
         loss = omega * loss - (1 - omega) * acceptance(target_logits, logits)
     return loss
-
-
-def masked_mean(values: Float[Array, "*rows"], mask: Bool[Array, "*rows"]) -> Float[Array, ""]:
-    """Mean over the rows where `mask` is set; 0 where there are none."""
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)

@@ -102,12 +102,11 @@ def test_killed_at_ten_random_moments(corpus, finished, tmp_path):
     whole = time.monotonic() - begin
     shutil.rmtree(tmp_path / "timed")
     rng = random.Random(0)
-    workdir, kills, moments = tmp_path / "killed", 0, []
+    workdir, kills = tmp_path / "killed", 0
     while kills < 10:
         moment = rng.uniform(0.1, 0.9) * whole
         if kill_after(corpus, workdir, moment):
             kills += 1
-            moments.append(round(moment, 1))
         else:  # it got to its end: the next kills fall into a new run
             check_equal(workdir, finished)
             shutil.rmtree(workdir)
