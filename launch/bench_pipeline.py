@@ -18,8 +18,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from spire_jax import config as configs
 from spire_jax.config import ExperimentConfig, body_parameters
+from spire_jax.config_files import command_line
 from spire_jax.data.pipeline import Batch, Context
 from spire_jax.decode import Weights, decode_rounds, finish, generation_lengths, start
 from spire_jax.evaluate import (
@@ -52,10 +52,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--workdir", default="runs/quickstart", help="of a finished run")
     parser.add_argument("--repeats", type=int, default=7)
-    args, config = configs.command_line(parser)
+    args, config = command_line(parser)
     print(" | ".join(describe().values()))
     sized = dataclasses.replace(
-        config, target=dataclasses.replace(config.target, d_model=96, d_ff=192)
+        config, target=dataclasses.replace(config.target, d_model=96, d_ff=224)
     )
     for seq_len, batch in ((256, 16), (1024, 4)):
         train = dataclasses.replace(sized.train, seq_len=seq_len, batch_size=batch)

@@ -29,12 +29,12 @@ from spire_jax.config import (
     ConfigError,
     DraftConfig,
     ExperimentConfig,
-    command_line,
     digest,
     draft_model,
     identity,
     to_dict,
 )
+from spire_jax.config_files import command_line
 from spire_jax.data.pipeline import Dataset, train_batches
 from spire_jax.data.sources import Corpus, DataError, load_corpus
 from spire_jax.decode import DecodeError

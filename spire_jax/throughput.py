@@ -19,14 +19,8 @@ import rich.table
 
 from spire_jax import chips
 from spire_jax.chips import CHIPS, Chip
-from spire_jax.config import (
-    ConfigError,
-    ExperimentConfig,
-    body_parameters,
-    command_line,
-    draft_model,
-    exit_with_error,
-)
+from spire_jax.config import ConfigError, ExperimentConfig, body_parameters, draft_model
+from spire_jax.config_files import command_line, exit_with_error
 from spire_jax.cost_model import VARIANTS, Draft, Roofline, RoundCost, cache_row, visible_rows
 
 AUTOREGRESSIVE = "autoregressive"

@@ -6,18 +6,19 @@ import pathlib
 import pytest
 
 from spire_jax import config as configs
+from spire_jax import config_files
 from spire_jax.config import ConfigError, DraftConfig, ModelConfig, TrainConfig
 
 QUICKSTART = pathlib.Path("configs/quickstart.py")
 
 
 def load(*overrides: str) -> configs.ExperimentConfig:
-    return configs.load(QUICKSTART, overrides)
+    return config_files.load(QUICKSTART, overrides)
 
 
 @pytest.mark.parametrize("path", sorted(pathlib.Path("configs").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_loads_and_says_how_to_run_it(path):
-    configs.load(path)
+    config_files.load(path)
     text = path.read_text()
     assert "python -m" in text or "launch/" in text
     assert "import ml_collections" in text and "spire_jax import" not in text
@@ -91,7 +92,7 @@ def test_bad_values_are_named(override, message):
 
 def test_bad_files_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing\.py does not exist"):
-        configs.load(tmp_path / "nothing.py")
+        config_files.load(tmp_path / "nothing.py")
     for text, message in (
         ("dict(train=5)", "train is a section, not a value"),
         ("dict(train=dict(steps='5'))", "train.steps='5' should be of type int"),
@@ -101,7 +102,7 @@ def test_bad_files_are_named(tmp_path):
         path = tmp_path / "bad.py"
         path.write_text(f"def get_config():\n    return {text}\n")
         with pytest.raises(ConfigError) as error:
-            configs.load(path)
+            config_files.load(path)
         assert message in str(error.value)
 
 
@@ -114,7 +115,9 @@ def test_command_line_ends_without_a_traceback(capsys):
         ("--config.train.steps", "set as --config.train.steps=value"),
     ):
         with pytest.raises(SystemExit) as status:
-            configs.command_line(argparse.ArgumentParser(), [f"--config={QUICKSTART}", argument])
+            config_files.command_line(
+                argparse.ArgumentParser(), [f"--config={QUICKSTART}", argument]
+            )
         assert status.value.code == 2
         assert message in capsys.readouterr().err
 

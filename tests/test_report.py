@@ -14,7 +14,7 @@ import pytest
 import rich.console
 
 from spire_jax import config as config_lib
-from spire_jax import report, report_page
+from spire_jax import config_files, report, report_page
 
 HOSTILE = (
     "<script>alert('x')</script> & \"</pre><img src=http://evil.example/x>\" {{ 7 * 7 }} \x00\x1b"
@@ -38,7 +38,7 @@ def experiment(**evaluation) -> config_lib.ExperimentConfig:
         "decode": dict(k=K),
         "eval": dict(context_lengths=LENGTHS, bootstrap=300) | evaluation,
     }  # fmt: skip
-    return config_lib.build(config_lib.defaults(values))
+    return config_files.build(config_files.defaults(values))
 
 
 def write_lines(path: pathlib.Path, rows) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from spire_jax import config as configs
+from spire_jax import config_files
 from spire_jax.checkpoints import Checkpoints
 from spire_jax.data.pipeline import Batch
 from spire_jax.sharding import make_mesh
@@ -54,7 +55,7 @@ SIZES: dict[str, dict] = {
 
 def experiment(**train_values) -> configs.ExperimentConfig:
     values = SIZES | {"train": SIZES["train"] | train_values}
-    return configs.build(configs.defaults(values))
+    return config_files.build(config_files.defaults(values))
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,22 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from spire_jax.config import DraftConfig, ExperimentConfig, TrainConfig
 from spire_jax.decode import generate
+from spire_jax.drafting.build import strategy
+from spire_jax.models.layers import Compute
 from spire_jax.sampling import Sampling, probabilities
+from spire_jax.sharding import make_mesh
+from spire_jax.train import (
+    Task,
+    TrainBatch,
+    draft_task,
+    init_state,
+    initial_draft,
+    make_optimizer,
+    target_task,
+    train_step,
+)
 
 DRAFTS = ("spire", "spire_strict", "spire_plain", "vanilla", "ring", "self")
 # From one token to beyond window + sink + k of every test (6 + 1 + 8).
@@ -98,9 +112,9 @@ SMALL = dataclasses.replace(
 ROWS, BATCHES = 8192, 5
 
 
-def joint_of_three(prompt: np.ndarray, sampling: Sampling) -> np.ndarray:
+def joint_of_three(pair, prompt: np.ndarray, sampling: Sampling) -> np.ndarray:
     """The target's exact distribution over the next three tokens, [16, 16, 16]."""
-    model, params = models.target(SMALL)
+    model, params = pair.target, pair.target_params
     v = SMALL.n_tokens
     pairs = np.stack(np.meshgrid(np.arange(v), np.arange(v), indexing="ij"), -1).reshape(-1, 2)
     texts = np.concatenate([np.tile(prompt, (v * v, 1)), pairs], axis=1).astype(np.int32)
@@ -148,15 +162,64 @@ def sampled_joint(pair, decoder, prompt: np.ndarray, rows: int, batches: int):
 )
 def test_sampled_joint_equals_enumeration(kind, temperature, options):
     """The joint of the first three tokens, across rounds: k = 2 ends a round inside it."""
-    pair = models.pair(kind, SMALL)
+    check_joint(models.pair(kind, SMALL), temperature, **options)
+
+
+def check_joint(pair, temperature: float, **options) -> float:
+    """The share of rounds that accept a draft, after comparing the tokens' distribution."""
     sampling = Sampling(temperature, **options)
     prompt = models.texts(1, 9, seed=3, n_tokens=SMALL.n_tokens)[0]
     decoder = pair.decoder(2, temperature, **options)
     counts, accepted = sampled_joint(pair, decoder, prompt, ROWS, BATCHES)
     share = accepted[1:].sum() / accepted.sum()
     assert 0.05 < share < 0.95, "a draft that agrees or disagrees always tests nothing"
-    expected = joint_of_three(prompt, sampling) * ROWS * BATCHES
+    expected = joint_of_three(pair, prompt, sampling) * ROWS * BATCHES
     assert chi_square(counts, expected) > 1e-4
     for position in range(3):
         others = tuple(i for i in range(3) if i != position)
         assert chi_square(counts.sum(axis=others), expected.sum(axis=others)) > 1e-4
+    return share
+
+
+def trained(task: Task, config: ExperimentConfig, params, frozen=None):
+    """`params` after `config.train.steps` on texts in which a token depends on the two before."""
+    mesh, rng = jax.sharding.get_mesh(), np.random.default_rng(0)
+    v, train = SMALL.n_tokens, config.train
+    following = rng.dirichlet(np.full(v, 0.2), (v, v)).cumsum(axis=-1)
+    optimizer = make_optimizer(train, task)
+    state = init_state(task, optimizer, params, mesh)
+    for _ in range(train.steps):
+        text = rng.integers(0, v, (train.batch_size, train.seq_len + 1)).astype(np.int32)
+        for t in range(2, train.seq_len + 1):
+            draws = rng.random((train.batch_size, 1))
+            text[:, t] = (draws > following[text[:, t - 2], text[:, t - 1]]).sum(-1).clip(0, v - 1)
+        batch = TrainBatch(text[:, :-1], text[:, 1:], np.ones(text[:, 1:].shape, bool))
+        state, metrics = train_step(task, train, optimizer, state, frozen, batch)
+    print(f"{task.name}: {metrics}")
+    return state.params
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampled_joint_of_a_trained_pair(temperature):
+    """A target and a SPIRe draft trained by the product's own step."""
+    pair = trained_pair()
+    share = check_joint(pair, temperature)
+    assert share > 0.5
+
+
+@functools.cache
+def trained_pair() -> models.Pair:
+    config = ExperimentConfig(
+        target=SMALL,
+        drafts=(("spire", DraftConfig(n_layers=1, window=models.WINDOW)),),
+        train=TrainConfig(steps=200, batch_size=32, seq_len=16, k=2, peak_lr=1e-2),
+    )
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        task = target_task(config)
+        target = trained(task, config, models.init(task.model, 0))
+        task = draft_task(config, "spire")
+        draft = trained(task, config, initial_draft(config, "spire", task, target, mesh), target)
+        return models.Pair(
+            target_task(config).model, target, strategy(config, "spire", Compute()), draft
+        )
