@@ -182,10 +182,10 @@ def bench_oracle(
             seconds, decoding = dict.fromkeys(seconds, 0.0), dict.fromkeys(decoding, 0.0)
         at = [repeat * 1000 + row for row in rows]
         begin = time.perf_counter()
-        texts = sample_texts(config, target, contexts, at, length)
+        texts, cache = sample_texts(config, target, contexts, at, length)
         seconds["samples"] += time.perf_counter() - begin
         begin = time.perf_counter()
-        along = jax.block_until_ready(target_pass(config, target, names, texts, length))
+        along = jax.block_until_ready(target_pass(config, target, names, texts, cache, length))
         seconds["target"] += time.perf_counter() - begin
         for name in names:
             begin = time.perf_counter()

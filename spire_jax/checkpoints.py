@@ -73,13 +73,14 @@ class Checkpoints:
         trace: TracebackType | None,
     ) -> None:
         try:
-            self.wait()
+            try:
+                self.wait()
+            finally:
+                self._close()
         except CheckpointError as failure:
             if error is None:
                 raise
             warnings.warn(str(failure), stacklevel=2)  # what is on its way up matters more
-        finally:
-            self._checkpointer.close()
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are complete, oldest first; waits for a pending save."""
@@ -130,6 +131,12 @@ class Checkpoints:
             if unlisted is not None:
                 list_files(self.directory / str(unlisted))
         except Exception as error:  # whatever the writing thread met
+            raise self._cannot_write(error) from error
+
+    def _close(self) -> None:
+        try:
+            self._checkpointer.close()
+        except Exception as error:  # after a failed save Orbax may fail here once more
             raise self._cannot_write(error) from error
 
     def _check_identity(self, identity: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ from spire_jax.decode import (
 from spire_jax.drafting.build import compute_for, strategy, target_model
 from spire_jax.hardware import describe, peak_memory_bytes
 from spire_jax.metrics import Progress
+from spire_jax.models.kv_cache import FullCache
 from spire_jax.models.transformer import Params
 from spire_jax.oracle import TargetAlong, acceptance_along, round_statistics, target_along
 from spire_jax.sampling import Sampling
@@ -109,8 +110,8 @@ def evaluate(
                 about = [_about(config, i, c, length) for i, c in zip(rows, batch, strict=True)]
                 about = about[: len(set(rows))]  # the rest fills the batch up
                 with clock(AUTOREGRESSIVE):
-                    texts = sample_texts(config, target, batch, rows, length)
-                    along = target_pass(config, target, drafts, texts, length)
+                    texts, cache = sample_texts(config, target, batch, rows, length)
+                    along = target_pass(config, target, drafts, texts, cache, length)
                 records[AUTOREGRESSIVE] += [r | {"method": AUTOREGRESSIVE, "k": 0} for r in about]
                 for name, params in drafts.items():
                     weights = Weights(target, params)
@@ -152,8 +153,9 @@ def sample_texts(
     contexts: Sequence[Context],
     indices: Sequence[int],
     length: int,
-) -> np.ndarray:
-    """Autoregressive samples, [B, length + output + k - 1], as the oracle needs them."""
+) -> tuple[np.ndarray, FullCache]:
+    """Autoregressive samples, [B, length + output + k - 1], as the oracle needs them, and the
+    target's cache over them."""
     budget = config.eval.output_length + oracle_depth(config) - 1
     state = generate(
         make_decoder(config, AUTOREGRESSIVE),
@@ -164,7 +166,7 @@ def sample_texts(
         width=cache_width(config),
         rounds_per_call=config.decode.rounds_per_call,
     )
-    return np.asarray(state.tokens)[:, : length + budget]
+    return np.asarray(state.tokens)[:, : length + budget], state.target_cache
 
 
 def request_seed(config: ExperimentConfig, purpose: str, context: int, length: int) -> int:
@@ -173,13 +175,17 @@ def request_seed(config: ExperimentConfig, purpose: str, context: int, length: i
 
 
 def target_pass(
-    config: ExperimentConfig, target: Params, names: Iterable[str], texts: np.ndarray, length: int
+    config: ExperimentConfig,
+    target: Params,
+    names: Iterable[str],
+    texts: np.ndarray,
+    cache: FullCache,
+    length: int,
 ) -> TargetAlong:
     """The target's one pass along its samples, with what every draft of `names` reads."""
     decoder = make_decoder(config, AUTOREGRESSIVE)
-    strategies = (make_decoder(config, name).strategy for name in names)
-    collect = sorted({layer for s in strategies if s is not None for layer in s.collect})
-    return target_along(decoder.target, target, texts, length, tuple(collect), decoder.sampling)
+    strategies = tuple(strategy(config, name, decoder.target.compute) for name in names)
+    return target_along(decoder.target, target, cache, texts, length, strategies, decoder.sampling)
 
 
 def oracle_records(

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from spire_jax.drafting import Strategy
+from spire_jax.models.kv_cache import FullCache
 from spire_jax.models.transformer import Model, Params
 from spire_jax.records import record
 from spire_jax.sampling import Sampling, probability_of
@@ -31,29 +32,55 @@ class RoundStatistics:
     accepted: Float[np.ndarray, "n k"]  # ... and passed
 
 
-@record()
+@record("sinks", "begin", "end")
 @dataclasses.dataclass(frozen=True)
 class TargetAlong:
-    """One forward pass of the target along its own samples; it serves every draft."""
+    """One pass of the target along its own samples; it serves every draft."""
 
     p: Float[Array, "B O"]  # probability of each token after the context
-    activations: dict[int, Float[Array, "B T1 D"]]  # y^l by l, of all tokens but the last
+    activations: dict[int, Float[Array, "B M D"]]  # y^l by l, at the positions `read`
+    sinks: int
+    begin: int
+    end: int
+
+    @property
+    def read(self) -> Int[np.ndarray, " M"]:
+        return _read(self.sinks, self.begin, self.end)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def _read(sinks: int, begin: int, end: int) -> Int[np.ndarray, " M"]:
+    """The first `sinks` positions, and `begin` to `end`."""
+    return np.r_[: min(sinks, begin), begin:end]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
 def target_along(
     target: Model,
     params: Params,
+    cache: FullCache,
     tokens: Int[Array, "B T"],
     context_length: int,
-    collect: tuple[int, ...],
+    strategies: tuple[Strategy, ...],
     sampling: Sampling,
 ) -> TargetAlong:
-    """The target's probabilities of the tokens after a context, and the activations `collect`."""
-    first = context_length - 1
-    logits, activations = target.bind(params).forward(tokens[:, :-1], collect, logits_from=first)
+    """The target's probabilities of the tokens after a context, and what the drafts read of it.
+
+    Args:
+        cache: the target's, as sampling left it: it spares the pass most of the context.
+        tokens: the sampled texts.
+        strategies: of all drafts that the result is to serve.
+    """
+    first, end = context_length - 1, tokens.shape[1] - 1
+    reads = [(0, first), *(strategy.reads(first) for strategy in strategies)]
+    collect = tuple(sorted({layer for strategy in strategies for layer in strategy.collect}))
+    sinks, begin = max(sinks for sinks, _ in reads), min(begin for _, begin in reads)
+    read = _read(sinks, begin, end)
+    positions = jnp.tile(read, (tokens.shape[0], 1))
+    logits, activations, _ = target.bind(params).extend(
+        cache, tokens[:, read], positions, collect, logits_from=len(read) - (end - first)
+    )
     p = probability_of(logits, tokens[:, context_length:], sampling)
-    return TargetAlong(p, dict(zip(collect, activations, strict=True)))
+    return TargetAlong(p, dict(zip(collect, activations, strict=True)), sinks, begin, end)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
@@ -72,7 +99,7 @@ def acceptance_along(
     Args:
         params: the draft's.
         tokens: texts of context + output + k - 1 tokens, sampled from the target.
-        along: the target's pass over them, with the activations that the strategy reads.
+        along: the target's pass over them, made for this strategy among others.
 
     Returns:
         min(1, q(x) / p(x)) for x the token j + 1 after start r: start 0 is the context's last
@@ -83,7 +110,7 @@ def acceptance_along(
         raise ValueError(f"the oracle needs texts of {needed} tokens, not {tokens.shape[1]}")
     starts = np.arange(context_length - 1, context_length - 1 + output_length)
     activations = tuple(along.activations[layer] for layer in strategy.collect)
-    q = strategy.probabilities_along(params, tokens, activations, starts, k, sampling)
+    q = strategy.probabilities_along(params, tokens, activations, along.read, starts, k, sampling)
     p = along.p[:, starts[:, None] + np.arange(k) - starts[0]]
     # A sampled token has p > 0; where another pass rounds it to 0, q / p is taken as 1 at most.
     return jnp.minimum(1.0, q / jnp.maximum(p, jnp.finfo(jnp.float32).tiny))
@@ -97,25 +124,23 @@ def round_statistics(acceptance: Float[np.ndarray, "n R k"]) -> RoundStatistics:
     start while output is left; the last one counts i + 1 even if the budget cuts it.
     """
     a = np.asarray(acceptance, np.float64)
-    depths = a.shape[2]
-    lengths, rounds = np.zeros((a.shape[0], depths)), np.zeros((a.shape[0], depths))
-    for k in range(1, depths + 1):
-        lengths[:, k - 1], rounds[:, k - 1], reached, accepted = _rounds(a[:, :, :k])
-    return RoundStatistics(lengths, rounds, reached, accepted)
-
-
-def _rounds(a: Float[np.ndarray, "n R k"]):
-    n, starts, k = a.shape
-    begins = np.zeros((n, starts + k + 1))
+    n, starts, most = a.shape
+    passes = np.cumprod(a, axis=2)  # P(at least 1 .. k accepted)
+    tests = np.concatenate([np.ones((n, starts, 1)), passes[:, :, :-1]], axis=2)
+    # For every depth at once: P(exactly i accepted), i = 0 .. k.
+    exactly = np.zeros((n, starts, most, most + 1))
+    for k in range(1, most + 1):
+        exactly[:, :, k - 1, :k] = tests[:, :, :k] - passes[:, :, :k]
+        exactly[:, :, k - 1, k] = passes[:, :, k - 1]
+    begins = np.zeros((n, starts + most + 1, most))  # P(a round starts at r), by depth
     begins[:, 0] = 1
-    reached, accepted = np.zeros((n, k)), np.zeros((n, k))
     for r in range(starts):
-        weight = begins[:, r, None]
-        passes = np.cumprod(a[:, r], axis=1)  # P(at least 1 .. k accepted)
-        tests = np.concatenate([np.ones((n, 1)), passes[:, :-1]], axis=1)
-        exactly = np.concatenate([tests - passes, passes[:, -1:]], axis=1)  # 0 .. k accepted
-        reached += weight * tests
-        accepted += weight * passes
-        begins[:, r + 1 : r + k + 2] += weight * exactly
-    rounds = begins[:, :starts].sum(axis=1)
-    return rounds + accepted.sum(axis=1), rounds, reached, accepted
+        handed_over = begins[:, r, :, None] * exactly[:, r]
+        begins[:, r + 1 : r + most + 2] += handed_over.swapaxes(1, 2)
+    begins = begins[:, :starts]
+    rounds = begins.sum(axis=1)
+    reached = np.einsum("nrk,nrd->nkd", begins, tests)
+    accepted = np.einsum("nrk,nrd->nkd", begins, passes)
+    within = np.tril(np.ones((most, most)))  # depth d <= k
+    lengths = rounds + (accepted * within).sum(axis=2)
+    return RoundStatistics(lengths, rounds, reached[:, -1], accepted[:, -1])

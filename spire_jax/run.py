@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -342,13 +343,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     choices = f"comma-separated, of {', '.join(STAGES)} or a draft's name"
     parser.add_argument("--stages", default=",".join(STAGES), help=choices)
     args, config = command_line(parser, argv)
+    # Orbax logs the traceback of a failed save thread by thread; CheckpointError says it in a line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         pipeline = Pipeline(config, args.workdir)
         with _only_one(pipeline.workdir):
             (pipeline.workdir / "config.json").write_text(json.dumps(to_dict(config), indent=1))
             summary = pipeline.run([s for s in args.stages.split(",") if s])
     except ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        nameless = isinstance(error, OSError) and error.filename is None
+        where = f" (work directory: {args.workdir})" if nameless else ""
+        print(f"error: {error}{where}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

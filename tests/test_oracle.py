@@ -11,6 +11,7 @@ import pytest
 from models import TINY, pair, texts
 
 from spire_jax.decode import generate
+from spire_jax.models.kv_cache import full_cache
 from spire_jax.oracle import acceptance_along, round_statistics, target_along
 from spire_jax.sampling import Sampling, probabilities
 
@@ -83,7 +84,7 @@ def test_tau_grows_with_k():
 def along(kind: str, tokens, context: int, output: int, k: int, sampling: Sampling, config=TINY):
     """min(1, q / p) of a draft along texts, after the one pass of the target over them."""
     p = pair(kind, config)
-    target = target_pass(p.target, p.target_params, jnp.asarray(tokens), context, sampling)
+    target = target_pass(p.target, p.target_params, jnp.asarray(tokens), context, sampling, config)
     return np.asarray(
         acceptance_along(
             p.strategy, p.draft_params, jnp.asarray(tokens), target, context, output, k, sampling
@@ -91,8 +92,12 @@ def along(kind: str, tokens, context: int, output: int, k: int, sampling: Sampli
     )
 
 
-def target_pass(model, params, tokens, context, sampling):
-    return target_along(model, params, tokens, context, (1, 2), sampling)  # what SPIRe reads
+def target_pass(model, params, tokens, context, sampling, config):
+    """One pass for all drafts at once, on the cache of a prefill of the context alone."""
+    _, keys_values = model.bind(params).prefill(tokens[:, : context - 1])
+    cache = full_cache(keys_values, tokens.shape[1])
+    served = tuple(pair(kind, config).strategy for kind in ("vanilla", "spire"))
+    return target_along(model, params, cache, tokens, context, served, sampling)
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "spire"])

@@ -32,6 +32,14 @@ class Strategy(Protocol):
         """Which activations y^l of the target the strategy reads."""
         ...
 
+    def reads(self, start: int) -> tuple[int, int]:
+        """Which activations drafting at or after the position `start` may need.
+
+        Returns:
+            (sinks, begin): the positions 0 .. sinks - 1, and those from `begin` on.
+        """
+        ...
+
     def prefill(
         self,
         params: Params,
@@ -83,7 +91,8 @@ class Strategy(Protocol):
         self,
         params: Params,
         tokens: Int[Array, "B T"],
-        activations: Activations,
+        activations: tuple[Float[Array, "B M D"], ...],
+        read: Int[np.ndarray, " M"],
         starts: Int[np.ndarray, " R"],
         k: int,
         sampling: Sampling,
@@ -91,7 +100,7 @@ class Strategy(Protocol):
         """q of the tokens of a given text, k depths from every start; what the oracle reads.
 
         Depth j (0-based) from start s is the draft's probability of token s + j + 1, given the
-        target's activations of the tokens before s. `activations` cover all but the last token.
+        target's activations of the tokens before s; `activations` are those at positions `read`.
         """
         ...
 

@@ -23,6 +23,10 @@ class Spire:
     def collect(self) -> tuple[int, ...]:
         return target_layers(self.target_depth, self.model.config.n_layers)
 
+    def reads(self, start):
+        config = self.model.config
+        return config.sink, max(start - config.window + 1, 0)
+
     def prefill(self, params, tokens, lengths, activations, k, capacity):
         config = self.model.config
         if tokens.shape[1] == 0:
@@ -49,6 +53,6 @@ class Spire:
     def commit(self, params, cache, activations, positions):
         return self.model.bind(params).refresh(cache, activations, positions)
 
-    def probabilities_along(self, params, tokens, activations, starts, k, sampling):
-        logits = self.model.bind(params).rollout(tokens[:, :-1], activations, starts, k)
+    def probabilities_along(self, params, tokens, activations, read, starts, k, sampling):
+        logits = self.model.bind(params).rollout(tokens[:, :-1], activations, starts, k, read)
         return probability_of(logits, tokens[:, starts[:, None] + np.arange(1, k + 1)], sampling)

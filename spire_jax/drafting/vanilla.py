@@ -22,6 +22,9 @@ class Vanilla:
     model: Model
     collect: tuple[int, ...] = ()
 
+    def reads(self, start):
+        return 0, start
+
     def prefill(self, params, tokens, lengths, activations, k, capacity):
         config, dtype = self.model.config, self.model.compute.dtype
         batch, length = tokens.shape
@@ -57,7 +60,7 @@ class Vanilla:
     def commit(self, params, cache, activations, positions):
         return cache
 
-    def probabilities_along(self, params, tokens, activations, starts, k, sampling):
+    def probabilities_along(self, params, tokens, activations, read, starts, k, sampling):
         # What a plain transformer predicts does not depend on where drafting began.
         first = int(starts.min())
         logits, _ = self.model.bind(params).forward(tokens[:, :-1], logits_from=first)

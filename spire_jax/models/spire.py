@@ -52,9 +52,10 @@ class SpireDraft(Transformer):
     def rollout(
         self,
         tokens: Int[Array, "B T"],
-        activations: Activations,
+        activations: tuple[Float[Array, "B M D"], ...],
         starts: Int[np.ndarray, " R"],
         k: int,
+        read: Int[np.ndarray, " M"] | None = None,
     ) -> Float[Array, "B R k V"]:
         """Logits of k teacher-forced draft steps from every start, all starts in parallel.
 
@@ -64,17 +65,19 @@ class SpireDraft(Transformer):
 
         Args:
             tokens: a text from position 0.
-            activations: the target's y^(N-n) .. y^(N-1) over it.
+            activations: the target's y^(N-n) .. y^(N-1) at the positions `read`.
             starts: static start positions, with s + k <= T.
+            read: static; all of 0 .. T - 1 unless given. A window sees fewer.
         """
-        target_memory = self.read_target(activations, np.arange(tokens.shape[1]))
+        read = np.arange(tokens.shape[1]) if read is None else read
+        target_memory = self.read_target(activations, read)
         own: list[list[tuple[Array, Array]]] = [[] for _ in self.blocks]
         hidden = []
         for j in range(k):
             # The last pass leaves no memory behind: no pass comes after it.
             one_pass = jax.checkpoint(self._pass, static_argnums=(0, 4)) if (
                 self.compute.remat) else self._pass  # fmt: skip
-            x, memory = one_pass(_Static(starts, j), tokens, target_memory, own, j < k - 1)
+            x, memory = one_pass(_Static(starts, j, read), tokens, target_memory, own, j < k - 1)
             hidden.append(x)
             for layer, kv in zip(own, memory, strict=False):
                 layer.append(kv)
@@ -87,9 +90,7 @@ class SpireDraft(Transformer):
         xs = [x]
         for block, (k, v), mine in zip(self.blocks, target_memory, own, strict=True):
             q = block.queries(x, positions)
-            from_target = self._attend(
-                block, q, k, v, positions, np.arange(tokens.shape[1]), limit=starts
-            )
+            from_target = self._attend(block, q, k, v, positions, at.read, limit=starts)
             recent = list(mine)
             if self.attend_self:
                 recent.append(block.keys_values(x, positions))
@@ -178,10 +179,10 @@ class SpireDraft(Transformer):
 
 
 class _Static:
-    """Start positions and pass number, hashable by identity for `jax.checkpoint`."""
+    """What a pass knows while tracing, hashable by identity for `jax.checkpoint`."""
 
-    def __init__(self, starts: np.ndarray, j: int):
-        self.starts, self.j = starts, j
+    def __init__(self, starts: np.ndarray, j: int, read: np.ndarray):
+        self.starts, self.j, self.read = starts, j, read
 
 
 def target_layers(n_target: int, n_draft: int) -> tuple[int, ...]:

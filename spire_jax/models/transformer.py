@@ -78,10 +78,13 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         collect: tuple[int, ...] = (),
-    ) -> tuple[Float[Array, "B T V"], Activations, FullCache | RingCache]:
+        *,
+        logits_from: int = 0,
+    ) -> tuple[Float[Array, "B T1 V"], Activations, FullCache | RingCache]:
         """Process a few new tokens per row on top of a cache, at per-row positions.
 
         A token at position -1 is none: nothing is written for it and its logits are meaningless.
+        Logits of the first `logits_from` tokens are left out.
         """
         x = self.embed(tokens)
         slots, cache = cache.slots(positions), cache.place(positions)
@@ -100,7 +103,8 @@ class Transformer(nnx.Module):
                 scale=block.scale,
             )
             x = activations[i + 1] = block.finish(x, attended)
-        return self.unembed(x), tuple(activations[i] for i in collect), cache
+        logits = self.unembed(x[:, logits_from:])
+        return logits, tuple(activations[i] for i in collect), cache
 
     def _run(self, tokens, collect, keep_keys):
         positions = np.arange(tokens.shape[1])

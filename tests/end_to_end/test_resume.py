@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -92,6 +93,36 @@ def test_a_torn_checkpoint_is_skipped_with_a_warning(corpus, finished, tmp_path)
     error = finish(corpus, workdir, "--stages=target")
     assert f"{newest.name}" in error and "unreadable" in error
     check_equal(workdir, finished, ["target"])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own that can be filled."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a disk to be filled needs the right to mount one")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_while_training(corpus, finished, small_disk):
+    """The run ends with an error that says so, and goes on once there is room."""
+    workdir, ballast = small_disk / "run", small_disk / "ballast"
+    process = pipelines.process(corpus, workdir)
+    wait_for(workdir / "target" / "checkpoints" / "*6*", process)
+    with pytest.raises(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2, error
+    assert "\nerror: cannot write" in error and "No space left" in error and str(workdir) in error
+    ballast.unlink()
+    error = finish(corpus, workdir)
+    assert "target: 1/24" not in error, "it began anew"
+    check_equal(workdir, finished)
 
 
 @pytest.mark.slow
