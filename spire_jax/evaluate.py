@@ -130,7 +130,7 @@ def evaluate(
                             record["decoder"] = _decoder_record(counts[row])
                         records[name].append(record)
     summary = {
-        "corpus": dataset.corpus.summary(),
+        "corpus": dataset.corpus.summary() | {"padding_share": dataset.padding_share()},
         "heldout_bits_per_byte": teacher_forced["bits_per_byte"],
         "heldout_alpha": teacher_forced["alpha"],
         "timing": measure_speed(config, target, drafts, contexts),

@@ -309,25 +309,27 @@ def train(
     Raises:
         TrainingError: a loss or gradient that is not finite; names the step, the examples and
             the last good checkpoint.
+        MetricsError: metrics that the checkpoint goes with are gone.
     """
     optimizer = make_optimizer(config, task)
     state = init_state(task, optimizer, initial(), mesh)
-    restored = checkpoints.restore({**state, "examples": np.int64(0)})
-    done, examples = 0, 0
+    done, examples, logged = 0, 0, 0  # logged: step of the last record of the metrics
+    restored = checkpoints.restore({**state, "examples": np.int64(0), "logged": np.int64(0)})
     if restored is not None:
         done, state = restored
-        examples = int(state.pop("examples"))
+        examples, logged = int(state.pop("examples")), int(state.pop("logged"))
     peak, _ = peak_flops(config.dtype)
     peak *= mesh.size
     pending: tuple[int, Batch, dict[str, Array]] | None = None
     stopwatch = _Stopwatch()
 
     with (
-        MetricsLog(metrics_path, resume_step=done) as log,
+        MetricsLog(metrics_path, resume_step=done, expected_last=logged) as log,
         Progress(task.name, total=task.steps, start=done) as progress,
     ):
 
         def read(step: int, batch: Batch, metrics: dict[str, Array]) -> None:
+            nonlocal logged
             values = {name: np.asarray(x) for name, x in metrics.items()}
             if not all(np.isfinite(values[name]).all() for name in ("loss", "grad_norm")):
                 raise TrainingError(_diverged(task, step, batch, values, checkpoints,
@@ -343,6 +345,7 @@ def train(
             record |= {name: x.tolist() for name, x in values.items()}
             share = speed * task.flops_per_token / peak if speed else None
             log.write(record | {"tokens_per_s": speed, "peak_share": share})
+            logged = step
 
         for batch in batches(examples) if done < task.steps else ():
             device_batch = to_device(batch, mesh)
@@ -363,7 +366,8 @@ def train(
                 read(*pending)
                 pending = None
                 log.sync()
-                checkpoints.save(done, {**state, "examples": np.int64(examples)})
+                counts = {"examples": np.int64(examples), "logged": np.int64(logged)}
+                checkpoints.save(done, {**state, **counts})
             if last:
                 break
         checkpoints.wait()

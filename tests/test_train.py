@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from spire_jax import config as configs
 from spire_jax import config_files
 from spire_jax.checkpoints import Checkpoints
 from spire_jax.data.pipeline import Batch
+from spire_jax.metrics import MetricsError
 from spire_jax.sharding import make_mesh
 from spire_jax.train import (
     TrainBatch,
@@ -224,9 +226,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(target, mesh, tmp_path):
     state = init_state(task, make_optimizer(config.train, task),
                        init_params(task.model, jax.random.key(0), mesh), mesh)  # fmt: skip
     with Checkpoints(tmp_path / "checkpoints", kept=2, identity={"of": "target"}) as checkpoints:
-        step, restored = checkpoints.restore({**state, "examples": np.int64(0)})
-    assert (step, int(restored["examples"])) == (16, 64)
+        counts = {"examples": np.int64(0), "logged": np.int64(0)}
+        step, restored = checkpoints.restore({**state, **counts})
+    assert (step, int(restored["examples"]), int(restored["logged"])) == (16, 64, 16)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(restored["params"]))
+
+
+def test_lost_metrics_are_an_error(target, mesh, tmp_path):
+    """Resuming never leaves a hole where records were."""
+    task, _, folder = target
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "target.jsonl").unlink()
+    config = experiment()
+    with pytest.raises(MetricsError, match="is of step 0, not 24"):
+        run(task, config, mesh, lambda: init_params(task.model, jax.random.key(0), mesh), None,
+            tmp_path / "copy")  # fmt: skip
 
 
 def test_bfloat16_trains(mesh, tmp_path):
