@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from spire_jax import chips, config, cost_model, throughput
+from spire_jax import chips, config, config_files, cost_model, throughput
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAPER_67M = str(ROOT / "configs/paper_67m.py")
@@ -22,12 +22,12 @@ SIZES = [2**n for n in range(14)]
 
 @pytest.fixture(scope="module")
 def pair() -> config.ExperimentConfig:
-    return config.load(PAPER_67M)
+    return config_files.load(PAPER_67M)
 
 
 @pytest.fixture(scope="module")
 def llama() -> config.ExperimentConfig:
-    return config.load(PAPER_70B)
+    return config_files.load(PAPER_70B)
 
 
 # Method.md section 5: (variant, L): vanilla, MagicDec, SPIRe at B = 64.
@@ -62,7 +62,7 @@ TABLE = {
     ],
 )
 def test_body_parameters_are_the_paper_s(path: str, draft: str | None, count: int) -> None:
-    loaded = config.load(path)
+    loaded = config_files.load(path)
     model = loaded.target
     if draft:
         model = config.draft_model(model, loaded.draft(draft))
@@ -158,7 +158,7 @@ def test_paper_config_trains_on_20_tokens_per_parameter(pair: config.ExperimentC
 
 def _small(**throughput_values: float) -> config.ExperimentConfig:
     """Sizes so small that costs can be counted by hand."""
-    full = config.defaults(
+    full = config_files.defaults(
         {
             "target": {"n_layers": 3, "d_model": 5, "n_kv_heads": 2, "q_per_kv": 2, "d_head": 4,
                        "d_ff": 7, "n_tokens": 16},
@@ -172,7 +172,7 @@ def _small(**throughput_values: float) -> config.ExperimentConfig:
             "throughput": throughput_values,
         }
     )  # fmt: skip
-    return config.build(full)
+    return config_files.build(full)
 
 
 # Of `_small`, by hand: body parameters, elements of a cached token, unembedding.
@@ -416,11 +416,13 @@ def test_bad_input_is_named(
 
 def test_the_config_knows_the_chips_and_the_variants() -> None:
     for name in chips.CHIPS:
-        assert config.load(PAPER_67M, [f"throughput.chip={name}"]).throughput.chip == name
+        assert config_files.load(PAPER_67M, [f"throughput.chip={name}"]).throughput.chip == name
     for name in throughput.VARIANTS:
-        assert config.load(PAPER_67M, [f"throughput.variant={name}"]).throughput.variant == name
+        assert (
+            config_files.load(PAPER_67M, [f"throughput.variant={name}"]).throughput.variant == name
+        )
     with pytest.raises(config.ConfigError, match=r"throughput\.chip='h300'") as of_config:
-        config.load(PAPER_67M, ["throughput.chip=h300"])
+        config_files.load(PAPER_67M, ["throughput.chip=h300"])
     with pytest.raises(config.ConfigError, match=r"throughput\.chip='h300'") as of_chips:
         chips.chip("h300")
     for name in chips.CHIPS:
@@ -497,7 +499,7 @@ def test_the_module_runs_as_documented() -> None:
         cwd=ROOT, capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     expected = throughput.multiplier(
-        config.load(PAPER_67M), "spire", tau=3.401, batch=64, context=512, hoi=300.0
+        config_files.load(PAPER_67M), "spire", tau=3.401, batch=64, context=512, hoi=300.0
     )
     assert json.loads(done.stdout)["spire"]["64"]["512"] == expected
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
@@ -193,7 +194,8 @@ def trained(task: Task, config: ExperimentConfig, params, frozen=None):
         for t in range(1, train.seq_len + 1):
             draws = rng.random((train.batch_size, 1))
             text[:, t] = (draws > following[text[:, t - 1]]).sum(axis=-1).clip(0, v - 1)
-        batch = TrainBatch(text[:, :-1], text[:, 1:], np.ones(text[:, 1:].shape, bool))
+        full = jnp.ones((train.batch_size, train.seq_len), bool)
+        batch = TrainBatch(jnp.asarray(text[:, :-1]), jnp.asarray(text[:, 1:]), full)
         state, metrics = train_step(task, train, optimizer, state, frozen, batch)
         first = first or float(metrics["loss"])
     assert float(metrics["loss"]) < 0.8 * first, f"{task.name} has learned nothing"
