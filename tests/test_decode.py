@@ -413,6 +413,9 @@ class Scripted:
     model: Model
     collect: tuple[int, ...] = ()
 
+    def reads(self, start):
+        return 0, start
+
     def prefill(self, params, tokens, lengths, activations, k, capacity):
         return jnp.zeros(tokens.shape[0], jnp.int32)
 
@@ -426,7 +429,7 @@ class Scripted:
     def commit(self, params, cache, activations, positions):
         return cache
 
-    def probabilities_along(self, params, tokens, activations, starts, k, sampling):
+    def probabilities_along(self, params, tokens, activations, read, starts, k, sampling):
         raise NotImplementedError("the oracle has no use for a script")
 
 

@@ -43,7 +43,7 @@ def samples_follow_the_target(kind: str = "spire", temperature: float = 0.6) -> 
     """The joint of the first three sampled tokens, by chi-square against enumeration."""
     pair = models.pair(kind, SMALL)
     prompt = models.texts(1, 9, seed=3, n_tokens=SMALL.n_tokens)[0]
-    expected = joint_of_three(prompt, Sampling(temperature))
+    expected = joint_of_three(pair, prompt, Sampling(temperature))
     counts, _ = sampled_joint(pair, pair.decoder(2, temperature), prompt, 4096, 4)
     assert chi_square(counts, expected * counts.sum()) > 1e-4
 
