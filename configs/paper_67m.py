@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
                      init="random", loss="hard", steps=2604),
         spire=dict(kind="spire", n_layers=2, window=64, sink=1, steps=5208),
     )  # fmt: skip
+    config.magicdec = dict(window=64, sink=1)
     config.decode = dict(k=4)
     config.eval = dict(context_lengths=(256, 512, 960), output_length=64)
     config.throughput = dict(
@@ -43,8 +44,6 @@ def get_config() -> ml_collections.ConfigDict:
         context_lengths=(32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
         batch_size=64,
         context_length=512,
-        magicdec_window=64,
-        magicdec_sink=1,
         # What the paper measured at context 512, over 64 output tokens.
         tau_vanilla=2.647,
         tau_magicdec=3.891,

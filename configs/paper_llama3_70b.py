@@ -28,6 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
                      init="random", loss="hard"),
         spire=dict(kind="spire", n_layers=20, window=8192, sink=1),
     )  # fmt: skip
+    config.magicdec = dict(window=8192, sink=1)
     config.decode = dict(k=4)
     config.throughput = dict(
         chip="h100",
@@ -37,8 +38,6 @@ def get_config() -> ml_collections.ConfigDict:
         context_lengths=(1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
         batch_size=64,
         context_length=65536,
-        magicdec_window=8192,
-        magicdec_sink=1,
         # Assumed by the paper: what it measured on the 67M pair at context 512.
         tau_vanilla=2.647,
         tau_magicdec=3.891,

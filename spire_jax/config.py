@@ -22,6 +22,8 @@ import hashlib
 import json
 from typing import Any
 
+AUTOREGRESSIVE, MAGICDEC = "autoregressive", "magicdec"  # methods that no draft is trained for
+
 
 class ConfigError(ValueError):
     """A configuration that cannot work; the message names the key and the remedy."""
@@ -90,6 +92,15 @@ class DraftConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MagicDecConfig:
+    """The target as its own draft, reading a sparse cache (method.md 3.5); nothing is trained."""
+
+    evaluate: bool = False  # beside the drafts; its modeled throughput is always at hand
+    window: int = 64
+    sink: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     steps: int = 1000
     batch_size: int = 16  # sequences per step, over all devices
@@ -154,9 +165,6 @@ class ThroughputConfig:
     tau_vanilla: float = 0.0
     tau_magicdec: float = 0.0
     tau_spire: float = 0.0
-    # MagicDec has no draft config: its cache is read at these (variants after the paper's).
-    magicdec_window: int = 64
-    magicdec_sink: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +181,7 @@ class ExperimentConfig:
     data: DataConfig = DataConfig()
     target: ModelConfig = ModelConfig()
     drafts: tuple[tuple[str, DraftConfig], ...] = ()  # (name, draft), sorted by name
+    magicdec: MagicDecConfig = MagicDecConfig()
     train: TrainConfig = TrainConfig()
     decode: DecodeConfig = DecodeConfig()
     eval: EvalConfig = EvalConfig()
@@ -289,6 +298,7 @@ def validate(config: ExperimentConfig) -> None:
     _check(all(n >= 1 for n in ev.context_lengths), "eval.context_lengths must all be 1 or more")
     for name, draft in config.drafts:
         _validate_draft(name, draft, config)
+    _validate_magicdec(config)
     _validate_throughput(config)
     k = max(decode.k, train.k)
     longest = max(ev.context_lengths) + ev.output_length + k
@@ -306,7 +316,7 @@ def validate(config: ExperimentConfig) -> None:
 def _validate_draft(name: str, draft: DraftConfig, config: ExperimentConfig) -> None:
     at, target, train = f"drafts.{name}", config.target, config.train
     _check(name.replace("_", "").replace("-", "").isalnum(), f"{at}: use letters, digits, _ and -")
-    _check(name != "autoregressive", f"{at}: the name means decoding without a draft; rename it")
+    _check(name != AUTOREGRESSIVE, f"{at}: the name means decoding without a draft; rename it")
     _choice(f"{at}.kind", draft.kind, "spire vanilla")
     _choice(f"{at}.init", draft.init, "pruned random")
     _choice(f"{at}.loss", draft.loss, "hard distillation mixed")
@@ -339,13 +349,31 @@ def _validate_draft(name: str, draft: DraftConfig, config: ExperimentConfig) -> 
         _check(train.seq_len > draft.sink, f"{at}.sink={draft.sink} fills train.seq_len")
 
 
+def _validate_magicdec(config: ExperimentConfig) -> None:
+    at, target = config.magicdec, config.target
+    _check(MAGICDEC not in dict(config.drafts),
+           f"drafts.{MAGICDEC}: the name means the target as its own draft (section {MAGICDEC}); "
+           f"rename it")  # fmt: skip
+    _positive(at, MAGICDEC, "window")
+    _check(at.sink >= 0, f"{MAGICDEC}.sink={at.sink} is negative")
+    if not at.evaluate:
+        return
+    k, longest = max(config.decode.k, config.train.k), max(config.eval.context_lengths)
+    _check(at.window > k, f"{MAGICDEC}.window={at.window} must be above k = {k}: the drafted "
+                          f"tokens stay visible")  # fmt: skip
+    _check(at.sink + at.window <= longest,
+           f"{MAGICDEC}: a budget of sink + window = {at.sink + at.window} is larger than the "
+           f"longest context ({longest}); lower {MAGICDEC}.window")  # fmt: skip
+    _check(not target.window,
+           f"{MAGICDEC}.evaluate: the target has a window of its own (target.window="
+           f"{target.window}); use 0, a dense cache")  # fmt: skip
+
+
 def _validate_throughput(config: ExperimentConfig) -> None:
     at = config.throughput
     _choice("throughput.chip", at.chip, "v5e v5p v6e v7x h100 h200 b200")
     _choice("throughput.variant", at.variant, "paper fixed_window per_operator with_head")
     _positive(at, "throughput", "hoi batch_size context_length weight_bytes cache_bytes")
-    _positive(at, "throughput", "magicdec_window")
-    _check(at.magicdec_sink >= 0, f"throughput.magicdec_sink={at.magicdec_sink} is negative")
     widths = "use 1 (FP8, INT8) or 2 (bf16)"
     _check(at.compute_bytes in (1, 2), f"throughput.compute_bytes={at.compute_bytes}; {widths}")
     for key in ("batch_sizes", "context_lengths"):
@@ -357,8 +385,6 @@ def _validate_throughput(config: ExperimentConfig) -> None:
         _check(tau == 0 or 1 <= tau <= most,
                f"throughput.{key}={tau} must lie between 1 and decode.k + 1 = {most}, "
                f"or be 0 (not given)")  # fmt: skip
-    _check("magicdec" not in dict(config.drafts),
-           "drafts.magicdec: the name means the target as its own draft; rename it")  # fmt: skip
 
 
 def with_vocabulary(config: ExperimentConfig) -> ModelConfig:

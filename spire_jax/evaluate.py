@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spire_jax.config import ExperimentConfig
+from spire_jax.config import AUTOREGRESSIVE, MAGICDEC, ExperimentConfig
 from spire_jax.data.pipeline import Context, Dataset, cut_contexts, held_out_batches
 from spire_jax.data.sources import Corpus
 from spire_jax.data.tokenizer import make_tokenizer
@@ -45,7 +45,6 @@ from spire_jax.oracle import TargetAlong, acceptance_along, round_statistics, ta
 from spire_jax.sampling import Sampling
 from spire_jax.train import draft_task, evaluate_batch, target_task, to_device
 
-AUTOREGRESSIVE = "autoregressive"
 KINDS = {ACCEPTED: "accepted", CORRECTION: "correction", BONUS: "bonus"}
 
 
@@ -98,6 +97,8 @@ def evaluate(
     compute = compute_for(config.decode, config.train)
     target = target_model(config, compute).cast(target)
     drafts = {n: strategy(config, n, compute).model.cast(p) for n, p in drafts.items()}
+    if config.magicdec.evaluate:
+        drafts[MAGICDEC] = target
     seconds: dict[str, float] = {}
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in (AUTOREGRESSIVE, *drafts)}
     batches = -(-len(contexts) // ev.batch_size)

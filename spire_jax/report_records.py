@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float
 
 from spire_jax import config as config_lib
+from spire_jax.config import AUTOREGRESSIVE
 
-AUTOREGRESSIVE = "autoregressive"
 EVALUATE_AGAIN = "run the stage `evaluate` again"
 PIECES = ("accepted", "correction", "bonus", "target")  # where an emitted token came from
 

@@ -97,9 +97,12 @@ def plan(config: ExperimentConfig, corpus_sha256: str) -> Plan:
         "train.k": k,
         "made_from": dict(made),
     }
+    if config.magicdec.evaluate:
+        evaluation["magicdec"] = identity(config.magicdec)
     stages["evaluate"] = evaluation
     stages["report"] = {
         "throughput": identity(config.throughput),
+        "magicdec": identity(config.magicdec),
         "made_from": {"evaluate": digest(evaluation)},
     }
     return Plan(stages)

@@ -19,12 +19,16 @@ import rich.table
 
 from spire_jax import chips
 from spire_jax.chips import CHIPS, Chip
-from spire_jax.config import ConfigError, ExperimentConfig, body_parameters, draft_model
+from spire_jax.config import (
+    AUTOREGRESSIVE,
+    MAGICDEC,
+    ConfigError,
+    ExperimentConfig,
+    body_parameters,
+    draft_model,
+)
 from spire_jax.config_files import command_line, exit_with_error
 from spire_jax.cost_model import VARIANTS, Draft, Roofline, RoundCost, cache_row, visible_rows
-
-AUTOREGRESSIVE = "autoregressive"
-MAGICDEC = "magicdec"
 
 # --- the model ---------------------------------------------------------------------------------
 
@@ -42,7 +46,7 @@ def round_cost(
     """Cost of one round of `method` on `batch` requests of `context` tokens each.
 
     `method` is the name of a draft in the config, "magicdec" (the target as its own draft, its
-    cache read at throughput.magicdec_window and _sink) or "autoregressive". `hoi` is in FLOPs
+    cache read at magicdec.window and .sink) or "autoregressive". `hoi` is in FLOPs
     per byte; `k`, `hoi` and `variant` default to decode.k, throughput.hoi and
     throughput.variant. ConfigError for an unknown method or variant and for sizes that are not
     positive. Method.md section 5.
@@ -217,8 +221,8 @@ def _draft(config: ExperimentConfig, method: str) -> Draft | None:
     if method == AUTOREGRESSIVE:
         return None
     if method == MAGICDEC:
-        at = config.throughput
-        return Draft(config.target, at.magicdec_window, at.magicdec_sink, memory=False)
+        at = config.magicdec
+        return Draft(config.target, at.window, at.sink, memory=False)
     draft = config.draft(method)
     model = draft_model(config.target, draft)
     return Draft(model, draft.window, draft.sink, memory=draft.kind == "spire")

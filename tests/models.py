@@ -10,6 +10,7 @@ import numpy as np
 from spire_jax.config import ModelConfig
 from spire_jax.decode import Decoder, Weights
 from spire_jax.drafting import Strategy
+from spire_jax.drafting.magicdec import magicdec
 from spire_jax.drafting.spire import Spire
 from spire_jax.drafting.vanilla import Vanilla
 from spire_jax.models.layers import Compute
@@ -83,7 +84,8 @@ def target(config: ModelConfig = TINY, seed: int = 0) -> tuple[Model, Params]:
 @functools.cache
 def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     """kind: "spire", "spire_strict" (attend_self=False), "spire_plain" (no feedback), "vanilla"
-    (another small model), "ring" (pruned, windowed, no activations), "self" (the target)."""
+    (another small model), "ring" (pruned, windowed, no activations), "self" (the target),
+    "magicdec" (the target with a sparse cache)."""
     model, params = target(config)
     windowed = dataclasses.replace(config, window=WINDOW, sink=SINK, n_layers=2)
     if kind.startswith("spire"):
@@ -91,6 +93,8 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
         draft = Model(SpireDraft, windowed, Compute(), tuple(options.items()))
         draft_params = prune(params, init(draft, 1))
         return Pair(model, params, Spire(draft, config.n_layers), draft_params)
+    if kind == "magicdec":
+        return Pair(model, params, magicdec(config, WINDOW, SINK, Compute()), params)
     if kind == "self":
         return Pair(model, params, Vanilla(model), params)
     if kind == "ring":

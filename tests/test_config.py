@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 
 import pytest
 
@@ -41,10 +42,10 @@ def test_every_value_can_be_overridden():
     for key, value in keys:
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         assert load(f"{key}={text}") == base, key
-    changed = load("train.steps=7", "drafts.spire.attend_self=false", "eval.context_lengths=9,8")
+    changed = load("train.steps=7", "drafts.spire.attend_self=false", "eval.context_lengths=90,80")
     assert changed.train.steps == 7
     assert changed.draft("spire").attend_self is False
-    assert changed.eval.context_lengths == (9, 8)
+    assert changed.eval.context_lengths == (90, 80)
     assert changed.draft("vanilla") == base.draft("vanilla")
 
 
@@ -136,3 +137,22 @@ def test_identity_leaves_out_what_computes_the_same():
     assert configs.digest(configs.identity(one)) == configs.digest(configs.identity(other))
     other = TrainConfig(weight_decay=0.2)
     assert configs.digest(configs.identity(one)) != configs.digest(configs.identity(other))
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"window": 4}, "magicdec.window=4 must be above k = 4"),
+        ({"window": 0}, "magicdec.window=0 must be above 0"),
+        ({"sink": -1}, "magicdec.sink=-1 is negative"),
+        ({"window": 180, "sink": 5}, "a budget of sink + window = 185 is larger than the longest"),
+    ],
+)
+def test_bad_sizes_of_magicdec_name_the_key(values, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(*(f"magicdec.{key}={value}" for key, value in values.items()))
+
+
+def test_magicdec_needs_a_dense_target():
+    with pytest.raises(ConfigError, match=r"target has a window of its own \(target.window=64\)"):
+        load("target.window=64")

@@ -96,7 +96,7 @@ def target_pass(model, params, tokens, context, sampling, config):
     """One pass for all drafts at once, on the cache of a prefill of the context alone."""
     _, keys_values = model.bind(params).prefill(tokens[:, : context - 1])
     cache = full_cache(keys_values, tokens.shape[1])
-    served = tuple(pair(kind, config).strategy for kind in ("vanilla", "spire"))
+    served = tuple(pair(kind, config).strategy for kind in ("vanilla", "spire", "magicdec"))
     return target_along(model, params, cache, tokens, context, served, sampling)
 
 
@@ -142,7 +142,7 @@ CONTEXT, OUTPUT, K, ROWS = 10, 24, 3, 512
 WINDOWED = dataclasses.replace(TINY, window=7, sink=2)  # a target with a mask of its own
 CASES = [
     (kind, TINY, 1.0)
-    for kind in ("spire", "spire_strict", "spire_plain", "vanilla", "ring", "self")
+    for kind in ("spire", "spire_strict", "spire_plain", "vanilla", "ring", "self", "magicdec")
 ]
 CASES += [("spire", TINY, 0.7), ("spire", WINDOWED, 1.0)]
 

@@ -91,7 +91,7 @@ def step_of(kind: str):
     return jax.jit(lambda params, *given: model.bind(params).step(*given))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "magicdec"])
 def test_steps_after_prefill_are_the_rollout_from_every_start(kind):
     """One row per start, 0 to beyond window + sink + k, prefilled to its own length."""
     p = pair(kind)
@@ -108,7 +108,7 @@ def test_steps_after_prefill_are_the_rollout_from_every_start(kind):
         close(logits, expected[0, :, depth])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "magicdec"])
 def test_steps_after_refresh_are_the_rollout_whatever_was_rejected(kind):
     """Rounds from an empty cache, rejected at every depth, rows at their own pace.
 

@@ -156,7 +156,9 @@ def test_paper_config_trains_on_20_tokens_per_parameter(pair: config.ExperimentC
 # --- the formula, term by term -----------------------------------------------------------------
 
 
-def _small(**throughput_values: float) -> config.ExperimentConfig:
+def _small(
+    magicdec: dict[str, int] | None = None, **throughput_values: float
+) -> config.ExperimentConfig:
     """Sizes so small that costs can be counted by hand."""
     full = config_files.defaults(
         {
@@ -170,6 +172,7 @@ def _small(**throughput_values: float) -> config.ExperimentConfig:
             },
             "decode": {"k": 3},
             "throughput": throughput_values,
+            "magicdec": magicdec or {},
         }
     )  # fmt: skip
     return config_files.build(full)
@@ -330,7 +333,7 @@ def test_a_round_grows_with_k_and_its_gain_with_tau(pair: config.ExperimentConfi
 
 
 def test_magicdec_with_nothing_left_out_drafts_at_the_target_s_cost() -> None:
-    small = _small(magicdec_window=40, magicdec_sink=0)
+    small = _small(magicdec={"window": 40, "sink": 0})
     cost = throughput.round_cost(small, "magicdec", batch=2, context=40, variant="fixed_window")
     assert cost.draft_step == cost.target_step
 
@@ -543,8 +546,8 @@ def test_documented_output_is_what_is_printed(capsys: pytest.CaptureFixture[str]
         (["--config.throughput.batch_sizes="], "error: throughput.batch_sizes is empty"),
         (["--config.throughput.context_lengths=0,8"], "(0, 8) must all be 1 or more"),
         (["--config.throughput.tau_spire=5.5"], "error: throughput.tau_spire=5.5 must lie between"),
-        (["--config.throughput.magicdec_window=0"], "magicdec_window=0 must be above 0"),
-        (["--config.throughput.magicdec_sink=-1"], "magicdec_sink=-1 is negative"),
+        (["--config.magicdec.window=0"], "magicdec.window=0 must be above 0"),
+        (["--config.magicdec.sink=-1"], "magicdec.sink=-1 is negative"),
     ],
 )
 def test_bad_command_lines(

@@ -31,6 +31,8 @@ from spire_jax.train import (
     train_step,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZES: dict[str, dict] = {
     "target": {"n_layers": 2, "d_model": 16, "n_kv_heads": 2, "d_head": 8, "d_ff": 24},
     "drafts": {
@@ -145,9 +147,10 @@ def test_one_forward_pass_of_the_target_per_batch(target, mesh, monkeypatch):
     config, (_, frozen, _) = experiment(), target
     task = draft_task(config, "spire")
     params = initial_draft(config, "spire", task, frozen, mesh)
-    gradient = jax.grad(lambda p, f: loss_and_metrics(task, task.loss, p, f, arrays(0), 30)[0],
-                        argnums=(0, 1))  # fmt: skip
-    _, of_target = gradient(params, frozen)
+    gradient = jax.grad(
+        lambda p, f, batch: loss_and_metrics(task, task.loss, p, f, batch, 30)[0], argnums=(0, 1)
+    )
+    _, of_target = jax.jit(gradient)(params, frozen, arrays(0))
     assert calls == [2]
     assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(of_target))
 
@@ -184,7 +187,7 @@ def test_weight_decay_spares_the_memory_mix_alone(target, mesh):
     zeros = jax.tree.map(jnp.zeros_like, params)
     state = optimizer.init(params)
     for _ in range(2):  # the first step's rate is the warm-up's zero
-        updates, state = optimizer.update(zeros, state, params)
+        updates, state = jax.jit(optimizer.update)(zeros, state, params)
     assert float(jnp.abs(updates["memory_mix"]).max()) == 0
     for name in ("embedding", "norm_final", "blocks"):
         for update in jax.tree.leaves(updates[name]):

@@ -1,7 +1,15 @@
 """From a config to models and strategies: the one place that knows every draft's kind."""
 
-from spire_jax.config import DecodeConfig, DraftConfig, ExperimentConfig, TrainConfig, draft_model
+from spire_jax.config import (
+    MAGICDEC,
+    DecodeConfig,
+    DraftConfig,
+    ExperimentConfig,
+    TrainConfig,
+    draft_model,
+)
 from spire_jax.drafting import Strategy
+from spire_jax.drafting.magicdec import magicdec
 from spire_jax.drafting.spire import Spire
 from spire_jax.drafting.vanilla import Vanilla
 from spire_jax.models.layers import Compute
@@ -21,7 +29,9 @@ def target_model(config: ExperimentConfig, compute: Compute) -> Model:
 
 
 def strategy(config: ExperimentConfig, name: str, compute: Compute) -> Strategy:
-    """The drafting strategy of the draft called `name`; its `.model` is the draft's structure."""
+    """The drafting strategy of a method: a draft's name, or MAGICDEC."""
+    if name == MAGICDEC:
+        return magicdec(config.target, config.magicdec.window, config.magicdec.sink, compute)
     draft: DraftConfig = config.draft(name)
     sizes = draft_model(config.target, draft)
     if draft.kind == "vanilla":

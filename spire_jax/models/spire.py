@@ -14,7 +14,15 @@ from jaxtyping import Array, Float, Int
 
 from spire_jax.config import ModelConfig
 from spire_jax.models.kv_cache import KeysValues, RingCache
-from spire_jax.models.layers import Block, Compute, Positions, attention, merge_attention, parameter
+from spire_jax.models.layers import (
+    Block,
+    Compute,
+    Positions,
+    attention,
+    merge_attention,
+    parameter,
+    rope,
+)
 from spire_jax.models.transformer import Activations, Transformer
 
 
@@ -30,9 +38,10 @@ class SpireDraft(Transformer):
         feedback: bool = True,
         attend_self: bool = True,
         memory_init: float = 0.95,
+        streaming: bool = False,
     ):
         super().__init__(config, compute, rngs=rngs)
-        self.feedback, self.attend_self = feedback, attend_self
+        self.feedback, self.attend_self, self.streaming = feedback, attend_self, streaming
         n = config.n_layers
         if feedback:
             mix = np.full((n, n + 1), np.log((1 - memory_init) / n), np.float32)
@@ -90,11 +99,11 @@ class SpireDraft(Transformer):
         xs = [x]
         for block, (k, v), mine in zip(self.blocks, target_memory, own, strict=True):
             q = block.queries(x, positions)
-            from_target = self._attend(block, q, k, v, positions, at.read, limit=starts)
+            sinks = int((at.read < self.config.sink).sum())
+            parts = self._attend_memory(block, q, k, v, positions, at.read, starts, sinks)
             recent = list(mine)
             if self.attend_self:
                 recent.append(block.keys_values(x, positions))
-            parts = [from_target]
             if recent:
                 offsets = np.arange(j + self.attend_self)
                 parts.append(self._attend_recent(block, q, recent, starts, positions, offsets))
@@ -126,7 +135,9 @@ class SpireDraft(Transformer):
         for i, block in enumerate(self.blocks):
             q = block.queries(x, pos)
             keys, values = (c[i].astype(x.dtype) for c in (cache.keys, cache.values))
-            parts = [self._attend(block, q, keys, values, pos, cache.positions, limit=pos)]
+            parts = self._attend_memory(
+                block, q, keys, values, pos, cache.positions, pos, cache.sink
+            )
             if self.attend_self:
                 k, v = block.keys_values(x, pos)
                 parts.append(self._attend(block, q, k, v, pos, pos))
@@ -160,6 +171,24 @@ class SpireDraft(Transformer):
         for i, (k, v) in enumerate(keys_values):
             cache = cache.write(i, slots, k, v)
         return cache
+
+    def _attend_memory(self, block, q, k, v, q_pos, k_pos, limit, sinks: int):
+        """Parts of the attention to memories, the first `sinks` of which are sinks'.
+
+        Streaming, positions are those within the cache once the window is full: a query then
+        stands sink + window - 1 behind the first sink, however far it is in the text. That is a
+        rotation of the query, for the sinks alone.
+        """
+        if not self.streaming or not sinks:
+            return [self._attend(block, q, k, v, q_pos, k_pos, limit=limit)]
+        xp = np if isinstance(q_pos, np.ndarray) else jnp
+        moved = xp.maximum(q_pos - (self.config.sink + self.config.window - 1), 0)
+        q_near = rope(q, -moved, self.config)
+        k_sinks, v_sinks, k_rest, v_rest = k[:, :sinks], v[:, :sinks], k[:, sinks:], v[:, sinks:]
+        return [
+            self._attend(block, q_near, k_sinks, v_sinks, q_pos, k_pos[..., :sinks], limit=limit),
+            self._attend(block, q, k_rest, v_rest, q_pos, k_pos[..., sinks:], limit=limit),
+        ]
 
     def _attend(
         self,

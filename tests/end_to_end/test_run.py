@@ -28,7 +28,7 @@ def contents(folder) -> dict[str, bytes]:
 
 def test_the_summary_has_what_it_promises(finished):
     summary = json.loads((finished / "report" / "summary.json").read_text())
-    assert set(summary["methods"]) == {"autoregressive", "spire", "vanilla"}
+    assert set(summary["methods"]) == {"autoregressive", "spire", "vanilla", "magicdec"}
     keys = {"tau", "tau_ci95", "tau_decoder", "acceptance_by_depth", "contexts", "context_length",
             "output_length", "k", "modeled_multiplier", "modeled_tokens_per_s_per_chip",
             "measured_tokens_per_s"}  # fmt: skip
