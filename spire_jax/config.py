@@ -20,8 +20,10 @@ shown, and stay out of the hashes that identify a stage.
 import dataclasses
 import hashlib
 import json
+import pathlib
 from typing import Any
 
+BYTES = "bytes"  # the tokenizer that needs no file
 AUTOREGRESSIVE, MAGICDEC = "autoregressive", "magicdec"  # methods that no draft is trained for
 
 
@@ -36,8 +38,9 @@ def _free(default: Any) -> Any:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     source: str = "stdlib"  # "stdlib": Python's own source files; otherwise a folder of text
-    tokenizer: str = "bytes"  # bytes 0..255 and a document separator, 256
-    heldout_percent: int = 10  # share of documents held out, by a hash of the relative path
+    tokenizer: str = BYTES  # bytes 0..255 and a separator, 256; or a file of `tokenizers`
+    heldout_percent: int = 10  # share held out, by a hash of the relative path
+    split: str = "file"  # what is held out: single files, or folders at the top as a whole
     workers: int = _free(0)  # threads that read ahead; 0 = Grain's default
 
 
@@ -86,7 +89,13 @@ class DraftConfig:
     omega: float = 0.5  # weight of distillation in the mixed loss
     attend_self: bool = True  # spire: also attend to the token's own layer input
     feedback: bool = True  # spire: memories mix all layers; False: each layer's own input
+    memory: str = "layers"  # spire: what the memories of tokens the target has processed are:
+    # "layers": the target's activations, layer by layer; "final": its last one for all layers,
+    # with one mix for all; "embedding": none of it, the draft's own embeddings of the tokens
     memory_init: float = 0.95  # spire: initial softmax weight of the layer's own input
+    k: int = 0  # spire: rollout depth in training; 0 = train.k
+    seed: int = 0  # another order of the batches, and another random initialization
+    of: str = _free("")  # the draft that this one is an ablation of
     steps: int = 0  # 0 = train.steps
     peak_lr: float = 0.0  # 0 = train.peak_lr
 
@@ -98,6 +107,20 @@ class MagicDecConfig:
     evaluate: bool = False  # beside the drafts; its modeled throughput is always at hand
     window: int = 64
     sink: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """What is compared with one draft, on the same batches and samples (ablations.py)."""
+
+    of: str = ""  # the draft that is studied; "" = no study
+    ablations: str = "all"  # comma-separated names of ablations.py, "all" or ""
+    trained_k: tuple[int, ...] = (8, 16)  # rollout depths to train it at, besides its own
+    seeds: int = 3  # orders of the batches, the first one the base's own
+    seeded: str = "distillation_only,no_feedback"  # trained with every seed, as the draft itself
+    context_length: int = 256
+    contexts: int = 256
+    detectable: int = 64  # contexts of a pilot from which the smallest detectable effect follows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,19 +205,26 @@ class ExperimentConfig:
     target: ModelConfig = ModelConfig()
     drafts: tuple[tuple[str, DraftConfig], ...] = ()  # (name, draft), sorted by name
     magicdec: MagicDecConfig = MagicDecConfig()
+    study: StudyConfig = StudyConfig()
     train: TrainConfig = TrainConfig()
     decode: DecodeConfig = DecodeConfig()
     eval: EvalConfig = EvalConfig()
     throughput: ThroughputConfig = ThroughputConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
+    variants: tuple[tuple[str, DraftConfig], ...] = ()  # the study's, made from its names
 
     def draft(self, name: str) -> DraftConfig:
-        """The draft called `name`; ConfigError lists those that exist."""
-        for known, draft in self.drafts:
-            if known == name:
-                return draft
-        raise ConfigError(f"no draft named {name!r}; drafts: {[n for n, _ in self.drafts]}")
+        """The draft or variant called `name`; ConfigError lists those that exist."""
+        trained = dict(self.trained)
+        if name not in trained:
+            raise ConfigError(f"no draft named {name!r}; drafts: {list(trained)}")
+        return trained[name]
+
+    @property
+    def trained(self) -> tuple[tuple[str, DraftConfig], ...]:
+        """Everything that is trained on the target: the drafts, and the study's variants."""
+        return self.drafts + self.variants
 
 
 # --- sizes derived from a config ---------------------------------------------------------------
@@ -210,6 +240,16 @@ def draft_model(target: ModelConfig, draft: DraftConfig) -> ModelConfig:
         sink=draft.sink if draft.window else 0,
         **{s: getattr(draft, s) or getattr(target, s) for s in sizes},
     )
+
+
+def oracle_depth(config: ExperimentConfig) -> int:
+    """Depths that the oracle follows: those trained, and those that the decoder uses."""
+    return max(config.train.k, config.decode.k, *(draft.k for _, draft in config.drafts), 0)
+
+
+def trained_depth(config: ExperimentConfig, name: str) -> int:
+    """Depths at which a draft (or MAGICDEC, which is not trained) has learned to predict."""
+    return (config.draft(name).k if name != MAGICDEC else 0) or config.train.k
 
 
 def body_parameters(model: ModelConfig) -> int:
@@ -239,6 +279,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     values = as_dict(config)
     if isinstance(config, ExperimentConfig):
         values["drafts"] = {name: as_dict(draft) for name, draft in config.drafts}
+        values["variants"] = {name: as_dict(draft) for name, draft in config.variants}
     return json.loads(json.dumps(values))
 
 
@@ -264,9 +305,16 @@ def digest(values: Any) -> str:
 
 def tokenizer_size(tokenizer: str) -> int:
     """Number of tokens, the separator included, known before any data is read."""
-    if tokenizer == "bytes":
+    if tokenizer == BYTES:
         return 257
-    raise ConfigError(f"data.tokenizer={tokenizer!r} is unknown; use 'bytes'")
+    path, at = pathlib.Path(tokenizer), f"data.tokenizer={tokenizer!r}"
+    make = f"use {BYTES!r}, or make a file with python -m launch.train_tokenizer"
+    _check(path.is_file(), f"{at} does not exist; {make}")
+    try:
+        ids = json.loads(path.read_text())["model"]["vocab"].values()
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ConfigError(f"{at} is no BPE tokenizer of `tokenizers`; {make}") from None
+    return max(ids) + 2
 
 
 def validate(config: ExperimentConfig) -> None:
@@ -286,6 +334,7 @@ def validate(config: ExperimentConfig) -> None:
     _check(t.d_head % 2 == 0, f"target.d_head={t.d_head} is odd; RoPE rotates pairs")
     heldout = config.data.heldout_percent
     _check(0 < heldout < 100, f"data.heldout_percent={heldout} must lie between 1 and 99")
+    _choice("data.split", config.data.split, "file folder")
     _check(0 < decode.top_p <= 1, f"decode.top_p={decode.top_p} must lie in (0, 1]")
     _check(0 <= train.warmup_fraction < 1,
            f"train.warmup_fraction={train.warmup_fraction} must lie in [0, 1)")  # fmt: skip
@@ -296,12 +345,12 @@ def validate(config: ExperimentConfig) -> None:
            f"train.batch_size={train.batch_size}")  # fmt: skip
     _check(bool(ev.context_lengths), "eval.context_lengths is empty; give at least one")
     _check(all(n >= 1 for n in ev.context_lengths), "eval.context_lengths must all be 1 or more")
-    for name, draft in config.drafts:
+    for name, draft in config.trained:
         _validate_draft(name, draft, config)
     _validate_magicdec(config)
+    _validate_study(config)
     _validate_throughput(config)
-    k = max(decode.k, train.k)
-    longest = max(ev.context_lengths) + ev.output_length + k
+    longest = max(ev.context_lengths) + ev.output_length + oracle_depth(config)
     _check(t.max_len == 0 or longest <= t.max_len,
            f"eval.context_lengths + eval.output_length + k = {longest} goes beyond "
            f"target.max_len={t.max_len}; shorten the context or the output")  # fmt: skip
@@ -323,9 +372,11 @@ def _validate_draft(name: str, draft: DraftConfig, config: ExperimentConfig) -> 
     _positive(draft, at, "n_layers")
     _check(0 <= draft.omega <= 1, f"{at}.omega={draft.omega} must lie in [0, 1]")
     _check(0 < draft.memory_init < 1, f"{at}.memory_init={draft.memory_init} must lie in (0, 1)")
-    _check(draft.window >= (1 if draft.kind == "spire" else 0),
-           f"{at}.window={draft.window} is under 1; the window counts the query itself"
-           + ("" if draft.kind == "spire" else " (0 = dense)"))  # fmt: skip
+    _choice(f"{at}.memory", draft.memory, "layers final embedding")
+    _check(draft.window >= 0, f"{at}.window={draft.window} is under 1; the window counts the query "
+                              f"itself (0 = dense)")  # fmt: skip
+    for key in ("k", "seed", "steps", "peak_lr"):
+        _check(getattr(draft, key) >= 0, f"{at}.{key}={getattr(draft, key)} is negative")
     _check(draft.sink >= 0, f"{at}.sink={draft.sink} is negative")
     shortest = min(config.eval.context_lengths)
     _check(not draft.window or draft.sink <= shortest,
@@ -344,8 +395,9 @@ def _validate_draft(name: str, draft: DraftConfig, config: ExperimentConfig) -> 
                    f"{at}.{size}={mine} differs from target.{size}={its}, but the draft {why}; "
                    f"use 0 (as the target)")  # fmt: skip
     if draft.kind == "spire":
-        _check(train.seq_len % train.k == 0,
-               f"train.k={train.k} does not divide train.seq_len={train.seq_len}")  # fmt: skip
+        key, k = (f"{at}.k", draft.k) if draft.k else ("train.k", train.k)
+        _check(train.seq_len % k == 0,
+               f"{key}={k} does not divide train.seq_len={train.seq_len}")  # fmt: skip
         _check(train.seq_len > draft.sink, f"{at}.sink={draft.sink} fills train.seq_len")
 
 
@@ -358,7 +410,7 @@ def _validate_magicdec(config: ExperimentConfig) -> None:
     _check(at.sink >= 0, f"{MAGICDEC}.sink={at.sink} is negative")
     if not at.evaluate:
         return
-    k, longest = max(config.decode.k, config.train.k), max(config.eval.context_lengths)
+    k, longest = oracle_depth(config), max(config.eval.context_lengths)
     _check(at.window > k, f"{MAGICDEC}.window={at.window} must be above k = {k}: the drafted "
                           f"tokens stay visible")  # fmt: skip
     _check(at.sink + at.window <= longest,
@@ -367,6 +419,21 @@ def _validate_magicdec(config: ExperimentConfig) -> None:
     _check(not target.window,
            f"{MAGICDEC}.evaluate: the target has a window of its own (target.window="
            f"{target.window}); use 0, a dense cache")  # fmt: skip
+
+
+def _validate_study(config: ExperimentConfig) -> None:
+    at = config.study
+    if not at.of:
+        return
+    _check(at.of in dict(config.drafts), f"study.of={at.of!r} is no draft; there are "
+                                         f"{[name for name, _ in config.drafts]}")  # fmt: skip
+    kind = config.draft(at.of).kind
+    _check(kind == "spire", f"study.of={at.of!r} is of kind {kind!r}; name a 'spire' draft")
+    _positive(at, "study", "seeds context_length contexts detectable")
+    for k in at.trained_k:
+        _check(k >= 1 and config.train.seq_len % k == 0,
+               f"study.trained_k={at.trained_k}: {k} does not divide train.seq_len="
+               f"{config.train.seq_len}")  # fmt: skip
 
 
 def _validate_throughput(config: ExperimentConfig) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import ml_collections
 
+from spire_jax.ablations import variants
 from spire_jax.config import (
     ConfigError,
     DraftConfig,
@@ -30,7 +31,9 @@ def defaults(
     file_config: Mapping[str, Any] | ml_collections.ConfigDict | None = None,
 ) -> ml_collections.ConfigDict:
     """A locked ConfigDict of every value: the defaults, with a config file's values over them."""
-    full = ml_collections.ConfigDict(as_dict(ExperimentConfig()) | {"drafts": {}})
+    values = as_dict(ExperimentConfig()) | {"drafts": {}}
+    del values["variants"]  # made from the section `study`
+    full = ml_collections.ConfigDict(values)
     given = file_config.to_dict() if isinstance(file_config, ml_collections.ConfigDict) else {}
     if file_config is not None and not given:
         given = dict(file_config)
@@ -86,6 +89,9 @@ def build(full: Mapping[str, Any] | ml_collections.ConfigDict) -> ExperimentConf
     }
     config = ExperimentConfig(drafts=drafts, **sections)
     config = dataclasses.replace(config, target=with_vocabulary(config))
+    if config.study.of in dict(config.drafts):
+        made = variants(config.study, config.draft(config.study.of))
+        config = dataclasses.replace(config, variants=made)
     validate(config)
     return config
 

@@ -105,7 +105,7 @@ def speculation_round(decoder: Decoder, weights: Weights, state: DecodeState) ->
     accepted, following = verify_tokens(keys, drafts, q, p)
     if decoder.strategy is not None:
         draft_cache = decoder.strategy.commit(
-            weights.draft, draft_cache, activations, block_positions
+            weights.draft, draft_cache, block, activations, block_positions
         )
     state = dataclasses.replace(state, target_cache=target_cache, draft_cache=draft_cache)
     return _emit(decoder, state, drafts, accepted, following)

@@ -20,7 +20,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from spire_jax.config import AUTOREGRESSIVE, MAGICDEC, ExperimentConfig
+from spire_jax.config import (
+    AUTOREGRESSIVE,
+    MAGICDEC,
+    ExperimentConfig,
+    oracle_depth,
+    trained_depth,
+)
 from spire_jax.data.pipeline import Context, Dataset, cut_contexts, held_out_batches
 from spire_jax.data.sources import Corpus
 from spire_jax.data.tokenizer import make_tokenizer
@@ -43,14 +49,9 @@ from spire_jax.models.kv_cache import FullCache
 from spire_jax.models.transformer import Params
 from spire_jax.oracle import TargetAlong, acceptance_along, round_statistics, target_along
 from spire_jax.sampling import Sampling
-from spire_jax.train import draft_task, evaluate_batch, target_task, to_device
+from spire_jax.train import draft_task, evaluate_batch, target_task, teach, teacher, to_device
 
 KINDS = {ACCEPTED: "accepted", CORRECTION: "correction", BONUS: "bonus"}
-
-
-def oracle_depth(config: ExperimentConfig) -> int:
-    """Depths that the oracle follows: those trained, and those that the decoder uses."""
-    return max(config.train.k, config.decode.k)
 
 
 def choose_contexts(config: ExperimentConfig, corpus: Corpus) -> list[Context]:
@@ -207,7 +208,8 @@ def oracle_records(
     statistics = round_statistics(np.asarray(acceptance))
     fields = {f.name: getattr(statistics, f.name) for f in dataclasses.fields(statistics)}
     return [
-        {"k": k, "trained_k": config.train.k} | {n: x[row].tolist() for n, x in fields.items()}
+        {"k": k, "trained_k": trained_depth(config, name)}
+        | {n: x[row].tolist() for n, x in fields.items()}
         for row in range(len(texts))
     ]
 
@@ -330,30 +332,30 @@ def held_out(
 ) -> dict[str, dict[str, float]]:
     """Bits per byte of the target and acceptance of the drafts, teacher-forced on held-out text."""
     mesh, corpus = jax.sharding.get_mesh(), dataset.corpus
-    tasks = [(target_task(config), target)]
-    tasks += [(draft_task(config, name), params) for name, params in drafts.items()]
-    results: dict[str, dict[str, float]] = {"bits_per_byte": {}, "alpha": {}}
-    for task, params in tasks:
-        nats = alpha = 0.0
-        tokens = n_bytes = 0
-        for batch in held_out_batches(
-            corpus,
-            seq_len=config.train.seq_len,
-            batch_size=config.eval.batch_size,
-            max_rows=config.eval.heldout_rows,
-        ):
-            metrics = evaluate_batch(task, task.monitor or task.loss, params, target,
-                                     to_device(batch, mesh))  # fmt: skip
-            count = int(batch.mask_BxT.sum())
-            tokens += count
-            n_bytes += corpus.tokenizer.count_bytes(batch.targets_BxT[batch.mask_BxT])
-            nats += float(metrics["loss"]) * count
-            alpha += float(metrics.get("alpha", 0.0)) * count
-        if task.name == "target":
-            results["bits_per_byte"]["target"] = nats / n_bytes / math.log(2)
-        else:
-            results["alpha"][task.name] = alpha / tokens
-    return results
+    of_target = target_task(config)
+    tasks = {name: draft_task(config, name) for name in drafts}
+    taught_by = teacher(config, list(tasks.values()))
+    nats = tokens = n_bytes = 0.0
+    alpha = dict.fromkeys(tasks, 0.0)
+    for rows in held_out_batches(
+        corpus,
+        seq_len=config.train.seq_len,
+        batch_size=config.eval.batch_size,
+        max_rows=config.eval.heldout_rows,
+    ):
+        batch, count = to_device(rows, mesh), int(rows.mask_BxT.sum())
+        tokens += count
+        n_bytes += corpus.tokenizer.count_bytes(rows.targets_BxT[rows.mask_BxT])
+        metrics = evaluate_batch(of_target, of_target.loss, target, None, batch)
+        nats += float(metrics["loss"]) * count
+        lesson = teach(taught_by, target, batch) if tasks else None
+        for name, task in tasks.items():
+            metrics = evaluate_batch(task, task.loss, drafts[name], lesson, batch)
+            alpha[name] += float(metrics["alpha"]) * count
+    return {
+        "bits_per_byte": {"target": nats / n_bytes / math.log(2)},
+        "alpha": {name: total / tokens for name, total in alpha.items()},
+    }
 
 
 def examples(

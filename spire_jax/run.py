@@ -13,13 +13,15 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import logging
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +35,9 @@ from spire_jax.config import (
     digest,
     draft_model,
     identity,
+    oracle_depth,
     to_dict,
+    trained_depth,
 )
 from spire_jax.config_files import command_line
 from spire_jax.data.pipeline import Dataset, train_batches
@@ -46,13 +50,16 @@ from spire_jax.report import print_table, write_report
 from spire_jax.report_records import ReportError
 from spire_jax.sharding import check_mesh, make_mesh, shardings
 from spire_jax.train import (
+    Learner,
     Task,
+    Teacher,
     TrainingError,
     draft_task,
     init_params,
     initial_draft,
     stream_key,
     target_task,
+    teacher,
     train,
 )
 
@@ -77,26 +84,28 @@ class Plan:
 def plan(config: ExperimentConfig, corpus_sha256: str) -> Plan:
     """The identity of every stage of `config` on a corpus."""
     train_values = identity(config.train)
-    k = train_values.pop("k")
+    train_values.pop("k")
     data = {"corpus": corpus_sha256, "seed": config.seed}
     stages = {"target": {**data, "target": identity(config.target), "train": train_values}}
     made = {"target": digest(stages["target"])}
-    for name, draft in config.drafts:
+    for name, draft in config.trained:
         stage = f"draft {name}"
+        rollout = {"k": trained_depth(config, name)} if draft.kind == "spire" else {}
         stages[stage] = {
             **data,
             "draft": _used(draft),
             "sizes": identity(draft_model(config.target, draft)),
-            "train": train_values | ({"k": k} if draft.kind == "spire" else {}),
+            "train": train_values | rollout,
             "made_from": {"target": made["target"]},
         }
         made[stage] = digest(stages[stage])
     evaluation = {
         "eval": identity(config.eval),
         "decode": identity(config.decode),
-        "train.k": k,
-        "made_from": dict(made),
-    }
+        "depth": oracle_depth(config),
+        "made_from": {n: h for n, h in made.items()
+                      if n.removeprefix("draft ") not in dict(config.variants)},
+    }  # fmt: skip
     if config.magicdec.evaluate:
         evaluation["magicdec"] = identity(config.magicdec)
     stages["evaluate"] = evaluation
@@ -111,12 +120,17 @@ def plan(config: ExperimentConfig, corpus_sha256: str) -> Plan:
 def _used(draft: DraftConfig) -> dict[str, Any]:
     """The values of a draft that its training reads."""
     values = identity(draft)
-    unused = ["steps", "peak_lr"] if not (draft.steps or draft.peak_lr) else []
+    unused = ["k"] if draft.steps or draft.peak_lr else ["k", "steps", "peak_lr"]
     if draft.kind == "vanilla":
-        unused += ["attend_self", "feedback", "memory_init"]
+        unused += ["attend_self", "feedback", "memory", "memory_init"]
     if draft.loss != "mixed":
         unused.append("omega")
     return {key: value for key, value in values.items() if key not in unused}
+
+
+def batch_seed(seed: int, draft_seed: int) -> int:
+    """The order of a draft's batches; by default the target's."""
+    return zlib.crc32(f"{seed}/{draft_seed}".encode()) if draft_seed else seed
 
 
 class Pipeline:
@@ -128,13 +142,13 @@ class Pipeline:
         self.console = Console(stderr=True)
         self.mesh = make_mesh(config.mesh)
         check_mesh(self.mesh, config)
-        self.corpus: Corpus = load_corpus(config.data)
+        self.corpus: Corpus = load_corpus(config.data, self.workdir)
         self.dataset = Dataset(self.corpus, config.train.seq_len)
         self.plan = plan(config, self.corpus.sha256)
 
     def run(self, stages: Sequence[str]) -> dict[str, Any] | None:
         """Run the stages named, in order; returns the report's summary if it was among them."""
-        names = [name for name, _ in self.config.drafts]
+        names = [name for name, _ in self.config.trained]
         unknown = set(stages) - set(STAGES) - set(names)
         if unknown:
             raise ConfigError(f"--stages: unknown {sorted(unknown)}; there are {[*STAGES, *names]}")
@@ -146,8 +160,7 @@ class Pipeline:
         with jax.set_mesh(self.mesh):
             if "target" in stages:
                 self.train_target()
-            for name in chosen:
-                self.train_draft(name)
+            self.train_drafts(chosen)
             if "evaluate" in stages:
                 self.evaluate()
             if "report" in stages:
@@ -160,48 +173,64 @@ class Pipeline:
         """Train the target, unless it is complete."""
         task = target_task(self.config)
         key = stream_key(self.config.seed, "init target")
-        self._train("target", task, lambda: init_params(task.model, key, self.mesh), None)
+        jobs = {"target": (task, lambda: init_params(task.model, key, self.mesh))}
+        self._train(jobs, self.config.seed, None, None)
 
-    def train_draft(self, name: str) -> None:
-        """Train one draft on the frozen target, unless it is complete."""
-        if self._complete(f"draft {name}"):
-            return
-        task, target = draft_task(self.config, name), self.params("target")
-        self._train(
-            f"draft {name}",
-            task,
-            lambda: initial_draft(self.config, name, task, target, self.mesh),
-            target,
-        )
+    def train_drafts(self, names: Sequence[str]) -> None:
+        """Train drafts on the frozen target, those of the same batches together."""
+        names = [name for name in names if not self._complete(f"draft {name}")]
+        target = self.params("target") if names else None
+        for seed in sorted({self.config.draft(name).seed for name in names}):
+            tasks = {name: draft_task(self.config, name)
+                     for name in names if self.config.draft(name).seed == seed}  # fmt: skip
+            jobs = {
+                f"draft {name}": (task, functools.partial(
+                    initial_draft, self.config, name, task, target, self.mesh))
+                for name, task in tasks.items()
+            }  # fmt: skip
+            order = batch_seed(self.config.seed, seed)
+            self._train(jobs, order, teacher(self.config, list(tasks.values())), target)
 
-    def _train(self, stage: str, task: Task, initial, frozen: Params) -> None:
-        if self._complete(stage):
+    def _train(
+        self,
+        jobs: Mapping[str, tuple[Task, Callable[[], Params]]],
+        order: int,
+        taught_by: Teacher | None,
+        frozen: Params,
+    ) -> None:
+        """Train what is not complete of stage -> (task, its initial parameters)."""
+        jobs = {stage: job for stage, job in jobs.items() if not self._complete(stage)}
+        if not jobs:
             return
-        config, folder = self.config.train, self._folder(stage)
-        metrics = self.workdir / "metrics" / f"{task.name}.jsonl"
-        metrics.parent.mkdir(exist_ok=True)
+        config, metrics = self.config.train, self.workdir / "metrics"
+        metrics.mkdir(exist_ok=True)
 
         def batches(examples: int):
             return train_batches(
                 self.dataset,
                 batch_size=config.batch_size,
-                seed=self.config.seed,
+                seed=order,
                 start_example=examples,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
                 workers=self.config.data.workers,
             )
 
-        with Checkpoints(
-            folder / "checkpoints",
-            kept=config.checkpoints_kept,
-            identity=self.plan.stages[stage],
-        ) as checkpoints:
-            params = train(
-                task, config, self.mesh, initial, frozen, batches, checkpoints, str(metrics),
-                self.dataset.describe,
-            )  # fmt: skip
-        save_params(folder / "params", params, self.plan.stages[stage])
+        with contextlib.ExitStack() as stack:
+            learners = []
+            for stage, (task, initial) in jobs.items():
+                checkpoints = stack.enter_context(
+                    Checkpoints(self._folder(stage) / "checkpoints", kept=config.checkpoints_kept,
+                                identity=self.plan.stages[stage])
+                )  # fmt: skip
+                path = metrics / f"{task.name}.jsonl"
+                learner = Learner(task, config, self.mesh, initial, checkpoints, path)
+                learners.append(stack.enter_context(learner))
+            train(learners, config, self.mesh, taught_by, frozen, batches, self.dataset.describe)
+        for stage, learner in zip(jobs, learners, strict=True):
+            save_params(
+                self._folder(stage) / "params", learner.state["params"], self.plan.stages[stage]
+            )
 
     def params(self, stage: str) -> Params:
         """The parameters of a finished stage, on the mesh; an error says what to run first."""

@@ -1,14 +1,17 @@
-"""One training loop and one step for the target and every draft; the loss is the argument.
+"""One training loop and one step for the target and any number of drafts; the loss is the argument.
 
-A task says what is trained: a model, the frozen parameters that it reads, and a loss that maps a
-batch to per-token values. The step is pure; the loop feeds it, reads its metrics one step late
-so that the device never waits for the host, and checkpoints.
+A task says what is trained: a model, and a loss that maps a batch, and what the frozen target says
+of it, to per-token values. The step is pure. The loop takes each batch to the target once and from
+there to every draft in turn, so that drafts trained together see the same batches in the same order
+and each ends with the parameters that it would have alone. It reads metrics one step late, so that
+the device never waits for the host, and checkpoints.
 """
 
 import dataclasses
 import functools
+import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spire_jax import losses
 from spire_jax.checkpoints import Checkpoints
-from spire_jax.config import ExperimentConfig, TrainConfig
+from spire_jax.config import ExperimentConfig, TrainConfig, trained_depth
 from spire_jax.data.pipeline import Batch
 from spire_jax.drafting.build import compute_for, strategy, target_model
 from spire_jax.hardware import peak_flops
@@ -44,22 +47,42 @@ class TrainBatch(NamedTuple):
     mask: Bool[Array, "B T"]  # False on padding
 
 
+class Lesson(NamedTuple):
+    """What the frozen target says of a batch; it serves memories, distillation and acceptance."""
+
+    logits: Float[Array, "B T V"]
+    activations: dict[int, Float[Array, "B T D"]]  # y^l by l
+
+
 # Per-token loss in nats, and acceptance alpha where the target's distribution is at hand.
-LossFn = Callable[[Params, Params, TrainBatch], tuple[Float[Array, "B T"], Any]]
+LossFn = Callable[[Params, Lesson | None, TrainBatch], tuple[Float[Array, "B T"], Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
     """What to train; hashable, so that the compiled step is shared between runs in a process."""
 
-    name: str
+    name: str = dataclasses.field(compare=False)  # drafts that differ in name alone share a step
     model: Model
     loss: LossFn
     steps: int
     peak_lr: float
-    flops_per_token: float  # of one training step, forward and backward, frozen parts included
-    depths: int = 1  # tokens t, t + k, ... of a sequence share a depth; 1 = no depths
+    flops_per_token: float  # of one training step, forward and backward, without the target's
+    k: int = 1  # tokens t, t + k, ... of a sequence share a depth; 1 = no depths
+    reads: tuple[int, ...] | None = None  # the y^l of its lessons; None: it needs no lesson
     monitor: LossFn | None = None  # acceptance for a loss that has none, at logged steps only
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The frozen target's side of a training step: one pass per batch for all drafts."""
+
+    model: Model
+    collect: tuple[int, ...]
+
+    def pass_flops(self, seq_len: int) -> float:
+        """FLOPs per token."""
+        return forward_flops(self.model, seq_len)
 
 
 def init_params(model: Model, key: jax.Array, mesh: Mesh) -> Params:
@@ -72,58 +95,71 @@ def init_params(model: Model, key: jax.Array, mesh: Mesh) -> Params:
 
 def target_task(config: ExperimentConfig) -> Task:
     """The target on the hard target."""
-    model = target_model(config, compute_for(config.train, config.train))
-
-    def loss(params, frozen, batch):
-        logits, _ = model.bind(params).forward(batch.tokens)
-        return losses.cross_entropy(logits, batch.targets), None
-
-    train = config.train
+    model, train = target_model(config, compute_for(config.train, config.train)), config.train
     flops = 3 * forward_flops(model, train.seq_len)
-    return Task("target", model, loss, train.steps, train.peak_lr, flops)
+    return Task("target", model, LossOf(model), train.steps, train.peak_lr, flops)
 
 
 def draft_task(config: ExperimentConfig, name: str) -> Task:
-    """The draft called `name`; frozen parameters are the target's.
+    """The draft called `name`.
 
-    One forward pass of the target per batch serves memories, distillation and acceptance. A
-    draft that needs none of them (vanilla, hard target) has its acceptance measured at logged
-    steps only.
+    One that needs no lessons (vanilla, hard target) has its acceptance measured at logged steps.
     """
     draft, train = config.draft(name), config.train
-    compute = compute_for(train, train)
-    target, drafting = target_model(config, compute), strategy(config, name, compute)
-    starts = np.arange(0, train.seq_len, train.k)
-
-    def per_token(params, frozen, batch, with_target: bool):
-        target_logits, activations = None, ()
-        if with_target:
-            target_logits, activations = jax.lax.stop_gradient(
-                target.bind(frozen).forward(batch.tokens, drafting.collect)
-            )
-        if draft.kind == "spire":
-            module = drafting.model.bind(params)
-            logits = module.rollout(batch.tokens, activations, starts, train.k)
-            logits = logits.reshape(*batch.tokens.shape, -1)
-        else:
-            logits, _ = drafting.model.bind(params).forward(batch.tokens)
-        loss = losses.draft_loss(draft.loss, draft.omega, target_logits, logits, batch.targets)
-        alpha = None if target_logits is None else losses.acceptance(target_logits, logits)
-        return loss, alpha
-
-    with_target = draft.kind == "spire" or draft.loss != "hard"
-    flops = 3 * forward_flops(drafting.model, train.seq_len)
-    flops += forward_flops(target, train.seq_len) if with_target else 0
+    drafting, k = strategy(config, name, compute_for(train, train)), trained_depth(config, name)
+    rollout = draft.kind == "spire"
+    loss = LossOf(drafting.model, draft.loss, draft.omega, drafting.collect, k if rollout else 0)
+    taught = rollout or draft.loss != "hard"
     return Task(
         name,
         drafting.model,
-        functools.partial(per_token, with_target=with_target),
+        loss,
         draft.steps or train.steps,
         draft.peak_lr or train.peak_lr,
-        flops,
-        depths=train.k if draft.kind == "spire" else 1,
-        monitor=None if with_target else functools.partial(per_token, with_target=True),
+        3 * forward_flops(drafting.model, train.seq_len),
+        k=k if rollout else 1,
+        reads=drafting.collect if taught else None,
+        monitor=None if taught else loss,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOf:
+    """A loss by value: equal settings are the same compiled step."""
+
+    model: Model
+    kind: str = "hard"
+    omega: float = 0.0
+    collect: tuple[int, ...] = ()
+    rollout: int = 0  # depth of SPIRe's rollouts; 0 = a plain forward pass
+
+    def __call__(self, params: Params, lesson: Lesson | None, batch: TrainBatch):
+        module = self.model.bind(params)
+        if self.rollout:
+            activations = tuple(lesson.activations[y] for y in self.collect) if lesson else ()
+            starts = np.arange(0, batch.tokens.shape[1], self.rollout)
+            logits = module.rollout(batch.tokens, activations, starts, self.rollout)
+            logits = logits.reshape(*batch.tokens.shape, -1)
+        else:
+            logits, _ = module.forward(batch.tokens)
+        target_logits = None if lesson is None else lesson.logits
+        loss = losses.draft_loss(self.kind, self.omega, target_logits, logits, batch.targets)
+        alpha = None if target_logits is None else losses.acceptance(target_logits, logits)
+        return loss, alpha
+
+
+def teacher(config: ExperimentConfig, tasks: Sequence[Task]) -> Teacher:
+    """The target's pass for drafts that are trained together: all that any of them reads."""
+    collect = sorted({layer for task in tasks for layer in task.reads or ()})
+    return Teacher(target_model(config, compute_for(config.train, config.train)), tuple(collect))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def teach(teacher: Teacher, params: Params, batch: TrainBatch) -> Lesson:
+    """The target's pass over a batch."""
+    tokens = constrain(batch.tokens, "batch", None)
+    logits, activations = teacher.model.bind(params).forward(tokens, teacher.collect)
+    return Lesson(logits, dict(zip(teacher.collect, activations, strict=True)))
 
 
 def initial_draft(
@@ -172,8 +208,12 @@ def learning_rate(train: TrainConfig, task: Task) -> optax.Schedule:
     )
 
 
+@functools.lru_cache(maxsize=64)
 def make_optimizer(train: TrainConfig, task: Task) -> optax.GradientTransformation:
-    """AdamW behind global-norm clipping; weight decay on every leaf but SPIRe's memory mix."""
+    """AdamW behind global-norm clipping; weight decay on every leaf but SPIRe's memory mix.
+
+    The same object for the same settings, on which the compiled step depends.
+    """
 
     def decays(params: Params) -> Any:
         return {name: jax.tree.map(lambda _, n=name: n != "memory_mix", leaf)
@@ -211,42 +251,54 @@ def init_state(task: Task, optimizer: optax.GradientTransformation, params: Para
 
 
 def loss_and_metrics(
-    task: Task, loss: LossFn, params: Params, frozen: Params, batch: TrainBatch, count
+    task: Task, loss: LossFn, params: Params, lesson: Lesson | None, batch: TrainBatch, count
 ):
     """The mean loss over `count` tokens (this batch's share of it), and metrics likewise."""
-    values, alpha = loss(params, frozen, batch)
+    values, alpha = loss(params, lesson, batch)
     mean = jnp.sum(jnp.where(batch.mask, values, 0.0)) / count
     metrics = {"loss": mean}
     if alpha is not None:
         alpha = jnp.where(batch.mask, alpha, 0.0)
         metrics["alpha"] = jnp.sum(alpha) / count
-        if task.depths > 1:
-            by_depth = alpha.reshape(-1, task.depths), batch.mask.reshape(-1, task.depths)
+        if task.k > 1:
+            by_depth = alpha.reshape(-1, task.k), batch.mask.reshape(-1, task.k)
             metrics["alpha_sums"], metrics["alpha_counts"] = (x.sum(axis=0) for x in by_depth)
     return mean, metrics
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def train_step(task: Task, train: TrainConfig, optimizer, state, frozen: Params, batch: TrainBatch):
+def train_step(
+    task: Task, train: TrainConfig, optimizer, state, lesson: Lesson | None, batch: TrainBatch
+):
     """One optimizer step over `train.accumulate` micro-batches; `state` is donated."""
     batch = TrainBatch(*(constrain(x, "batch", None) for x in batch))
     count = jnp.maximum(jnp.sum(batch.mask), 1)
     gradient = jax.grad(
-        lambda params, micro: loss_and_metrics(task, task.loss, params, frozen, micro, count),
+        lambda params, *micro: loss_and_metrics(task, task.loss, params, micro[0], micro[1], count),
         has_aux=True,
     )
     if train.accumulate == 1:
-        grads, metrics = gradient(state["params"], batch)
+        grads, metrics = gradient(state["params"], lesson, batch)
     else:
         # Micro-batch i takes rows i, i + n, ...: each device keeps its own rows.
         n = train.accumulate
-        micros = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
-        shape = jax.eval_shape(gradient, state["params"], jax.tree.map(lambda x: x[0], micros))
+        micros = jax.tree.map(
+            lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), (lesson, batch)
+        )
+        shape = jax.eval_shape(gradient, state["params"], *jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
 
         def add(total, micro):
-            micro = TrainBatch(*(constrain(x, "batch", None) for x in micro))
-            return jax.tree.map(jnp.add, total, gradient(state["params"], micro)), None
+            of_lesson, of_batch = micro
+            if of_lesson is not None:
+                logits = constrain(of_lesson.logits, "batch", None, "vocab")
+                ys = {
+                    y: constrain(x, "batch", None, None) for y, x in of_lesson.activations.items()
+                }
+                of_lesson = Lesson(logits, ys)
+            of_batch = TrainBatch(*(constrain(x, "batch", None) for x in of_batch))
+            new = gradient(state["params"], of_lesson, of_batch)
+            return jax.tree.map(jnp.add, total, new), None
 
         (grads, metrics), _ = jax.lax.scan(add, zeros, micros)
     metrics = by_depth(metrics)
@@ -266,10 +318,12 @@ def by_depth(metrics: dict[str, Array]) -> dict[str, Array]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def evaluate_batch(task: Task, loss: LossFn, params: Params, frozen: Params, batch: TrainBatch):
+def evaluate_batch(
+    task: Task, loss: LossFn, params: Params, lesson: Lesson | None, batch: TrainBatch
+):
     """Metrics of one batch without a step."""
     count = jnp.maximum(jnp.sum(batch.mask), 1)
-    _, metrics = loss_and_metrics(task, loss, params, frozen, batch, count)
+    _, metrics = loss_and_metrics(task, loss, params, lesson, batch, count)
     return by_depth(metrics)
 
 
@@ -287,107 +341,198 @@ def to_device(batch: Batch, mesh: Mesh) -> TrainBatch:
     )
 
 
-def train(
-    task: Task,
-    config: TrainConfig,
-    mesh: Mesh,
-    initial: Callable[[], Params],
-    frozen: Params,
-    batches: Callable[[int], Iterator[Batch]],
-    checkpoints: Checkpoints,
-    metrics_path: str,
-    describe_example: Callable[[int], str] = str,
-) -> Params:
-    """Train `task` to its last step, from the newest checkpoint if there is one.
+class Learner:
+    """One model in training: its state, its place in the data, its metrics and checkpoints.
 
     Args:
         initial: makes the parameters before step 1.
-        frozen: the target's parameters for a draft, None for the target.
+        checkpoints: holds the newest checkpoint, from which training goes on.
+
+    Raises:
+        MetricsError: metrics that the checkpoint goes with are gone.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: TrainConfig,
+        mesh: Mesh,
+        initial: Callable[[], Params],
+        checkpoints: Checkpoints,
+        metrics_path: str | pathlib.Path,
+    ):
+        self.task, self._config, self._checkpoints = task, config, checkpoints
+        self._optimizer = make_optimizer(config, task)
+        self.state = init_state(task, self._optimizer, initial(), mesh)
+        self.done = logged = 0  # logged: step of the last record of the metrics
+        counts = {"examples": np.int64(0), "logged": np.int64(0)}
+        restored = checkpoints.restore({**self.state, **counts})
+        if restored is not None:
+            self.done, self.state = restored
+            del self.state["examples"]  # steps x batch
+            logged = int(self.state.pop("logged"))
+        self._logged = logged
+        self._log = MetricsLog(metrics_path, resume_step=self.done, expected_last=logged)
+        self._pending: list[tuple[int, Batch, dict[str, Array]]] = []
+
+    def __enter__(self) -> "Learner":
+        self._log.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._log.__exit__(*error)
+
+    @property
+    def finished(self) -> bool:
+        return self.done >= self.task.steps
+
+    def needs_lesson(self, logged: bool) -> bool:
+        """Whether the next step reads what the target says; `logged`: it is a logged step."""
+        return self.task.reads is not None or (logged and self.task.monitor is not None)
+
+    def step(self, batch: Batch, device_batch: TrainBatch, lesson: Lesson | None, logged: bool):
+        """Dispatch one step; its metrics are for `read`."""
+        task, monitored = self.task, {}
+        if logged and task.monitor is not None:
+            monitored = evaluate_batch(
+                task, task.monitor, self.state["params"], lesson, device_batch
+            )
+        if task.reads is None:
+            lesson = None
+        elif lesson is not None:  # others' layers are no argument of this one's compiled step
+            lesson = Lesson(lesson.logits, {y: lesson.activations[y] for y in task.reads})
+        self.state, metrics = train_step(
+            task, self._config, self._optimizer, self.state, lesson, device_batch
+        )
+        self.done += 1
+        self._pending.append((self.done, batch, {**monitored, **metrics}))
+
+    def read(
+        self, keep: int, speed: "_Speed", describe_example: Callable[[int], str]
+    ) -> float | None:
+        """Check the metrics of all but the last `keep` steps, record logged ones; the loss."""
+        loss = None
+        while len(self._pending) > keep:
+            step, batch, metrics = self._pending.pop(0)
+            values = {name: np.asarray(x) for name, x in metrics.items()}
+            loss = float(values["loss"])
+            if not all(np.isfinite(values[name]).all() for name in ("loss", "grad_norm")):
+                raise TrainingError(_diverged(self.task, step, batch, values, self._checkpoints,
+                                              describe_example))  # fmt: skip
+            if step % self._config.log_every and step != self.task.steps:
+                continue
+            record: dict[str, Any] = {"step": step, "examples": step * self._config.batch_size}
+            record["tokens"] = record["examples"] * self._config.seq_len
+            record |= {name: x.tolist() for name, x in values.items()}
+            record |= {"tokens_per_s": speed.tokens_per_s, "peak_share": speed.peak_share}
+            self._log.write(record)
+            self._logged = step
+        return loss
+
+    def save(self) -> None:
+        """Checkpoint: behind a loss that was read, and metrics that are on the disk."""
+        self._log.sync()
+        examples = np.int64(self.done * self._config.batch_size)
+        counts = {"examples": examples, "logged": np.int64(self._logged)}
+        self._checkpoints.save(self.done, {**self.state, **counts})
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is on the disk."""
+        self._checkpoints.wait()
+
+
+def train(
+    learners: Sequence[Learner],
+    config: TrainConfig,
+    mesh: Mesh,
+    teacher: Teacher | None,
+    frozen: Params,
+    batches: Callable[[int], Iterator[Batch]],
+    describe_example: Callable[[int], str] = str,
+) -> None:
+    """Train every learner to its last step, on the same batches; one pass of the target for all.
+
+    Learners that an interruption left at different steps are brought level first.
+
+    Args:
+        teacher, frozen: the target of drafts, and its parameters; None for the target itself.
         batches: batches from a global count of consumed examples on; the only data state.
         describe_example: where in the data an example is from, for error messages.
 
     Raises:
         TrainingError: a loss or gradient that is not finite; names the step, the examples and
             the last good checkpoint.
-        MetricsError: metrics that the checkpoint goes with are gone.
     """
-    optimizer = make_optimizer(config, task)
-    state = init_state(task, optimizer, initial(), mesh)
-    done, examples, logged = 0, 0, 0  # logged: step of the last record of the metrics
-    restored = checkpoints.restore({**state, "examples": np.int64(0), "logged": np.int64(0)})
-    if restored is not None:
-        done, state = restored
-        examples, logged = int(state.pop("examples")), int(state.pop("logged"))
-    peak, _ = peak_flops(config.dtype)
-    peak *= mesh.size
-    pending: tuple[int, Batch, dict[str, Array]] | None = None
-    stopwatch = _Stopwatch()
+    total = max(learner.task.steps for learner in learners)
+    at = min((learner.done for learner in learners if not learner.finished), default=total)
+    names = [learner.task.name for learner in learners]
+    title = names[0] if len(names) == 1 else f"{len(names)} drafts"
+    peak = peak_flops(config.dtype)[0] * mesh.size
+    speed = _Speed(config.batch_size * config.seq_len, peak)
+    with Progress(title, total=total, start=at) as progress:
 
-    with (
-        MetricsLog(metrics_path, resume_step=done, expected_last=logged) as log,
-        Progress(task.name, total=task.steps, start=done) as progress,
-    ):
+        def read(keep: int) -> None:
+            speed.measure()
+            losses = [learner.read(keep, speed, describe_example) for learner in learners]
+            found = [loss for loss in losses if loss is not None]
+            if found:
+                mean = sum(found) / len(found)
+                progress.update(at - keep, loss=mean, tokens_per_s=speed.tokens_per_s)
+            if (at - keep) % config.log_every == 0:
+                speed.mark()
 
-        def read(step: int, batch: Batch, metrics: dict[str, Array]) -> None:
-            nonlocal logged
-            values = {name: np.asarray(x) for name, x in metrics.items()}
-            if not all(np.isfinite(values[name]).all() for name in ("loss", "grad_norm")):
-                raise TrainingError(_diverged(task, step, batch, values, checkpoints,
-                                              describe_example))  # fmt: skip
-            speed = stopwatch.steps_per_s(step)
-            speed = speed and speed * config.batch_size * config.seq_len
-            progress.update(step, loss=float(values["loss"]), tokens_per_s=speed)
-            if step % config.log_every and step != task.steps:
-                return
-            stopwatch.mark(step)
-            record = {"step": step, "examples": step * config.batch_size}
-            record["tokens"] = record["examples"] * config.seq_len
-            record |= {name: x.tolist() for name, x in values.items()}
-            share = speed * task.flops_per_token / peak if speed else None
-            log.write(record | {"tokens_per_s": speed, "peak_share": share})
-            logged = step
-
-        for batch in batches(examples) if done < task.steps else ():
-            device_batch = to_device(batch, mesh)
-            monitored = {}
-            if task.monitor is not None and ((done + 1) % config.log_every == 0):
-                monitored = evaluate_batch(
-                    task, task.monitor, state["params"], frozen, device_batch
-                )
-            state, metrics = train_step(task, config, optimizer, state, frozen, device_batch)
-            done, examples = done + 1, examples + config.batch_size
-            if pending is not None:
-                read(*pending)
-            pending = (done, batch, {**monitored, **metrics})
-            last = done == task.steps
-            if last or done % config.checkpoint_every == 0:
-                # A checkpoint stands only behind a loss that was read, and a metrics file that
-                # is on the disk.
-                read(*pending)
-                pending = None
-                log.sync()
-                counts = {"examples": np.int64(examples), "logged": np.int64(logged)}
-                checkpoints.save(done, {**state, **counts})
-            if last:
+        for batch in batches(at * config.batch_size) if at < total else ():
+            active = [x for x in learners if x.done == at and not x.finished]
+            logged = (at + 1) % config.log_every == 0
+            device_batch, lesson = to_device(batch, mesh), None
+            flops = sum(x.task.flops_per_token for x in active)
+            if teacher is not None and any(x.needs_lesson(logged) for x in active):
+                lesson = teach(teacher, frozen, device_batch)
+                flops += teacher.pass_flops(config.seq_len)
+            for learner in active:
+                learner.step(batch, device_batch, lesson, logged)
+            at += 1
+            speed.add(flops)
+            read(keep=1)
+            saving = [x for x in active if x.finished or at % config.checkpoint_every == 0]
+            if saving:
+                read(keep=0)
+                for learner in saving:
+                    learner.save()
+            if at == total:
                 break
-        checkpoints.wait()
-    return state["params"]
+        for learner in learners:
+            learner.wait()
 
 
-class _Stopwatch:
-    """Steps per second since the last mark; the first step, which compiles, is left out."""
+class _Speed:
+    """Tokens and FLOPs per second since the last mark; the first step, which compiles, left out."""
 
-    def __init__(self):
-        self.begin: tuple[int, float] | None = None
+    def __init__(self, tokens_per_step: int, peak: float):
+        self._tokens_per_step, self._peak = tokens_per_step, peak
+        self._begin: float | None = None
+        self._tokens = self._flops = 0.0
+        self.tokens_per_s: float | None = None
+        self.peak_share: float | None = None  # of the machine's peak FLOP/s
 
-    def steps_per_s(self, step: int) -> float | None:
-        if self.begin is None:
-            self.mark(step)
-            return None
-        return (step - self.begin[0]) / (time.perf_counter() - self.begin[1])
+    def add(self, flops_per_token: float) -> None:
+        """One step more."""
+        if self._begin is None:
+            self.mark()
+            return
+        self._tokens += self._tokens_per_step
+        self._flops += self._tokens_per_step * flops_per_token
 
-    def mark(self, step: int) -> None:
-        self.begin = (step, time.perf_counter())
+    def measure(self) -> None:
+        """Bring the figures up to date; they stay as they are until there is a step to count."""
+        if self._begin is None or not self._tokens:
+            return
+        seconds = time.perf_counter() - self._begin
+        self.tokens_per_s = self._tokens / seconds
+        self.peak_share = self._flops / seconds / self._peak
+
+    def mark(self) -> None:
+        self._begin, self._tokens, self._flops = time.perf_counter(), 0.0, 0.0
 
 
 def _diverged(task, step, batch, values, checkpoints, describe_example) -> str:

@@ -15,7 +15,7 @@ from spire_jax.drafting.spire import Spire
 from spire_jax.drafting.vanilla import Vanilla
 from spire_jax.models.layers import Compute
 from spire_jax.models.pruning import prune
-from spire_jax.models.spire import SpireDraft
+from spire_jax.models.spire import SpireDraft, initial_mix
 from spire_jax.models.transformer import Model, Params, Transformer
 from spire_jax.sampling import Sampling
 
@@ -62,8 +62,8 @@ def init(model: Model, seed: int, sharpness: float = 1.0) -> Params:
         elif name.endswith("_bias"):
             value = np.zeros(leaf.shape)
         elif name == "memory_mix":
-            n, own = sizes.n_layers, options.get("memory_init", 0.95)
-            value = np.log(np.where(np.eye(n, n + 1, dtype=bool), own, (1 - own) / n))
+            memory, own = options.get("memory", "layers"), options.get("memory_init", 0.95)
+            value = initial_mix(sizes.n_layers, memory, own)
         else:
             scale = fan_in.get(name, sizes.d_model) ** -0.5
             scale = {"embedding": 1.0, "unembedding": scale * sharpness}.get(name, scale)
@@ -83,13 +83,18 @@ def target(config: ModelConfig = TINY, seed: int = 0) -> tuple[Model, Params]:
 
 @functools.cache
 def pair(kind: str, config: ModelConfig = TINY) -> Pair:
-    """kind: "spire", "spire_strict" (attend_self=False), "spire_plain" (no feedback), "vanilla"
+    """kind: "spire", "spire_strict" (attend_self=False), "spire_plain" (no feedback),
+    "spire_final" and "spire_embedding" (other memories), "spire_dense" (no window), "vanilla"
     (another small model), "ring" (pruned, windowed, no activations), "self" (the target),
     "magicdec" (the target with a sparse cache)."""
     model, params = target(config)
     windowed = dataclasses.replace(config, window=WINDOW, sink=SINK, n_layers=2)
     if kind.startswith("spire"):
-        options = {"attend_self": kind != "spire_strict", "feedback": kind != "spire_plain"}
+        options = {"attend_self": kind != "spire_strict", "feedback": kind != "spire_plain",
+                   "memory": {"spire_final": "final", "spire_embedding": "embedding"}.get(
+                       kind, "layers")}  # fmt: skip
+        if kind == "spire_dense":
+            windowed = dataclasses.replace(windowed, window=0, sink=0)
         draft = Model(SpireDraft, windowed, Compute(), tuple(options.items()))
         draft_params = prune(params, init(draft, 1))
         return Pair(model, params, Spire(draft, config.n_layers), draft_params)

@@ -367,7 +367,7 @@ def test_cached_steps_are_the_full_pass_after_rejections_at_every_depth(kind, co
         logits, ys, target_cache = p.target.bind(p.target_params).extend(
             target_cache, block, at, collect
         )
-        draft_cache = strategy.commit(p.draft_params, draft_cache, ys, at)
+        draft_cache = strategy.commit(p.draft_params, draft_cache, block, ys, at)
         return drafts, q, logits, (target_cache, draft_cache)
 
     @jax.jit
@@ -426,7 +426,7 @@ class Scripted:
         drafts = jnp.where(jnp.arange(k) < depth[:, None], right, wrong)
         return drafts, jax.nn.one_hot(drafts, self.model.config.vocab_size), cache + 1
 
-    def commit(self, params, cache, activations, positions):
+    def commit(self, params, cache, tokens, activations, positions):
         return cache
 
     def probabilities_along(self, params, tokens, activations, read, starts, k, sampling):

@@ -174,13 +174,13 @@ def missing_catch_up_entry(patch):
 
 
 def refresh_skipped(patch):
-    patch(spire_drafting.Spire, "commit", lambda self, params, cache, activations, pos: cache)
+    patch(spire_drafting.Spire, "commit", lambda self, params, cache, tokens, ys, pos: cache)
 
 
 def refresh_shifted_by_one(patch):
     original = spire_drafting.Spire.commit
-    patch(spire_drafting.Spire, "commit", lambda self, params, cache, activations, pos: original(
-        self, params, cache, activations, pos + 1))  # fmt: skip
+    patch(spire_drafting.Spire, "commit", lambda self, params, cache, tokens, ys, pos: original(
+        self, params, cache, tokens, ys, pos + 1))  # fmt: skip
 
 
 def ring_off_by_one(patch):

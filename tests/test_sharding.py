@@ -37,6 +37,8 @@ from spire_jax.train import (
     init_state,
     make_optimizer,
     target_task,
+    teach,
+    teacher,
     train_step,
 )
 
@@ -104,7 +106,8 @@ def gradient(kind: str, mesh, accumulate: int = 1):
     optimizer = recorder()
     train = dataclasses.replace(CONFIG.train, accumulate=accumulate)
     state = init_state(task, optimizer, params, mesh)
-    state, metrics = train_step(task, train, optimizer, state, frozen, batch())
+    lesson = None if kind == "target" else teach(teacher(CONFIG, [task]), frozen, batch())
+    state, metrics = train_step(task, train, optimizer, state, lesson, batch())
     flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state["opt_state"])])
     depths = metrics.get("alpha_by_depth", jnp.zeros(0))
     return float(metrics["loss"]), flat.astype(np.float64), np.asarray(depths), state

@@ -16,6 +16,7 @@ from spire_jax.models.transformer import Model, Transformer
 
 T, K = 24, 4  # a text well beyond window + sink + k = 11
 KINDS = ["spire", "spire_strict", "spire_plain"]
+MORE = ["spire_final", "spire_embedding", "spire_dense"]  # ablations of the memories and the mask
 VALID = slice(0, TINY.n_tokens)
 STARTS = np.arange(T - K + 1)
 
@@ -79,6 +80,40 @@ def test_memories_of_the_layers_own_input_and_nothing_pruned_are_the_target(feed
 def test_target_layers_are_those_that_the_copied_layers_read():
     assert target_layers(8, 2) == (6, 7)
     assert target_layers(3, 3) == (0, 1, 2)
+    assert target_layers(8, 2, "final") == (8,)
+    assert target_layers(8, 2, "embedding") == ()
+
+
+@pytest.mark.parametrize("kind", ["spire_final", "spire_embedding"])
+def test_other_memories_are_other_activations_and_mixes(kind):
+    """The same as SPIRe's own layers given by hand what the other kind reads."""
+    p = pair(kind)
+    tokens, activations, found = reference(kind)
+    params = dict(p.draft_params)
+    if kind == "spire_final":
+        _, (last,) = jax.jit(lambda w, x: p.target.bind(w).forward(x, (TINY.n_layers,)))(
+            p.target_params, tokens
+        )
+        params["memory_mix"] = jnp.tile(params["memory_mix"], (2, 1))
+        assert np.argmax(params["memory_mix"], axis=1).tolist() == [2, 2]
+        given = (last, last)
+    else:
+        assert activations == ()
+        given = (params["embedding"][tokens],) * 2
+    close(found, rollout_of("spire")(params, tokens, given))
+    ordinary = rollout_of("spire")(params, tokens, reference("spire")[1])
+    assert np.abs(found - ordinary)[..., VALID].max() > 1e-2
+
+
+def test_a_draft_without_a_window_sees_everything():
+    """The first token, far outside the window of the others, changes the last prediction."""
+    moved = {}
+    for kind in ("spire", "spire_dense"):
+        tokens, activations, before = reference(kind)
+        other = tuple(y.at[:, SINK].add(1.0) for y in activations)  # the first that is no sink
+        after = rollout_of(kind)(pair(kind).draft_params, tokens, other)
+        moved[kind] = float(np.abs(after - before)[:, -1, :, VALID].max())
+    assert moved["spire"] == 0 and moved["spire_dense"] > 1e-3
 
 
 # --- decoding computes what training computed --------------------------------------------------
@@ -91,7 +126,7 @@ def step_of(kind: str):
     return jax.jit(lambda params, *given: model.bind(params).step(*given))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "magicdec"])
+@pytest.mark.parametrize("kind", [*KINDS, *MORE, "magicdec"])
 def test_steps_after_prefill_are_the_rollout_from_every_start(kind):
     """One row per start, 0 to beyond window + sink + k, prefilled to its own length."""
     p = pair(kind)
@@ -108,7 +143,7 @@ def test_steps_after_prefill_are_the_rollout_from_every_start(kind):
         close(logits, expected[0, :, depth])
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "magicdec"])
+@pytest.mark.parametrize("kind", [*KINDS, *MORE, "magicdec"])
 def test_steps_after_refresh_are_the_rollout_whatever_was_rejected(kind):
     """Rounds from an empty cache, rejected at every depth, rows at their own pace.
 
@@ -119,14 +154,14 @@ def test_steps_after_refresh_are_the_rollout_whatever_was_rejected(kind):
     tokens, _, expected = reference(kind)
     wrong = (tokens + 5) % TINY.n_tokens
     target_cache = empty_full(TINY, 2, T + K, "float32")
-    cache = empty_ring(p.strategy.model.config, 2, K, "float32")
+    cache = empty_ring(p.strategy.model.config, 2, K, "float32", T + K)
 
     @jax.jit
     def verify(target_cache, cache, block, positions):
         _, ys, target_cache = p.target.bind(p.target_params).extend(
             target_cache, block, positions, p.strategy.collect
         )
-        return target_cache, p.strategy.commit(p.draft_params, cache, ys, positions)
+        return target_cache, p.strategy.commit(p.draft_params, cache, block, ys, positions)
 
     start, rows, rejections = np.zeros(2, int), np.arange(2), set()
     for count in range(100):

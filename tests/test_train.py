@@ -1,6 +1,8 @@
 """The training step and loop: accumulation, decay, schedules, the frozen target, divergence."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -11,11 +13,13 @@ import pytest
 
 from spire_jax import config as configs
 from spire_jax import config_files
+from spire_jax import train as train_module
 from spire_jax.checkpoints import Checkpoints
 from spire_jax.data.pipeline import Batch
 from spire_jax.metrics import MetricsError
 from spire_jax.sharding import make_mesh
 from spire_jax.train import (
+    Learner,
     TrainBatch,
     TrainingError,
     by_depth,
@@ -24,9 +28,10 @@ from spire_jax.train import (
     init_state,
     initial_draft,
     learning_rate,
-    loss_and_metrics,
     make_optimizer,
     target_task,
+    teach,
+    teacher,
     train,
     train_step,
 )
@@ -87,9 +92,24 @@ def batches(start: int):
 
 
 def run(task, config, mesh, initial, frozen, folder, **kwargs):
-    with Checkpoints(folder / "checkpoints", kept=2, identity={"of": task.name}) as checkpoints:
-        return train(task, config.train, mesh, initial, frozen, batches, checkpoints,
-                     str(folder / f"{task.name}.jsonl"), **kwargs)  # fmt: skip
+    return run_all({task: initial}, config, mesh, frozen, folder, **kwargs)[0]
+
+
+def run_all(tasks, config, mesh, frozen, folder, **kwargs):
+    """Parameters of task -> its initial parameters after training them together."""
+    with contextlib.ExitStack() as stack:
+        learners = []
+        for task, initial in tasks.items():
+            where = folder if len(tasks) == 1 else folder / task.name
+            checkpoints = stack.enter_context(
+                Checkpoints(where / "checkpoints", kept=2, identity={"of": task.name})
+            )
+            learner = Learner(task, config.train, mesh, initial, checkpoints,
+                              where / f"{task.name}.jsonl")  # fmt: skip
+            learners.append(stack.enter_context(learner))
+        taught_by = None if frozen is None else teacher(config, list(tasks))
+        train(learners, config.train, mesh, taught_by, frozen, batches, **kwargs)
+    return [learner.state["params"] for learner in learners]
 
 
 @pytest.fixture(scope="module")
@@ -132,27 +152,49 @@ def test_drafts_learn_and_the_target_stays(name, target, mesh, tmp_path):
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, frozen)))
 
 
-def test_one_forward_pass_of_the_target_per_batch(target, mesh, monkeypatch):
-    """Traced once in the step, and not differentiated."""
-    from spire_jax.models.transformer import Transformer
+def test_drafts_trained_together_are_those_trained_alone(target, mesh, tmp_path):
+    """To the bit, whatever else is trained beside them and wherever an interruption left them."""
+    frozen, config = target[1], experiment()
+    tasks = {draft_task(config, name): name for name in ("spire", "vanilla")}
+    initial = {task: functools.partial(initial_draft, config, name, task, frozen, mesh)
+               for task, name in tasks.items()}  # fmt: skip
+    alone = [run(task, config, mesh, initial[task], frozen, tmp_path / "alone" / name)
+             for task, name in tasks.items()]  # fmt: skip
+    together = run_all(initial, config, mesh, frozen, tmp_path / "together")
+    same(alone, together)
+    # One stands at step 16, the other has not begun: the first waits.
+    folder, (spire, _) = tmp_path / "uneven", tasks
+    with pytest.raises(TrainingError):
+        run(poisoned(spire), config, mesh, initial[spire], frozen, folder / "spire")
+    same(alone, run_all(initial, config, mesh, frozen, folder))
+    assert [line["step"] for line in records(folder / "spire", "spire")] == [4, 8, 12, 16, 20, 24]
 
+
+def same(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_one_pass_of_the_target_serves_all_drafts(target, mesh, tmp_path, monkeypatch):
     calls = []
-    original = Transformer._run
+    original = train_module.teach
 
-    def counted(self, *args, **kwargs):
-        calls.append(self.config.n_layers)
-        return original(self, *args, **kwargs)
+    def counted(taught_by, params, batch):
+        calls.append(taught_by.collect)
+        return original(taught_by, params, batch)
 
-    monkeypatch.setattr(Transformer, "_run", counted)
-    config, (_, frozen, _) = experiment(), target
-    task = draft_task(config, "spire")
-    params = initial_draft(config, "spire", task, frozen, mesh)
-    gradient = jax.grad(
-        lambda p, f, batch: loss_and_metrics(task, task.loss, p, f, batch, 30)[0], argnums=(0, 1)
-    )
-    _, of_target = jax.jit(gradient)(params, frozen, arrays(0))
-    assert calls == [2]
-    assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(of_target))
+    monkeypatch.setattr(train_module, "teach", counted)
+    config, frozen = experiment(steps=6), target[1]
+    tasks = {draft_task(config, name): name for name in ("spire", "vanilla")}
+    initial = {task: functools.partial(initial_draft, config, name, task, frozen, mesh)
+               for task, name in tasks.items()}  # fmt: skip
+    run_all(initial, config, mesh, frozen, tmp_path / "both")
+    assert calls == [(1,)] * 6
+    # A draft that needs nothing of the target costs no pass of it but at logged steps.
+    calls.clear()
+    (vanilla,) = [task for task, name in tasks.items() if name == "vanilla"]
+    run(vanilla, config, mesh, initial[vanilla], frozen, tmp_path / "alone")
+    assert calls == [()]
 
 
 @pytest.mark.parametrize("name", ["target", "spire"])
@@ -168,7 +210,10 @@ def test_accumulation_and_remat_change_nothing(name, target, mesh):
         optimizer = make_optimizer(config.train, task)
         state = init_state(task, optimizer, params, mesh)
         for step in range(2):
-            state, metric = train_step(task, config.train, optimizer, state, frozen, arrays(step))
+            lesson = (
+                None if frozen is None else teach(teacher(config, [task]), frozen, arrays(step))
+            )
+            state, metric = train_step(task, config.train, optimizer, state, lesson, arrays(step))
         states.append(state["params"])
         metrics.append(metric)
     for other in states[1:]:
@@ -209,19 +254,24 @@ def test_acceptance_by_depth_is_a_mean_over_unmasked_tokens():
     assert metrics["alpha_by_depth"].tolist() == [0.75, 0.5]
 
 
+def poisoned(task):
+    """The task with a loss of nan at step 19."""
+
+    def loss(params, lesson, batch):
+        values, alpha = task.loss(params, lesson, batch)
+        bad = jnp.all(batch.tokens == arrays(18).tokens)
+        return jnp.where(bad, jnp.nan, values), alpha
+
+    return dataclasses.replace(task, loss=loss)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(target, mesh, tmp_path):
     """The step and the examples are named; the last good checkpoint stays and can be restored."""
     task, _, _ = target
     config = experiment()
 
-    def poisoned(params, frozen, batch):
-        values, alpha = task.loss(params, frozen, batch)
-        bad = jnp.all(batch.tokens == arrays(18).tokens)  # the batch of step 19
-        return jnp.where(bad, jnp.nan, values), alpha
-
-    broken = dataclasses.replace(task, loss=poisoned)
     with pytest.raises(TrainingError) as error:
-        run(broken, config, mesh, lambda: init_params(task.model, jax.random.key(0), mesh), None,
+        run(poisoned(task), config, mesh, lambda: init_params(task.model, jax.random.key(0), mesh), None,
             tmp_path, describe_example=lambda i: f"example {i}")  # fmt: skip
     message = str(error.value)
     assert "at step 19" in message and "last good checkpoint is step 16" in message

@@ -4,19 +4,21 @@ The corpus is identified by a hash of everything that its tokens depend on. The 
 Python's own standard library: long documents that are on every machine, nothing downloaded.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
 import pathlib
 import sysconfig
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Integer
 
-from spire_jax.config import DataConfig
+from spire_jax.config import BYTES, DataConfig
 from spire_jax.data.tokenizer import Tokenizer, make_tokenizer
 
 STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "encodings", "__pycache__"}
@@ -73,8 +75,12 @@ class Corpus:
         }
 
 
-def load_corpus(config: DataConfig) -> Corpus:
+def load_corpus(config: DataConfig, cache: pathlib.Path | None = None) -> Corpus:
     """Read, check, split and tokenize the documents of `data.source`.
+
+    Args:
+        cache: a folder where tokens that take long to make are kept for the next time, under the
+            hash of all that they are made from.
 
     Raises:
         DataError: a folder that is missing or holds no text, a file that cannot be read or
@@ -87,17 +93,25 @@ def load_corpus(config: DataConfig) -> Corpus:
         if not root.is_dir():
             raise DataError(f"data.source={config.source!r} is not a folder; give a folder of "
                             f"text, or 'stdlib'")  # fmt: skip
-    return read_folder(root, pattern, config.source, config)
+    return read_folder(root, pattern, config.source, config, cache)
 
 
-def read_folder(root: pathlib.Path, pattern: str, source: str, config: DataConfig) -> Corpus:
+def read_folder(
+    root: pathlib.Path,
+    pattern: str,
+    source: str,
+    config: DataConfig,
+    cache: pathlib.Path | None = None,
+) -> Corpus:
     """A corpus of the files below `root` that match `pattern`."""
     tokenizer = make_tokenizer(config.tokenizer)
-    documents, pieces, seen = [], [], set()
-    small = np.uint16 if tokenizer.n_tokens <= 2**16 else np.int32
-    separator = np.array([tokenizer.separator], small)
-    duplicates = not_text = empty = files = position = 0
-    identity = hashlib.sha256(f"{tokenizer.name}\0{config.heldout_percent}\0".encode())
+    documents: list[Document] = []
+    texts: list[bytes] = []
+    seen = set()
+    duplicates = not_text = empty = files = 0
+    by_folder = config.split == "folder"
+    made = f"{tokenizer.name}\0{config.heldout_percent}\0" + ("by folder\0" if by_folder else "")
+    identity = hashlib.sha256(made.encode())
     skip = STDLIB_WITHOUT if source == "stdlib" else set()
     for relative in _files(root, pattern, skip):
         files += 1
@@ -113,27 +127,54 @@ def read_folder(root: pathlib.Path, pattern: str, source: str, config: DataConfi
             duplicates += 1
             continue
         seen.add(digest)
-        ids = tokenizer.encode(content).astype(small)
-        end = position + len(ids) + 1
-        heldout = _is_heldout(relative, config.heldout_percent)
-        documents.append(Document(relative, heldout, len(content), position, end))
-        pieces += [ids, separator]
+        heldout = _is_heldout(relative.split("/")[0] if by_folder else relative,
+                              config.heldout_percent)  # fmt: skip
+        documents.append(Document(relative, heldout, len(content), 0, 0))
+        texts.append(content)
         identity.update(relative.encode() + b"\0" + digest)
-        position = end
     if not documents:
         kinds = f"{not_text} binary or not UTF-8, {empty} empty"
         found = f"{files} files but no text ({kinds})" if files else "no files"
         raise DataError(f"data.source={source!r} holds {found}; give a folder of text files")
-    corpus = Corpus(source, tuple(documents), np.concatenate(pieces), identity.hexdigest(),
-                    tokenizer, duplicates, not_text, empty)  # fmt: skip
     for heldout, name in ((False, "training"), (True, "held-out")):
-        if not corpus.split(heldout):
+        if all(d.heldout != heldout for d in documents):
             raise DataError(
                 f"data.source={source!r}: of {len(documents)} documents none fell to the {name} "
                 f"split; give more documents or change data.heldout_percent="
                 f"{config.heldout_percent}"
             )
-    return corpus
+    sha256 = identity.hexdigest()
+    tokens, ends = _tokens(tokenizer, texts, sha256, cache)
+    begins = [0, *ends[:-1].tolist()]
+    documents = [
+        dataclasses.replace(d, begin=begin, end=end)
+        for d, begin, end in zip(documents, begins, ends.tolist(), strict=True)
+    ]
+    return Corpus(source, tuple(documents), tokens, sha256, tokenizer, duplicates, not_text,
+                  empty)  # fmt: skip
+
+
+def _tokens(
+    tokenizer: Tokenizer, texts: list[bytes], sha256: str, cache: pathlib.Path | None
+) -> tuple[Integer[np.ndarray, " n"], Int[np.ndarray, " documents"]]:
+    """The tokens of all documents, a separator after each, and where each one ends."""
+    kept = cache / f"tokens-{sha256[:16]}.npz" if cache and tokenizer.name != BYTES else None
+    if kept and kept.is_file():
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+            stored = np.load(kept)
+            return stored["tokens"], stored["ends"]
+    small = np.uint16 if tokenizer.n_tokens <= 2**16 else np.int32
+    separator = np.array([tokenizer.separator], small)
+    pieces = [p for ids in tokenizer.encode_all(texts) for p in (ids.astype(small), separator)]
+    tokens = np.concatenate(pieces)
+    ends = np.cumsum([len(p) + 1 for p in pieces[::2]])
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_name(f".{os.getpid()}-{kept.name}")
+        with temporary.open("wb") as file:
+            np.savez(file, tokens=tokens, ends=ends)
+        os.replace(temporary, kept)
+    return tokens, ends
 
 
 def _files(root: pathlib.Path, pattern: str, skip: set[str]) -> Iterator[str]:

@@ -1,11 +1,17 @@
-"""Tokenizers: text to ids and back. Bytes for now; others join `make_tokenizer`."""
+"""Tokenizers: text to ids and back: bytes, or byte-level BPE from a file of `tokenizers`."""
 
+import functools
+import hashlib
+import pathlib
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import tokenizers
 from jaxtyping import Int
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from spire_jax.config import ConfigError
+from spire_jax.config import BYTES, tokenizer_size
 
 
 @runtime_checkable
@@ -18,6 +24,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: bytes | str) -> Int[np.ndarray, " n"]:
         """Token ids (int32) of text, as it is or in UTF-8, without a separator."""
+        ...
+
+    def encode_all(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, " n"]]:
+        """`encode` of each text; may use all cores."""
         ...
 
     def decode(self, ids: Int[np.ndarray, " n"]) -> str:
@@ -40,6 +50,9 @@ class ByteTokenizer:
         text = text.encode() if isinstance(text, str) else text
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
+    def encode_all(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, " n"]]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Int[np.ndarray, " n"]) -> str:
         """Text; invalid UTF-8 becomes U+FFFD and a separator U+241E, the symbol for one."""
         text = b"".join(
@@ -51,8 +64,60 @@ class ByteTokenizer:
         return int(np.sum(np.asarray(ids) != self.separator))
 
 
+class BpeTokenizer:
+    """Byte-level BPE (every text has an encoding that decodes to it), and a separator, the last id.
+
+    The separator is no entry of the file, so that no text can spell it.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        content = path.read_bytes()
+        self.n_tokens = tokenizer_size(str(path))
+        self.separator = self.n_tokens - 1
+        # By content: the same file elsewhere is the same tokenizer.
+        self.name = f"bpe-{self.n_tokens}-{hashlib.sha256(content).hexdigest()[:16]}"
+        self._bpe = tokenizers.Tokenizer.from_buffer(content)
+        # In a byte-level vocabulary a character of an entry stands for a byte.
+        self._bytes = np.zeros(self.n_tokens, np.int64)
+        for entry, i in self._bpe.get_vocab().items():
+            self._bytes[i] = len(entry)
+
+    def encode(self, text: bytes | str) -> Int[np.ndarray, " n"]:
+        text = text.decode() if isinstance(text, bytes) else text
+        return np.array(self._bpe.encode(text).ids, np.int32)
+
+    def encode_all(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, " n"]]:
+        encodings = self._bpe.encode_batch_fast([text.decode() for text in texts])
+        return [np.array(e.ids, np.int32) for e in encodings]
+
+    def decode(self, ids: Int[np.ndarray, " n"]) -> str:
+        """Text; invalid UTF-8 becomes U+FFFD and a separator U+241E, the symbol for one."""
+        ids = np.asarray(ids)
+        pieces = np.split(ids, np.flatnonzero(ids == self.separator))
+        texts = [self._bpe.decode(p[p != self.separator].tolist()) for p in pieces]
+        return "␞".join(texts)
+
+    def count_bytes(self, ids: Int[np.ndarray, " n"]) -> int:
+        return int(self._bytes[np.asarray(ids)].sum())
+
+
+def train_bpe(texts: Iterable[str], n_tokens: int) -> tokenizers.Tokenizer:
+    """Byte-level BPE of `n_tokens` ids, the separator's included; words split as GPT-2 does."""
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_tokens - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+@functools.lru_cache(maxsize=4)
 def make_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names."""
-    if name == "bytes":
+    if name == BYTES:
         return ByteTokenizer()
-    raise ConfigError(f"data.tokenizer={name!r} is unknown; use 'bytes'")
+    return BpeTokenizer(pathlib.Path(name))

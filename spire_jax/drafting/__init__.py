@@ -78,10 +78,11 @@ class Strategy(Protocol):
         self,
         params: Params,
         cache: DraftCache,
+        tokens: Int[Array, "B k1"],
         activations: Activations,
         positions: Int[Array, "B k1"],
     ) -> DraftCache:
-        """Take in a verified round: the target's activations of the tokens it processed.
+        """Take in a verified round: the tokens that the target processed, and its activations.
 
         Entries of rejected tokens lie after the row's last token, where no query sees them.
         """

@@ -37,5 +37,5 @@ def strategy(config: ExperimentConfig, name: str, compute: Compute) -> Strategy:
     if draft.kind == "vanilla":
         return Vanilla(Model(Transformer, sizes, compute))
     options = {"feedback": draft.feedback, "attend_self": draft.attend_self,
-               "memory_init": draft.memory_init}  # fmt: skip
+               "memory": draft.memory, "memory_init": draft.memory_init}  # fmt: skip
     return Spire(Model(SpireDraft, sizes, compute, tuple(options.items())), config.target.n_layers)

@@ -21,22 +21,24 @@ class Spire:
 
     @property
     def collect(self) -> tuple[int, ...]:
-        return target_layers(self.target_depth, self.model.config.n_layers)
+        memory = dict(self.model.options).get("memory", "layers")
+        return target_layers(self.target_depth, self.model.config.n_layers, memory)
 
     def reads(self, start):
         config = self.model.config
-        return config.sink, max(start - config.window + 1, 0)
+        return config.sink, max(start - config.window + 1, 0) if config.window else 0
 
     def prefill(self, params, tokens, lengths, activations, k, capacity):
         config = self.model.config
         if tokens.shape[1] == 0:
-            return empty_ring(config, tokens.shape[0], k, self.model.compute.dtype)
+            return empty_ring(config, tokens.shape[0], k, self.model.compute.dtype, capacity)
         # Each slot gathers the position it should hold: only the activations that the window
         # and the sinks need are projected.
-        ring = config.window + k
+        ring = config.window + k if config.window else capacity
         positions, gather = ring_positions(lengths, config.sink, ring)
         held = tuple(jnp.take_along_axis(y, gather[..., None], axis=1) for y in activations)
-        keys_values = self.model.bind(params).read_target(held, gather)
+        read = jnp.take_along_axis(tokens, gather, axis=1)
+        keys_values = self.model.bind(params).read_target(read, held, gather)
         return ring_cache(keys_values, positions, config.sink, ring)
 
     def propose(self, params, cache, previous, last, positions, keys, k, sampling):
@@ -50,8 +52,8 @@ class Spire:
             drafts.append(token)
         return jnp.stack(drafts, axis=1), jnp.stack(qs, axis=1), cache
 
-    def commit(self, params, cache, activations, positions):
-        return self.model.bind(params).refresh(cache, activations, positions)
+    def commit(self, params, cache, tokens, activations, positions):
+        return self.model.bind(params).refresh(cache, tokens, activations, positions)
 
     def probabilities_along(self, params, tokens, activations, read, starts, k, sampling):
         logits = self.model.bind(params).rollout(tokens[:, :-1], activations, starts, k, read)

@@ -57,7 +57,7 @@ class Vanilla:
             tokens, pos = drafts[-1][:, None], pos[:, -1:] + 1
         return jnp.stack(drafts, axis=1), jnp.stack(qs, axis=1), cache
 
-    def commit(self, params, cache, activations, positions):
+    def commit(self, params, cache, tokens, activations, positions):
         return cache
 
     def probabilities_along(self, params, tokens, activations, read, starts, k, sampling):

@@ -137,9 +137,9 @@ def empty_full(config: ModelConfig, batch: int, capacity: int, dtype: str) -> Fu
     return FullCache(*(_zeros(config, batch, capacity, dtype) for _ in range(2)))
 
 
-def empty_ring(config: ModelConfig, batch: int, k: int, dtype: str) -> RingCache:
-    """An empty ring of sink + window + k slots for every layer."""
-    ring = config.window + k
+def empty_ring(config: ModelConfig, batch: int, k: int, dtype: str, capacity: int = 0) -> RingCache:
+    """An empty ring of sink + window + k slots for every layer; without a window, `capacity`."""
+    ring = config.window + k if config.window else capacity
     slots = config.sink + ring
     positions = jnp.full((batch, slots), EMPTY, jnp.int32)
     keys, values = (_zeros(config, batch, slots, dtype) for _ in range(2))

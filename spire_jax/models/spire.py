@@ -2,7 +2,8 @@
 
 Keys and values of layer i (1-based) come from memories m^i, not from the layer's own inputs:
 the frozen target's activations y^(N - n + i - 1) for tokens that the target has processed, a
-learned mix of all the draft's layers for drafted ones. One layer function serves training
+learned mix of all the draft's layers for drafted ones (and other choices, for comparison: see
+`DraftConfig.memory`). One layer function serves training
 (`rollout`: k passes, parallel over all starts) and decoding (`step`, `refresh`).
 """
 
@@ -27,7 +28,10 @@ from spire_jax.models.transformer import Activations, Transformer
 
 
 class SpireDraft(Transformer):
-    """A transformer with feedback memory; `memory_mix` (n, n + 1) are the logits of w."""
+    """A transformer with feedback memory; `memory_mix` (n, n + 1) are the logits of w.
+
+    One memory for all layers (memory="final") has one row of them.
+    """
 
     def __init__(
         self,
@@ -37,15 +41,15 @@ class SpireDraft(Transformer):
         rngs: nnx.Rngs,
         feedback: bool = True,
         attend_self: bool = True,
+        memory: str = "layers",
         memory_init: float = 0.95,
         streaming: bool = False,
     ):
         super().__init__(config, compute, rngs=rngs)
         self.feedback, self.attend_self, self.streaming = feedback, attend_self, streaming
-        n = config.n_layers
+        self.memory = memory
         if feedback:
-            mix = np.full((n, n + 1), np.log((1 - memory_init) / n), np.float32)
-            mix[np.arange(n), np.arange(n)] = np.log(memory_init)
+            mix = initial_mix(config.n_layers, memory, memory_init)
             self.memory_mix = parameter(
                 rngs, mix.shape, (None, None), lambda key, shape, dtype: jnp.asarray(mix, dtype)
             )
@@ -56,7 +60,8 @@ class SpireDraft(Transformer):
             return xs[:-1]
         weights = jax.nn.softmax(self.memory_mix[...], axis=-1).astype(xs[0].dtype)
         stacked = jnp.stack(xs)
-        return [jnp.einsum("l,l...->...", w, stacked) for w in weights]
+        mixed = [jnp.einsum("l,l...->...", w, stacked) for w in weights]
+        return mixed * (len(self.blocks) // len(mixed))
 
     def rollout(
         self,
@@ -74,12 +79,12 @@ class SpireDraft(Transformer):
 
         Args:
             tokens: a text from position 0.
-            activations: the target's y^(N-n) .. y^(N-1) at the positions `read`.
+            activations: the target's, those of `target_layers`, at the positions `read`.
             starts: static start positions, with s + k <= T.
             read: static; all of 0 .. T - 1 unless given. A window sees fewer.
         """
         read = np.arange(tokens.shape[1]) if read is None else read
-        target_memory = self.read_target(activations, read)
+        target_memory = self.read_target(tokens[:, read], activations, read)
         own: list[list[tuple[Array, Array]]] = [[] for _ in self.blocks]
         hidden = []
         for j in range(k):
@@ -148,23 +153,35 @@ class SpireDraft(Transformer):
         return self.unembed(x)[:, 0], cache
 
     def read_target(
-        self, activations: Activations, positions: Int[np.ndarray, " T"] | Int[Array, "B T"]
+        self,
+        tokens: Int[Array, "B T"],
+        activations: Activations,
+        positions: Int[np.ndarray, " T"] | Int[Array, "B T"],
     ) -> list[KeysValues]:
         """Each layer's keys and values of tokens that the target has processed."""
+        n = len(self.blocks)
+        if self.memory == "embedding":
+            activations = (self.embed(tokens),) * n
+        elif self.memory == "final":
+            activations = activations * n
         return [
             block.keys_values(y.astype(self.compute.dtype), positions)
             for block, y in zip(self.blocks, activations, strict=True)
         ]
 
     def refresh(
-        self, cache: RingCache, activations: Activations, positions: Int[Array, "B T"]
+        self,
+        cache: RingCache,
+        tokens: Int[Array, "B T"],
+        activations: Activations,
+        positions: Int[Array, "B T"],
     ) -> RingCache:
         """Recompute cached entries of tokens that the target has processed from its activations.
 
         Positions of rejected tokens may be among them: their entries come after the row's last
         token and are overwritten before any query sees them.
         """
-        return self._store(cache, self.read_target(activations, positions), positions)
+        return self._store(cache, self.read_target(tokens, activations, positions), positions)
 
     def _store(self, cache, keys_values, positions):
         slots, cache = cache.slots(positions), cache.place(positions)
@@ -214,6 +231,17 @@ class _Static:
         self.starts, self.j, self.read = starts, j, read
 
 
-def target_layers(n_target: int, n_draft: int) -> tuple[int, ...]:
+def target_layers(n_target: int, n_draft: int, memory: str = "layers") -> tuple[int, ...]:
     """The l of the activations y^l that draft layers 1 .. n read: N - n + i - 1."""
-    return tuple(range(n_target - n_draft, n_target))
+    if memory == "embedding":
+        return ()
+    return (n_target,) if memory == "final" else tuple(range(n_target - n_draft, n_target))
+
+
+def initial_mix(n: int, memory: str, own: float) -> np.ndarray:
+    """Logits of w before training: a weight of `own` on what stands in for the target's
+    activation (x^(i-1) for y^(N-n+i-1), x^n for y^N), the rest even."""
+    at = np.array([n]) if memory == "final" else np.arange(n)
+    mix = np.full((len(at), n + 1), np.log((1 - own) / n), np.float32)
+    mix[np.arange(len(at)), at] = np.log(own)
+    return mix

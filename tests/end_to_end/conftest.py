@@ -1,5 +1,8 @@
 """One finished run, shared by the tests that only look at it or copy it."""
 
+import fcntl
+import os
+
 import pipelines
 import pytest
 
@@ -11,6 +14,13 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(corpus, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "finished"
-    assert pipelines.main(corpus, workdir) == 0
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all workers: the first to come makes the run, the others wait
+    workdir, done = base / "finished-run", base / "finished-run.ok"
+    with open(base / "finished-run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            assert pipelines.main(corpus, workdir) == 0
+            done.touch()
     return workdir

@@ -25,6 +25,8 @@ from spire_jax.train import (
     initial_draft,
     make_optimizer,
     target_task,
+    teach,
+    teacher,
     train_step,
 )
 
@@ -196,7 +198,8 @@ def trained(task: Task, config: ExperimentConfig, params, frozen=None):
             text[:, t] = (draws > following[text[:, t - 1]]).sum(axis=-1).clip(0, v - 1)
         full = jnp.ones((train.batch_size, train.seq_len), bool)
         batch = TrainBatch(jnp.asarray(text[:, :-1]), jnp.asarray(text[:, 1:]), full)
-        state, metrics = train_step(task, train, optimizer, state, frozen, batch)
+        lesson = None if frozen is None else teach(teacher(config, [task]), frozen, batch)
+        state, metrics = train_step(task, train, optimizer, state, lesson, batch)
         first = first or float(metrics["loss"])
     assert float(metrics["loss"]) < 0.8 * first, f"{task.name} has learned nothing"
     return state["params"]
