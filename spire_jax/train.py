@@ -292,10 +292,8 @@ def train_step(
             of_lesson, of_batch = micro
             if of_lesson is not None:
                 logits = constrain(of_lesson.logits, "batch", None, "vocab")
-                ys = {
-                    y: constrain(x, "batch", None, None) for y, x in of_lesson.activations.items()
-                }
-                of_lesson = Lesson(logits, ys)
+                ys = of_lesson.activations.items()
+                of_lesson = Lesson(logits, {y: constrain(x, "batch", None, None) for y, x in ys})
             of_batch = TrainBatch(*(constrain(x, "batch", None) for x in of_batch))
             new = gradient(state["params"], of_lesson, of_batch)
             return jax.tree.map(jnp.add, total, new), None
