@@ -272,7 +272,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(target, mesh, tmp_path):
 
     with pytest.raises(TrainingError) as error:
         run(poisoned(task), config, mesh,
-            lambda: init_params(task.model, jax.random.key(0), mesh), None, tmp_path, describe_example=lambda i: f"example {i}")  # fmt: skip
+            lambda: init_params(task.model, jax.random.key(0), mesh), None, tmp_path,
+            describe_example=lambda i: f"example {i}")  # fmt: skip
     message = str(error.value)
     assert "at step 19" in message and "last good checkpoint is step 16" in message
     assert "example 72; example 73; example 74; example 75" in message
