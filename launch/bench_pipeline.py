@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from spire_jax.config import ExperimentConfig, body_parameters
+from spire_jax.config import ExperimentConfig, body_parameters, oracle_depth
 from spire_jax.config_files import command_line
 from spire_jax.data.pipeline import Batch, Context
 from spire_jax.decode import Weights, decode_rounds, finish, generation_lengths, start
@@ -43,6 +43,8 @@ from spire_jax.train import (
     initial_draft,
     make_optimizer,
     target_task,
+    teach,
+    teacher,
     to_device,
     train_step,
 )
@@ -109,7 +111,10 @@ def bench_training(config: ExperimentConfig, repeats: int) -> None:
         state = {"now": init_state(task, optimizer, copy, mesh)}
 
         def run(task=task, optimizer=optimizer, state=state, frozen=frozen):
-            state["now"], metrics = train_step(task, train, optimizer, state["now"], frozen, batch)
+            lesson = None
+            if task.reads is not None:
+                lesson = teach(teacher(config, [task]), frozen, batch)
+            state["now"], metrics = train_step(task, train, optimizer, state["now"], lesson, batch)
             jax.block_until_ready(metrics)
 
         work[name] = run
@@ -189,7 +194,9 @@ def bench_oracle(
         seconds["target"] += time.perf_counter() - begin
         for name in names:
             begin = time.perf_counter()
-            records = oracle_records(config, name, weights[name].draft, texts, along, length)
+            records = oracle_records(
+                config, name, weights[name].draft, texts, along, length, oracle_depth(config)
+            )
             seconds[name] += time.perf_counter() - begin
             by_oracle[name] += [(r["lengths_by_k"][-1], r["rounds_by_k"][-1]) for r in records]
             begin = time.perf_counter()

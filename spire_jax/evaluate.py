@@ -107,9 +107,9 @@ def evaluate(
     with Progress("evaluate", total=total) as progress:
         clock = _Clock(seconds, progress)
         for length in ev.context_lengths:
-            for rows in _batches(len(contexts), ev.batch_size):
+            for rows in in_batches(len(contexts), ev.batch_size):
                 batch = [contexts[i] for i in rows]
-                about = [_about(config, i, c, length) for i, c in zip(rows, batch, strict=True)]
+                about = [about(config, i, c, length) for i, c in zip(rows, batch, strict=True)]
                 about = about[: len(set(rows))]  # the rest fills the batch up
                 with clock(AUTOREGRESSIVE):
                     texts, cache = sample_texts(config, target, batch, rows, length)
@@ -118,7 +118,9 @@ def evaluate(
                 for name, params in drafts.items():
                     weights = Weights(target, params)
                     with clock(f"{name} oracle"):
-                        oracle = oracle_records(config, name, params, texts, along, length)
+                        oracle = oracle_records(
+                            config, name, params, texts, along, length, oracle_depth(config)
+                        )
                     counts = np.zeros((len(rows), config.decode.k + 1), np.int64)
                     for sample in range(ev.decoder_samples):
                         with clock(f"{name} decoder"):
@@ -129,7 +131,7 @@ def evaluate(
                         record = record | {"method": name, "k": config.decode.k}
                         record["oracle"] = oracle[row]
                         if ev.decoder_samples:
-                            record["decoder"] = _decoder_record(counts[row])
+                            record["decoder"] = decoder_record(counts[row])
                         records[name].append(record)
     summary = {
         "corpus": dataset.corpus.summary() | {"padding_share": dataset.padding_share()},
@@ -197,12 +199,13 @@ def oracle_records(
     texts: np.ndarray,
     along: TargetAlong,
     length: int,
+    k: int,
 ) -> list[dict[str, Any]]:
-    """The oracle's expectations for one draft, text by text."""
-    decoder, k = make_decoder(config, name), oracle_depth(config)
+    """The oracle's expectations for one draft with depths 1 .. k, text by text."""
+    decoder, output = make_decoder(config, name), config.eval.output_length
     assert decoder.strategy is not None
     acceptance = acceptance_along(
-        decoder.strategy, params, texts, along, length, config.eval.output_length, k,
+        decoder.strategy, params, texts[:, : length + output + k - 1], along, length, output, k,
         decoder.sampling,
     )  # fmt: skip
     statistics = round_statistics(np.asarray(acceptance))
@@ -241,12 +244,12 @@ def _eos(config: ExperimentConfig) -> int:
     return make_tokenizer(config.data.tokenizer).separator if config.decode.stop_at_eos else -1
 
 
-def _decoder_record(counts: np.ndarray) -> dict[str, Any]:
+def decoder_record(counts: np.ndarray) -> dict[str, Any]:
     emitted, rounds = generation_lengths(counts)
     return {"lengths": emitted, "rounds": rounds, "accepted_counts": counts.tolist()}
 
 
-def _about(config: ExperimentConfig, index: int, context: Context, length: int) -> dict[str, Any]:
+def about(config: ExperimentConfig, index: int, context: Context, length: int) -> dict[str, Any]:
     return {
         "context": index,
         "document": context.document,
@@ -256,7 +259,7 @@ def _about(config: ExperimentConfig, index: int, context: Context, length: int) 
     }
 
 
-def _batches(n: int, size: int) -> Iterator[list[int]]:
+def in_batches(n: int, size: int) -> Iterator[list[int]]:
     """Indices 0 .. n - 1 in batches of one size: the last is filled up with its own first rows."""
     for begin in range(0, n, size):
         rows = list(range(begin, min(begin + size, n)))
@@ -295,7 +298,7 @@ def measure_speed(
     """
     ev, decode = config.eval, config.decode
     length = max(ev.context_lengths)
-    rows = next(_batches(len(contexts), ev.batch_size))
+    rows = next(in_batches(len(contexts), ev.batch_size))
     prompts = [contexts[i].tokens[-length:] for i in rows]
     runs = {AUTOREGRESSIVE: Weights(target)}
     runs |= {name: Weights(target, params) for name, params in drafts.items()}

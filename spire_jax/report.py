@@ -14,18 +14,16 @@ import json
 import os
 import pathlib
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import rich.box
 import rich.console
 import rich.table
-import scipy.stats
-from jaxtyping import Float
 
 from spire_jax import config as config_lib
 from spire_jax import report_page, throughput
+from spire_jax.intervals import Interval, difference_interval, ratio, ratio_interval
 from spire_jax.report_page import number, spread
 from spire_jax.report_records import (
     AUTOREGRESSIVE,
@@ -35,57 +33,6 @@ from spire_jax.report_records import (
     ReportError,
     read_inputs,
 )
-
-Interval = tuple[float, float] | None
-PerDocument = Float[np.ndarray, " documents"]
-
-
-# --- statistics --------------------------------------------------------------------------------
-
-
-def ratio_interval(numerator: PerDocument, denominator: PerDocument, *, resamples: int) -> Interval:
-    """95% bootstrap interval of sum(numerator) / sum(denominator), over documents.
-
-    Both arrays hold one sum per document, so that contexts of one text stay together. None with
-    a single document: it says nothing about the spread between documents.
-    """
-    return _bootstrap((numerator, denominator), _ratio, resamples)
-
-
-def difference_interval(
-    a: tuple[PerDocument, PerDocument], b: tuple[PerDocument, PerDocument], *, resamples: int
-) -> Interval:
-    """95% bootstrap interval of ratio(a) - ratio(b), both over the same resampled documents.
-
-    `a` and `b` are (numerator, denominator); row i of all four arrays is the same document.
-    None with a single document.
-    """
-
-    def difference(an: Any, ad: Any, bn: Any, bd: Any, axis: int) -> Any:
-        return _ratio(an, ad, axis) - _ratio(bn, bd, axis)
-
-    return _bootstrap((*a, *b), difference, resamples)
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray, axis: int = -1) -> Any:
-    return numerator.sum(axis=axis) / denominator.sum(axis=axis)
-
-
-def _bootstrap(
-    arrays: Sequence[PerDocument], statistic: Callable[..., Any], resamples: int
-) -> Interval:
-    documents = len(arrays[0])
-    if documents < 2:
-        return None
-    # A fixed seed: every method sees the same resampled documents. The percentile interval
-    # (not BCa) also holds for identical documents, and costs no jackknife over 65,536 of them.
-    found = scipy.stats.bootstrap(
-        arrays, statistic, n_resamples=resamples, batch=max(1, 2**22 // documents),
-        vectorized=True, paired=True, confidence_level=0.95, method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    return float(found.low), float(found.high)
-
 
 # --- summary -----------------------------------------------------------------------------------
 
@@ -186,7 +133,7 @@ def _acceptance(counts: Counts, k: int, resamples: int) -> dict[str, Any]:
     """Acceptance lengths (method.md section 4) and acceptance by depth of one context length."""
     depths = range(1, counts.rounds.shape[1] + 1)
     by_k = {d: (counts.lengths[:, d - 1], counts.rounds[:, d - 1]) for d in depths}
-    tau = {d: float(_ratio(*pair)) for d, pair in by_k.items()}
+    tau = {d: float(ratio(*pair)) for d, pair in by_k.items()}
     interval = {d: _listed(ratio_interval(*p, resamples=resamples)) for d, p in by_k.items()}
     decoder = counts.decoder_lengths, counts.decoder_rounds
     decoded = bool(counts.decoder_rounds.sum())
@@ -198,7 +145,7 @@ def _acceptance(counts: Counts, k: int, resamples: int) -> dict[str, Any]:
     return {
         "tau": tau.get(k),
         "tau_ci95": interval.get(k),
-        "tau_decoder": float(_ratio(*decoder)) if decoded else None,
+        "tau_decoder": float(ratio(*decoder)) if decoded else None,
         "tau_decoder_ci95": _listed(ratio_interval(*decoder, resamples=resamples))
         if decoded
         else None,
@@ -230,7 +177,7 @@ def _difference(
         return None
     interval = difference_interval(pairs[0], pairs[1], resamples=config.eval.bootstrap)
     return {
-        "difference": float(_ratio(*pairs[0]) - _ratio(*pairs[1])),
+        "difference": float(ratio(*pairs[0]) - ratio(*pairs[1])),
         "ci95": _listed(interval),
         "resolved": interval is not None and not interval[0] <= 0 <= interval[1],
         "source": source,

@@ -8,7 +8,7 @@ experiment or not paired is an error that names the file and the row, never a ga
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,18 +64,7 @@ def read_inputs(workdir: pathlib.Path, config: config_lib.ExperimentConfig) -> I
     _check_evaluation(evaluation, evaluation_path)
     names = [AUTOREGRESSIVE, *(name for name, _ in config.drafts)]
     names += sorted(set(evaluation["timing"]) - set(names))  # what needs no draft: MagicDec
-    counts = {name: _counts(workdir / "eval" / f"{name}.jsonl", name, config) for name in names}
-    reference = counts[AUTOREGRESSIVE]
-    first = next(iter(reference.values())).places
-    for name, by_length in counts.items():
-        for length, found in by_length.items():
-            if found.places != first:
-                odd = min(set(found.places) ^ set(first))
-                raise ReportError(
-                    f"{workdir / 'eval' / name}.jsonl: the contexts of length {length} are not "
-                    f"those of {AUTOREGRESSIVE}.jsonl (first difference: context {odd[0]}, "
-                    f"document {odd[1]!r}, cut {odd[2]}); {EVALUATE_AGAIN}"
-                )
+    counts = read_counts(workdir / "eval", names, config)
     metrics = {}
     for name in ["target", *(name for name, _ in config.drafts)]:
         path = workdir / "metrics" / f"{name}.jsonl"
@@ -85,6 +74,28 @@ def read_inputs(workdir: pathlib.Path, config: config_lib.ExperimentConfig) -> I
                 _get(row, key, (int, float), f"{path}:{number}")
         metrics[name] = [row for _, row in rows]
     return Inputs(counts, evaluation, metrics)
+
+
+def read_counts(
+    folder: pathlib.Path, names: Sequence[str], config: config_lib.ExperimentConfig
+) -> dict[str, dict[int, Counts]]:
+    """Method -> context length -> counts, of the files ``<method>.jsonl`` of a folder.
+
+    Raises ReportError for a file that is missing, torn, of another config, or of other contexts
+    than the first method's.
+    """
+    counts = {name: _counts(folder / f"{name}.jsonl", name, config) for name in names}
+    first = next(iter(counts[names[0]].values())).places
+    for name, by_length in counts.items():
+        for length, found in by_length.items():
+            if found.places != first:
+                odd = min(set(found.places) ^ set(first))
+                raise ReportError(
+                    f"{folder / name}.jsonl: the contexts of length {length} are not those of "
+                    f"{names[0]}.jsonl (first difference: context {odd[0]}, document {odd[1]!r}, "
+                    f"cut {odd[2]}); {EVALUATE_AGAIN}"
+                )
+    return counts
 
 
 def _check_evaluation(evaluation: Any, path: pathlib.Path) -> None:

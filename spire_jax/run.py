@@ -1,4 +1,4 @@
-"""The whole pipeline: target -> drafts -> evaluate -> report, each stage resumable.
+"""The whole pipeline: target -> drafts -> evaluate -> report -> study, each stage resumable.
 
     python -m spire_jax.run --config=configs/quickstart.py --workdir=runs/quickstart
     python -m spire_jax.run --config=... --workdir=... --stages=evaluate,report --config.decode.k=8
@@ -49,6 +49,8 @@ from spire_jax.models.transformer import Params
 from spire_jax.report import print_table, write_report
 from spire_jax.report_records import ReportError
 from spire_jax.sharding import check_mesh, make_mesh, shardings
+from spire_jax.study import evaluate_study, study_config
+from spire_jax.study_report import print_study, write_study
 from spire_jax.train import (
     Learner,
     Task,
@@ -67,7 +69,7 @@ ERRORS = (  # what a user can mend: shown without a traceback
     ConfigError, DataError, CheckpointError, MetricsError, TrainingError, DecodeError, ReportError,
     OSError,
 )  # fmt: skip
-STAGES = ("target", "drafts", "evaluate", "report")
+STAGES = ("target", "drafts", "evaluate", "report", "study")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,16 @@ def plan(config: ExperimentConfig, corpus_sha256: str) -> Plan:
         "magicdec": identity(config.magicdec),
         "made_from": {"evaluate": digest(evaluation)},
     }
+    if config.study.of:
+        stages["study"] = {
+            "study": identity(config.study),
+            "eval": {"output_length": config.eval.output_length,
+                     "batch_size": config.eval.batch_size, "bootstrap": config.eval.bootstrap},
+            "decode": identity(config.decode),
+            "magicdec": identity(config.magicdec),
+            "throughput": identity(config.throughput),
+            "made_from": made,
+        }  # fmt: skip
     return Plan(stages)
 
 
@@ -152,10 +164,16 @@ class Pipeline:
         unknown = set(stages) - set(STAGES) - set(names)
         if unknown:
             raise ConfigError(f"--stages: unknown {sorted(unknown)}; there are {[*STAGES, *names]}")
+        if "study" in stages and not self.config.study.of and set(stages) != set(STAGES):
+            raise ConfigError("--stages=study: the config names no study; set study.of to a draft")
         chosen = [name for name in names if "drafts" in stages or name in stages]
         self._check_workdir("target" in stages, chosen)
+        study = "study" in stages and self.config.study.of
+        # What would fail after hours of training fails now.
         if "evaluate" in stages:
-            choose_contexts(self.config, self.corpus)  # fails now rather than after training
+            choose_contexts(self.config, self.corpus)
+        if study:
+            choose_contexts(study_config(self.config), self.corpus)
         summary = None
         with jax.set_mesh(self.mesh):
             if "target" in stages:
@@ -165,6 +183,8 @@ class Pipeline:
                 self.evaluate()
             if "report" in stages:
                 summary = self.report()
+            if study:
+                self.study()
         return summary
 
     # --- training ------------------------------------------------------------------------------
@@ -276,6 +296,18 @@ class Pipeline:
             self._stamp(folder, "report")
         return json.loads((folder / "summary.json").read_text())
 
+    def study(self) -> None:
+        """Evaluate every variant and write what the study found, unless it is there."""
+        folder = self.workdir / "study"
+        if not self._current(folder, "study"):
+            target = self.params("target")
+            drafts = {name: self.params(f"draft {name}") for name, _ in self.config.trained}
+            self._set_aside(folder, "study")
+            evaluate_study(self.config, target, drafts, self.dataset, folder)
+            write_study(self.config, folder)
+            self._stamp(folder, "study")
+        print_study(folder, Console(stderr=False))
+
     # --- what is in the work directory ---------------------------------------------------------
 
     def _folder(self, stage: str) -> pathlib.Path:
@@ -372,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m spire_jax.run", None, __doc__, formatter_class=raw)
     parser.add_argument("--workdir", required=True, help="where everything is written")
-    choices = f"comma-separated, of {', '.join(STAGES)} or a draft's name"
+    choices = f"comma-separated, of {', '.join(STAGES)} or a draft's name; by default all"
     parser.add_argument("--stages", default=",".join(STAGES), help=choices)
     args, config = command_line(parser, argv)
     # Orbax logs the traceback of a failed save thread by thread; CheckpointError says it in a line.

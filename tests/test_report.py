@@ -14,7 +14,7 @@ import pytest
 import rich.console
 
 from spire_jax import config as config_lib
-from spire_jax import config_files, report, report_page
+from spire_jax import config_files, intervals, report, report_page
 
 HOSTILE = (
     "<script>alert('x')</script> & \"</pre><img src=http://evil.example/x>\" {{ 7 * 7 }} \x00\x1b"
@@ -203,9 +203,9 @@ def test_interval_resamples_documents_not_contexts():
     """Copies of a context in the same document add no information."""
     rng = np.random.default_rng(0)
     once = rng.uniform(1, 5, 30), np.ones(30)
-    low, high = report.ratio_interval(*once, resamples=2000)
+    low, high = intervals.ratio_interval(*once, resamples=2000)
     assert low < np.mean(once[0]) < high
-    many = report.ratio_interval(once[0] * 50, once[1] * 50, resamples=2000)
+    many = intervals.ratio_interval(once[0] * 50, once[1] * 50, resamples=2000)
     assert many == pytest.approx((low, high), rel=1e-12)
     spread = 2 * 1.96 * np.std(once[0]) / np.sqrt(30)
     assert high - low == pytest.approx(spread, rel=0.1)
@@ -221,10 +221,10 @@ def test_intervals_cover_the_truth():
         shared = rng.normal(0, 2, documents)  # what both methods find hard
         lengths = ratio * rounds + shared + rng.normal(0, 3, documents)
         lengths_b = ratio_b * rounds + shared + rng.normal(0, 0.5, documents)
-        low, high = report.ratio_interval(lengths, rounds, resamples=400)
+        low, high = intervals.ratio_interval(lengths, rounds, resamples=400)
         hits += low <= ratio <= high
         a, b = (lengths, rounds), (lengths_b, rounds)
-        low, high = report.difference_interval(a, b, resamples=400)
+        low, high = intervals.difference_interval(a, b, resamples=400)
         hits_difference += low <= ratio - ratio_b <= high
     # 4 standard errors of a binomial at 0.95, and the percentile interval's small shortfall.
     for count in (hits, hits_difference):

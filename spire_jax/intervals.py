@@ -1,0 +1,55 @@
+"""Bootstrap intervals of ratios of sums, over documents; differences are paired."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.stats
+from jaxtyping import Float
+
+Interval = tuple[float, float] | None
+PerDocument = Float[np.ndarray, " documents"]
+
+
+def ratio_interval(numerator: PerDocument, denominator: PerDocument, *, resamples: int) -> Interval:
+    """95% bootstrap interval of sum(numerator) / sum(denominator), over documents.
+
+    Both arrays hold one sum per document, so that contexts of one text stay together. None with
+    a single document: it says nothing about the spread between documents.
+    """
+    return _bootstrap((numerator, denominator), ratio, resamples)
+
+
+def difference_interval(
+    a: tuple[PerDocument, PerDocument], b: tuple[PerDocument, PerDocument], *, resamples: int
+) -> Interval:
+    """95% bootstrap interval of ratio(a) - ratio(b), both over the same resampled documents.
+
+    `a` and `b` are (numerator, denominator); row i of all four arrays is the same document.
+    None with a single document.
+    """
+
+    def difference(an: Any, ad: Any, bn: Any, bd: Any, axis: int) -> Any:
+        return ratio(an, ad, axis) - ratio(bn, bd, axis)
+
+    return _bootstrap((*a, *b), difference, resamples)
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray, axis: int = -1) -> Any:
+    return numerator.sum(axis=axis) / denominator.sum(axis=axis)
+
+
+def _bootstrap(
+    arrays: Sequence[PerDocument], statistic: Callable[..., Any], resamples: int
+) -> Interval:
+    documents = len(arrays[0])
+    if documents < 2:
+        return None
+    # A fixed seed: every method sees the same resampled documents. The percentile interval
+    # (not BCa) also holds for identical documents, and costs no jackknife over 65,536 of them.
+    found = scipy.stats.bootstrap(
+        arrays, statistic, n_resamples=resamples, batch=max(1, 2**22 // documents),
+        vectorized=True, paired=True, confidence_level=0.95, method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
