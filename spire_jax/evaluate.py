@@ -109,12 +109,11 @@ def evaluate(
         for length in ev.context_lengths:
             for rows in in_batches(len(contexts), ev.batch_size):
                 batch = [contexts[i] for i in rows]
-                about = [about(config, i, c, length) for i, c in zip(rows, batch, strict=True)]
-                about = about[: len(set(rows))]  # the rest fills the batch up
+                places = [about(config, i, contexts[i], length) for i in dict.fromkeys(rows)]
                 with clock(AUTOREGRESSIVE):
                     texts, cache = sample_texts(config, target, batch, rows, length)
                     along = target_pass(config, target, drafts, texts, cache, length)
-                records[AUTOREGRESSIVE] += [r | {"method": AUTOREGRESSIVE, "k": 0} for r in about]
+                records[AUTOREGRESSIVE] += [r | {"method": AUTOREGRESSIVE, "k": 0} for r in places]
                 for name, params in drafts.items():
                     weights = Weights(target, params)
                     with clock(f"{name} oracle"):
@@ -127,7 +126,7 @@ def evaluate(
                             counts += decode_counts(
                                 config, name, weights, batch, rows, length, sample
                             )
-                    for row, record in enumerate(about):
+                    for row, record in enumerate(places):  # the rest fills the batch up
                         record = record | {"method": name, "k": config.decode.k}
                         record["oracle"] = oracle[row]
                         if ev.decoder_samples:

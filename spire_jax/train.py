@@ -427,6 +427,10 @@ class Learner:
             self._logged = step
         return loss
 
+    def settle(self, keep: int) -> None:
+        """Return when all but the last `keep` steps are done."""
+        jax.block_until_ready([metrics for *_, metrics in self._pending[: -keep or None]])
+
     def save(self) -> None:
         """Checkpoint: behind a loss that was read, and metrics that are on the disk."""
         self._log.sync()
@@ -468,9 +472,13 @@ def train(
     peak = peak_flops(config.dtype)[0] * mesh.size
     speed = _Speed(config.batch_size * config.seq_len, peak)
     with Progress(title, total=total, start=at) as progress:
+        dispatched: list[float] = []  # FLOPs per token of each step that is not read yet
 
         def read(keep: int) -> None:
-            speed.measure()
+            for learner in learners:
+                learner.settle(keep)
+            while len(dispatched) > keep:
+                speed.add(dispatched.pop(0))
             losses = [learner.read(keep, speed, describe_example) for learner in learners]
             found = [loss for loss in losses if loss is not None]
             if found:
@@ -490,7 +498,7 @@ def train(
             for learner in active:
                 learner.step(batch, device_batch, lesson, logged)
             at += 1
-            speed.add(flops)
+            dispatched.append(flops)
             read(keep=1)
             saving = [x for x in active if x.finished or at % config.checkpoint_every == 0]
             if saving:
@@ -514,17 +522,12 @@ class _Speed:
         self.peak_share: float | None = None  # of the machine's peak FLOP/s
 
     def add(self, flops_per_token: float) -> None:
-        """One step more."""
+        """One step more is done."""
         if self._begin is None:
             self.mark()
             return
         self._tokens += self._tokens_per_step
         self._flops += self._tokens_per_step * flops_per_token
-
-    def measure(self) -> None:
-        """Bring the figures up to date; they stay as they are until there is a step to count."""
-        if self._begin is None or not self._tokens:
-            return
         seconds = time.perf_counter() - self._begin
         self.tokens_per_s = self._tokens / seconds
         self.peak_share = self._flops / seconds / self._peak
