@@ -152,6 +152,7 @@ class DecodeConfig:
     temperature: float = 1.0  # 0 = greedy
     top_k: int = 0  # 0 = off
     top_p: float = 1.0  # 1 = off
+    verification: str = "token"  # "token" by token, or a "block" at once
     stop_at_eos: bool = False  # the paper's evaluation ignores the end of sequence
     dtype: str = "float32"
     rounds_per_call: int = _free(64)  # rounds before the loop returns to the host
@@ -334,6 +335,7 @@ def validate(config: ExperimentConfig) -> None:
     _check(t.d_head % 2 == 0, f"target.d_head={t.d_head} is odd; RoPE rotates pairs")
     heldout = config.data.heldout_percent
     _check(0 < heldout < 100, f"data.heldout_percent={heldout} must lie between 1 and 99")
+    _choice("decode.verification", decode.verification, "token block")
     _choice("data.split", config.data.split, "file folder")
     _check(0 < decode.top_p <= 1, f"decode.top_p={decode.top_p} must lie in (0, 1]")
     _check(0 <= train.warmup_fraction < 1,

@@ -20,7 +20,7 @@ from spire_jax.models.transformer import Model, Params
 from spire_jax.records import record
 from spire_jax.sampling import Sampling, probabilities, round_keys
 from spire_jax.sharding import constrain, place_rows
-from spire_jax.verification import verify_tokens
+from spire_jax.verification import VERIFICATIONS
 
 # What a token of the text is (`DecodeState.kinds`).
 PROMPT, ACCEPTED, CORRECTION, BONUS = range(4)
@@ -39,6 +39,7 @@ class Decoder:
     k: int = 0  # drafted tokens per round; 0 without a strategy
     sampling: Sampling = Sampling()
     eos: int = -1  # token that ends a row; -1 = none
+    verification: str = "token"  # a key of VERIFICATIONS
 
     def __post_init__(self):
         if (self.strategy is None) != (self.k == 0):
@@ -102,7 +103,7 @@ def speculation_round(decoder: Decoder, weights: Weights, state: DecodeState) ->
         state.target_cache, block, block_positions, collect
     )
     p = probabilities(logits, decoder.sampling)
-    accepted, following = verify_tokens(keys, drafts, q, p)
+    accepted, following = VERIFICATIONS[decoder.verification](keys, drafts, q, p)
     if decoder.strategy is not None:
         draft_cache = decoder.strategy.commit(
             weights.draft, draft_cache, block, activations, block_positions

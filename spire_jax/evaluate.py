@@ -47,9 +47,10 @@ from spire_jax.hardware import describe, peak_memory_bytes
 from spire_jax.metrics import Progress
 from spire_jax.models.kv_cache import FullCache
 from spire_jax.models.transformer import Params
-from spire_jax.oracle import TargetAlong, acceptance_along, round_statistics, target_along
+from spire_jax.oracle import TargetAlong, ratios_along, round_statistics, target_along
 from spire_jax.sampling import Sampling
 from spire_jax.train import draft_task, evaluate_batch, target_task, teach, teacher, to_device
+from spire_jax.verification import VERIFICATIONS
 
 KINDS = {ACCEPTED: "accepted", CORRECTION: "correction", BONUS: "bonus"}
 
@@ -78,7 +79,8 @@ def make_decoder(config: ExperimentConfig, name: str, eos: int = -1) -> Decoder:
     sampling = Sampling(decode.temperature, decode.top_k, decode.top_p)
     if name == AUTOREGRESSIVE:
         return Decoder(target, None, 0, sampling, eos)
-    return Decoder(target, strategy(config, name, compute), decode.k, sampling, eos)
+    drafting = strategy(config, name, compute)
+    return Decoder(target, drafting, decode.k, sampling, eos, decode.verification)
 
 
 def evaluate(
@@ -203,15 +205,17 @@ def oracle_records(
     """The oracle's expectations for one draft with depths 1 .. k, text by text."""
     decoder, output = make_decoder(config, name), config.eval.output_length
     assert decoder.strategy is not None
-    acceptance = acceptance_along(
+    ratios = ratios_along(
         decoder.strategy, params, texts[:, : length + output + k - 1], along, length, output, k,
         decoder.sampling,
     )  # fmt: skip
-    statistics = round_statistics(np.asarray(acceptance))
-    fields = {f.name: getattr(statistics, f.name) for f in dataclasses.fields(statistics)}
+    found = {v: round_statistics(np.asarray(ratios), v) for v in VERIFICATIONS}
+    head = {"k": k, "trained_k": trained_depth(config, name)}
+    of = {v: [{f.name: getattr(s, f.name)[row].tolist() for f in dataclasses.fields(s)}
+              for row in range(len(texts))] for v, s in found.items()}  # fmt: skip
+    # Both verifications cost the same texts; the decoder's own comes first.
     return [
-        {"k": k, "trained_k": trained_depth(config, name)}
-        | {n: x[row].tolist() for n, x in fields.items()}
+        head | of[config.decode.verification][row] | {v: of[v][row] for v in VERIFICATIONS}
         for row in range(len(texts))
     ]
 

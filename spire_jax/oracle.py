@@ -5,6 +5,11 @@ min(1, q(x) / p(x)). So, along autoregressive samples of the target, teacher-for
 from every start gives those probabilities, and a dynamic program over start positions gives the
 exact expectation over all the ways in which speculation could have produced the same text: the
 same samples serve every draft, and the only noise left is that of the samples.
+
+Block verification has such an evaluation too. It keeps at least the first i drafted tokens x with
+probability b_i(x), so that P(at least i kept | the text is y) = b_i(y) prod_{l<=i} q(y_l) / p(y_l):
+what is drafted, kept and followed by the target's own distribution, over what the target writes.
+With w_i the product, b_i w_i = min(w_i, b_{i-1} w_{i-1}), hence min(1, w_1, .., w_i).
 """
 
 import dataclasses
@@ -84,7 +89,7 @@ def target_along(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
-def acceptance_along(
+def ratios_along(
     strategy: Strategy,
     params: Params,
     tokens: Int[Array, "B T"],
@@ -94,7 +99,7 @@ def acceptance_along(
     k: int,
     sampling: Sampling,
 ) -> Float[Array, "B R k"]:
-    """Probability that depth j of a round starting at each output position is accepted.
+    """q / p of the token that depth j of a round starting at each output position would emit.
 
     Args:
         params: the draft's.
@@ -102,8 +107,8 @@ def acceptance_along(
         along: the target's pass over them, made for this strategy among others.
 
     Returns:
-        min(1, q(x) / p(x)) for x the token j + 1 after start r: start 0 is the context's last
-        token, R = output_length.
+        q(x) / p(x) for x the token j + 1 after start r: start 0 is the context's last token,
+        R = output_length.
     """
     needed = context_length + output_length + k - 1
     if tokens.shape[1] != needed:
@@ -112,20 +117,32 @@ def acceptance_along(
     activations = tuple(along.activations[layer] for layer in strategy.collect)
     q = strategy.probabilities_along(params, tokens, activations, along.read, starts, k, sampling)
     p = along.p[:, starts[:, None] + np.arange(k) - starts[0]]
-    # A sampled token has p > 0; where another pass rounds it to 0, q / p is taken as 1 at most.
-    return jnp.minimum(1.0, q / jnp.maximum(p, jnp.finfo(jnp.float32).tiny))
+    # A sampled token has p > 0, but another pass may round it to 0.
+    return q / jnp.maximum(p, jnp.finfo(jnp.float32).tiny)
 
 
-def round_statistics(acceptance: Float[np.ndarray, "n R k"]) -> RoundStatistics:
+def kept_at_least(
+    ratios: Float[np.ndarray, "n R k"], verification: str = "token"
+) -> Float[np.ndarray, "n R k"]:
+    """P(a round keeps at least 1 .. k tokens | the text), from q / p of the text's tokens."""
+    with np.errstate(divide="ignore"):
+        logs = np.log(np.asarray(ratios, np.float64))
+    if verification == "token":
+        return np.exp(np.cumsum(np.minimum(logs, 0.0), axis=2))
+    return np.exp(np.minimum(np.minimum.accumulate(np.cumsum(logs, axis=2), axis=2), 0.0))
+
+
+def round_statistics(
+    ratios: Float[np.ndarray, "n R k"], verification: str = "token"
+) -> RoundStatistics:
     """The exact distribution of rounds along each text, by dynamic programming over starts.
 
-    A round starting at r with depth k accepts exactly i tokens with probability
-    a_1 .. a_i (1 - a_{i+1}) (no factor after i = k) and hands over to start r + i + 1. Rounds
-    start while output is left; the last one counts i + 1 even if the budget cuts it.
+    A round starting at r with depth k keeps exactly i tokens with probability
+    P(at least i) - P(at least i + 1) (the second 0 after i = k) and hands over to start r + i + 1.
+    Rounds start while output is left; the last one counts i + 1 even if the budget cuts it.
     """
-    a = np.asarray(acceptance, np.float64)
-    n, starts, most = a.shape
-    passes = np.cumprod(a, axis=2)  # P(at least 1 .. k accepted)
+    passes = kept_at_least(ratios, verification)
+    n, starts, most = passes.shape
     tests = np.concatenate([np.ones((n, starts, 1)), passes[:, :, :-1]], axis=2)
     # For every depth at once: P(exactly i accepted), i = 0 .. k.
     exactly = np.zeros((n, starts, most, most + 1))

@@ -1,6 +1,7 @@
-"""Token verification: keep drafted tokens so that the output follows the target exactly.
+"""Verification: keep drafted tokens so that the output follows the target exactly.
 
-Leviathan et al. 2023, Chen et al. 2023; method.md section 4.
+Token by token (Leviathan et al. 2023, Chen et al. 2023; method.md section 4), or a block at once
+(Sun et al. 2024, arXiv 2403.10444), which never keeps fewer in expectation.
 """
 
 import jax
@@ -45,8 +46,64 @@ def verify_tokens(
     return accepted, sample(stream(keys, "next"), residual)
 
 
-def residual_distribution(p: Float[Array, "B V"], q: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """normalize(max(p - q, 0)); `p` itself where p and q agree to the last bit."""
-    excess = jnp.maximum(p - q, 0.0)
+def verify_blocks(
+    keys: Key[Array, " B"],
+    drafts: Int[Array, "B k"],
+    q: Float[Array, "B k V"],
+    p: Float[Array, "B k1 V"],
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """As `verify_tokens`, but the block is judged as a whole.
+
+    The accepted length is the largest i whose uniform is below h_i of `block_acceptance`; the next
+    token comes from normalize(max(b_i p - q, 0)), after k acceptances from p at depth k + 1.
+    """
+    k = drafts.shape[1]
+    b, h = block_acceptance(drafts, q, p)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (k,)))(stream(keys, "accept"))
+    accepted = jnp.max(jnp.where(uniform < h, jnp.arange(1, k + 1), 0), axis=1, initial=0)
+    q_next = jnp.concatenate([q, jnp.zeros_like(p[:, :1])], axis=1)
+    at = accepted[:, None, None]
+    p_at = jnp.take_along_axis(p, at, axis=1)[:, 0]
+    b_at = jnp.take_along_axis(b, accepted[:, None], axis=1)
+    q_at = jnp.take_along_axis(q_next, at, axis=1)[:, 0]
+    residual = residual_distribution(p_at, q_at, b_at)
+    return accepted, sample(stream(keys, "next"), residual)
+
+
+def block_acceptance(
+    drafts: Int[Array, "B k"], q: Float[Array, "B k V"], p: Float[Array, "B k1 V"]
+) -> tuple[Float[Array, "B k1"], Float[Array, "B k"]]:
+    """b_0 .. b_k and h_1 .. h_k of block verification (Sun et al. 2024).
+
+    b_0 = 1, b_i = min(1, b_{i-1} p(x_i) / q(x_i)); r_i = sum_v max(b_i p_i(v) - q_i(v), 0) of the
+    distributions after x_i; h_i = r_i / (r_i + 1 - b_i), with 0 / 0 = 0, and h_k = b_k. The first
+    i drafted tokens are all kept with probability b_i.
+    """
+    k = drafts.shape[1]
+    q_drafted = jnp.take_along_axis(q, drafts[..., None], axis=-1)[..., 0]
+    p_drafted = jnp.take_along_axis(p[:, :k], drafts[..., None], axis=-1)[..., 0]
+    b = [jnp.ones(drafts.shape[0], p.dtype)]
+    for i in range(k):
+        # A drafted token has q > 0. The quotient is taken only where it is below 1.
+        passed = b[i] * p_drafted[:, i]
+        below = passed < q_drafted[:, i]
+        b.append(jnp.where(below, passed / jnp.where(below, q_drafted[:, i], 1.0), 1.0))
+    h = []
+    for i in range(1, k):
+        r = jnp.sum(jnp.maximum(b[i][:, None] * p[:, i] - q[:, i], 0.0), axis=-1)
+        total = r + 1 - b[i]
+        h.append(jnp.where(total > 0, r / jnp.where(total > 0, total, 1.0), 0.0))
+    h += b[k:] if k else []
+    return jnp.stack(b, axis=1), jnp.stack(h, axis=1) if h else jnp.zeros_like(q_drafted)
+
+
+VERIFICATIONS = {"token": verify_tokens, "block": verify_blocks}
+
+
+def residual_distribution(
+    p: Float[Array, "B V"], q: Float[Array, "B V"], b: Float[Array, "B 1"] | float = 1.0
+) -> Float[Array, "B V"]:
+    """normalize(max(b p - q, 0)); `p` itself where nothing is left."""
+    excess = jnp.maximum(b * p - q, 0.0)
     total = jnp.sum(excess, axis=-1, keepdims=True)
     return jnp.where(total > 0, excess / jnp.where(total > 0, total, 1.0), p)

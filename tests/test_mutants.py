@@ -15,6 +15,7 @@ import models
 import numpy as np
 import pytest
 from end_to_end.test_lossless import SMALL, chi_square, joint_of_three, sampled_joint
+from test_verification import decoded, tables, transformed
 
 import spire_jax.decode as decode
 import spire_jax.drafting.spire as spire_drafting
@@ -46,6 +47,15 @@ def samples_follow_the_target(kind: str = "spire", temperature: float = 0.6) -> 
     expected = joint_of_three(pair, prompt, Sampling(temperature))
     counts, _ = sampled_joint(pair, pair.decoder(2, temperature), prompt, 4096, 4)
     assert chi_square(counts, expected * counts.sum()) > 1e-4
+
+
+def blocks_follow_the_target() -> None:
+    """The joint of three tokens of a Markov chain, blocks of two, 200,000 times."""
+    tokens, _ = decoded.__wrapped__(2, Sampling(), "block")
+    p, counts = transformed(tables()[0], Sampling()), np.zeros((16, 16, 16))
+    np.add.at(counts, tuple(tokens.T), 1)
+    joint = p[0][:, None, None] * p[:, :, None] * p[None]
+    assert chi_square(counts, joint * counts.sum()) > 1e-4
 
 
 def drafts_follow_the_rollout(kind: str = "spire") -> None:
@@ -132,12 +142,12 @@ def key_shared_by_draft_and_residual(patch):
 
 
 def residual_from_p_alone(patch):
-    patch(verification, "residual_distribution", lambda p, q: p)
+    patch(verification, "residual_distribution", lambda p, q, b=1.0: p)
 
 
 def residual_turned_round(patch):
     original = verification.residual_distribution
-    patch(verification, "residual_distribution", lambda p, q: original(q, p))
+    patch(verification, "residual_distribution", lambda p, q, b=1.0: original(q, p))
 
 
 def temperature_on_the_draft_only(patch):
@@ -159,8 +169,22 @@ def rejection_follows_the_inverse_ratio(patch):
         swapped = jnp.concatenate([q, p[:, k:]], axis=1)
         return original(keys, drafts, p[:, :k], swapped)
 
-    original = decode.verify_tokens
-    patch(decode, "verify_tokens", verify)
+    original = verification.verify_tokens
+    patch(decode, "VERIFICATIONS", {"token": verify})
+
+
+def block_residual_without_b(patch):
+    original = verification.residual_distribution
+    patch(verification, "residual_distribution", lambda p, q, b=1.0: original(p, q))
+
+
+def block_kept_as_often_as_it_could_be(patch):
+    def acceptance(drafts, q, p):
+        b, _ = original(drafts, q, p)
+        return b, b[:, 1:]  # each h_i by itself, as if the longer prefixes had not been tried
+
+    original = verification.block_acceptance
+    patch(verification, "block_acceptance", acceptance)
 
 
 def missing_catch_up_entry(patch):
@@ -262,8 +286,8 @@ def bonus_token_skipped(patch):
         following = jnp.where(accepted == k, drafts[:, -1], following)
         return jnp.minimum(accepted, k - 1), following
 
-    original = decode.verify_tokens
-    patch(decode, "verify_tokens", verify)
+    original = verification.verify_tokens
+    patch(decode, "VERIFICATIONS", {"token": verify})
 
 
 def end_of_sequence_ignored_in_a_block(patch):
@@ -291,6 +315,8 @@ def target_writes_one_slot_late(patch):
 
 rollout_of_ring = functools.partial(drafts_follow_the_rollout, "ring")
 MUTANTS = [
+    (block_residual_without_b, blocks_follow_the_target),
+    (block_kept_as_often_as_it_could_be, blocks_follow_the_target),
     (key_shared_by_draft_and_residual, samples_follow_the_target),
     (residual_from_p_alone, samples_follow_the_target),
     (residual_turned_round, samples_follow_the_target),

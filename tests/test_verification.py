@@ -1,4 +1,4 @@
-"""Token verification against enumeration: whole rounds by chi-square, single cases by hand.
+"""Verification, by token and by block, against enumeration: rounds by chi-square, cases by hand.
 
 The target is a Markov chain over 16 tokens, whose joint distribution of the first tokens is
 known exactly; the draft is another chain that disagrees with it strongly. Both go through the
@@ -21,7 +21,12 @@ from spire_jax.models.kv_cache import empty_full
 from spire_jax.models.layers import Compute
 from spire_jax.models.transformer import Model, Transformer
 from spire_jax.sampling import Sampling, probabilities
-from spire_jax.verification import residual_distribution, verify_tokens
+from spire_jax.verification import (
+    block_acceptance,
+    residual_distribution,
+    verify_blocks,
+    verify_tokens,
+)
 
 V, TRIALS, EMITTED = 16, 200_000, 3
 SIGNIFICANCE = 1e-4
@@ -74,10 +79,12 @@ def chi_square(counts: np.ndarray, p: np.ndarray) -> float:
 
 
 @functools.cache
-def decoded(k: int, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+def decoded(
+    k: int, sampling: Sampling, verification: str = "token"
+) -> tuple[np.ndarray, np.ndarray]:
     """The first EMITTED tokens of TRIALS rows that all start at token 0, and counts by depth."""
     model = Model(Markov, CONFIG, Compute())
-    decoder = Decoder(model, Vanilla(model), k, sampling)
+    decoder = Decoder(model, Vanilla(model), k, sampling, verification=verification)
     weights = Weights(*({"table": jnp.asarray(t, jnp.float32)} for t in tables()))
     width = 1 + EMITTED + k
 
@@ -104,15 +111,20 @@ SAMPLINGS = {
 }
 
 
-CASES = [(name, k) for name in ("temperature 1", "temperature 0.6") for k in (1, 2, 3)]
-CASES += [("top-k", 1), ("top-p", 2), ("all", 1)]  # sorting takes most of the time
+CASES = [(name, k, "token") for name in ("temperature 1", "temperature 0.6") for k in (1, 2, 3)]
+CASES += [("top-k", 1, "token"), ("top-p", 2, "token"), ("all", 1, "token")]  # sorting is slow
+CASES += [("temperature 1", 1, "block"), ("temperature 1", 2, "block")]
+CASES += [("temperature 0.6", 3, "block"), ("top-p", 2, "block")]
 
 
-@pytest.mark.parametrize("name, k", CASES)
-def test_output_follows_the_target_exactly(name, k):
-    """Every position's token, and the joint of the first three, against enumeration."""
+@pytest.mark.parametrize("name, k, verification", CASES)
+def test_output_follows_the_target_exactly(name, k, verification):
+    """Every position's token, and the joint of the first three, against enumeration.
+
+    With k = 2 the third token comes from the first block or from the round after it.
+    """
     sampling = SAMPLINGS[name]
-    tokens, counts = decoded(k, sampling)
+    tokens, counts = decoded(k, sampling, verification)
     p = transformed(tables()[0], sampling)
     joint = p[0][:, None, None] * p[:, :, None] * p[None]  # [a, b, c]
     found = np.zeros((V, V, V), int)
@@ -125,6 +137,18 @@ def test_output_follows_the_target_exactly(name, k):
         marginal = marginal @ p
     # The draft does disagree, and rounds end at every depth.
     assert (counts > 0.02 * counts.sum()).all() and counts[0] > 0.2 * counts.sum()
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_blocks_keep_more_and_single_tokens_the_same(k):
+    """Of 200,000 first rounds; with one token both are the same decision."""
+    means = {}
+    for verification in ("token", "block"):
+        counts = decoded(k, Sampling(), verification)[1]
+        means[verification] = counts @ np.arange(k + 1) / counts.sum()
+    assert means["block"] > means["token"] + 0.01
+    for a, b in zip(decoded(1, Sampling()), decoded(1, Sampling(), "block"), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_the_test_can_tell():
@@ -172,35 +196,52 @@ def test_accepted_counts_and_next_tokens_of_given_drafts():
     assert chi_square(found, joint) > SIGNIFICANCE
 
 
-def test_equal_distributions_accept_everything():
+@pytest.mark.parametrize("verify", [verify_tokens, verify_blocks])
+def test_equal_distributions_accept_everything(verify):
     rows, k = 20_000, 3
     _, p = distributions(rows, k)
     q = p[:, :k]
     for token in range(V):
         drafts = jnp.full((rows, k), token)
-        accepted, _ = verify_tokens(keys_of(rows), drafts, q, p)
+        accepted, _ = verify(keys_of(rows), drafts, q, p)
         assert (accepted == k).all()
 
 
-def test_a_token_that_the_target_never_emits_is_never_accepted():
+@pytest.mark.parametrize("verify", [verify_tokens, verify_blocks])
+def test_a_token_that_the_target_never_emits_is_never_accepted(verify):
     q, p = distributions(5000, 1)
     p = p.at[:, 0, 2].set(0.0)
-    accepted, following = verify_tokens(keys_of(5000), jnp.full((5000, 1), 2), q, p)
+    accepted, following = verify(keys_of(5000), jnp.full((5000, 1), 2), q, p)
     assert not accepted.any() and not (following == 2).any()
 
 
-def test_greedy_distributions_accept_exactly_the_argmax():
+def test_block_acceptance_by_hand():
+    q = jnp.asarray([[[0.5, 0.5], [0.8, 0.2]]])
+    p = jnp.asarray([[[0.25, 0.75], [0.4, 0.6], [0.5, 0.5]]])
+    b, h = block_acceptance(jnp.asarray([[0, 1]]), q, p)
+    # b_1 = 0.25 / 0.5; r_1 = max(0.5 * 0.4 - 0.8, 0) + max(0.5 * 0.6 - 0.2, 0) = 0.1;
+    # h_1 = 0.1 / (0.1 + 0.5); b_2 = h_2 = min(1, 0.5 * 0.6 / 0.2).
+    np.testing.assert_allclose(b, [[1, 0.5, 1]])
+    np.testing.assert_allclose(h, [[1 / 6, 1]], rtol=1e-6)
+    equal, h = block_acceptance(jnp.asarray([[0, 1]]), p[:, :2], p)
+    np.testing.assert_array_equal(equal, [[1, 1, 1]])
+    assert h[0, 0] == 0 and h[0, 1] == 1  # 0 / 0 = 0: nothing is left to draw after one token
+
+
+@pytest.mark.parametrize("verify", [verify_tokens, verify_blocks])
+def test_greedy_distributions_accept_exactly_the_argmax(verify):
     drafts = jnp.asarray([[1, 2, 3], [1, 2, 9], [1, 9, 3], [9, 2, 3], [1, 2, 3]])
     p = jax.nn.one_hot(jnp.asarray([[1, 2, 3, 4]] * 5), V)
-    accepted, following = verify_tokens(keys_of(5), drafts, jax.nn.one_hot(drafts, V), p)
+    accepted, following = verify(keys_of(5), drafts, jax.nn.one_hot(drafts, V), p)
     np.testing.assert_array_equal(accepted, [3, 2, 1, 0, 3])
     np.testing.assert_array_equal(following, [4, 3, 2, 1, 4])
 
 
-def test_without_drafts_the_token_is_the_targets():
+@pytest.mark.parametrize("verify", [verify_tokens, verify_blocks])
+def test_without_drafts_the_token_is_the_targets(verify):
     """k = 0: autoregressive decoding."""
     _, p = distributions(50_000, 0)
-    accepted, following = verify_tokens(
+    accepted, following = verify(
         keys_of(50_000), jnp.zeros((50_000, 0), jnp.int32), jnp.zeros((50_000, 0, V)), p
     )
     assert not accepted.any()
@@ -216,11 +257,12 @@ def test_residual_by_hand():
     np.testing.assert_array_equal(residual[1], p[1])  # nothing left: p itself
 
 
-def test_a_row_depends_on_its_own_key_alone():
+@pytest.mark.parametrize("verify", [verify_tokens, verify_blocks])
+def test_a_row_depends_on_its_own_key_alone(verify):
     q, p = distributions(6, 2)
     keys, drafts = keys_of(6), jnp.asarray([[3, 7]] * 6)
-    whole = verify_tokens(keys, drafts, q, p)
+    whole = verify(keys, drafts, q, p)
     for row in range(6):
         mine = slice(row, row + 1)
-        alone = verify_tokens(keys[mine], drafts[mine], q[mine], p[mine])
+        alone = verify(keys[mine], drafts[mine], q[mine], p[mine])
         np.testing.assert_array_equal([x[row] for x in whole], [x[0] for x in alone])

@@ -161,6 +161,8 @@ def sampled_joint(pair, decoder, prompt: np.ndarray, rows: int, batches: int):
         ("spire", 0.6, {"top_k": 9, "top_p": 0.8}),
         ("vanilla", 1.0, {"top_p": 0.7}),
         ("ring", 0.6, {}),
+        ("spire", 1.0, {"verification": "block"}),
+        ("vanilla", 0.6, {"verification": "block", "top_p": 0.9}),
     ],
 )
 def test_sampled_joint_equals_enumeration(kind, temperature, options):
@@ -168,11 +170,13 @@ def test_sampled_joint_equals_enumeration(kind, temperature, options):
     check_joint(models.pair(kind, SMALL), temperature, **options)
 
 
-def check_joint(pair, temperature: float, **options) -> float:
+def check_joint(pair, temperature: float, verification: str = "token", **options) -> float:
     """The share of rounds that accept a draft, after comparing the tokens' distribution."""
     sampling = Sampling(temperature, **options)
     prompt = models.texts(1, 9, seed=3, n_tokens=SMALL.n_tokens)[0]
-    decoder = pair.decoder(2, temperature, **options)
+    decoder = dataclasses.replace(
+        pair.decoder(2, temperature, **options), verification=verification
+    )
     counts, accepted = sampled_joint(pair, decoder, prompt, ROWS, BATCHES)
     share = accepted[1:].sum() / accepted.sum()
     assert 0.05 < share < 0.95, "a draft that agrees or disagrees always tests nothing"
