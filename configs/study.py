@@ -15,8 +15,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.drafts = dict(
         # As the paper's, half of everything: an eighth of the target's body.
         vanilla=dict(kind="vanilla", n_layers=4, d_model=64, d_head=32, d_ff=160, window=0,
-                     init="random", loss="hard", steps=1400),
-        spire=dict(kind="spire", n_layers=2, window=64, sink=1, steps=1400),
+                     init="random", loss="hard", steps=900),
+        spire=dict(kind="spire", n_layers=2, window=64, sink=1, steps=900),
     )  # fmt: skip
     config.magicdec = dict(evaluate=True, window=64, sink=1)
     config.study = dict(of="spire", trained_k=(8, 16), seeds=3, context_length=256, contexts=256)

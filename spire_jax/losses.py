@@ -1,4 +1,7 @@
-"""Draft and target losses (method.md 3.4), float32, from logits, per token."""
+"""Draft and target losses (method.md 3.4), float32, per token.
+
+The target's side is its distribution p, made once for all the drafts that learn from it.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -13,34 +16,58 @@ def cross_entropy(
     return -jnp.take_along_axis(log_q, targets[..., None], axis=-1)[..., 0]
 
 
-def distillation(
-    target_logits: Float[Array, "*rows V"], logits: Float[Array, "*rows V"]
-) -> Float[Array, "*rows"]:
-    """-sum_v p_v log q_v, in nats; padded vocabulary (-inf in both) adds nothing."""
-    p = jax.nn.softmax(target_logits)
-    # Finite where p = 0, so that neither the product nor its gradient is 0 * inf.
-    log_q = jnp.where(p > 0, jax.nn.log_softmax(logits), 0.0)
-    return -jnp.sum(p * log_q, axis=-1)
+@jax.custom_vjp
+def compare(
+    p: Float[Array, "*rows V"], logits: Float[Array, "*rows V"]
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """Distillation, -sum_v p_v log q_v in nats, and acceptance, alpha = sum_v min(p_v, q_v).
+
+    q is the softmax of `logits`, where padded vocabulary is -inf, and 0 in `p`. The gradient goes
+    to `logits` alone, in one pass over the vocabulary; automatic differentiation would keep five
+    arrays of that size.
+    """
+    return _compare(p, logits)[0]
 
 
-def acceptance(
-    target_logits: Float[Array, "*rows V"], logits: Float[Array, "*rows V"]
-) -> Float[Array, "*rows"]:
-    """alpha = sum_v min(p_v, q_v), the probability that a drafted token is accepted."""
-    return jnp.sum(jnp.minimum(jax.nn.softmax(target_logits), jax.nn.softmax(logits)), axis=-1)
+def _compare(p, logits):
+    log_sum = jax.nn.logsumexp(logits, axis=-1)
+    q = jnp.exp(logits - log_sum[..., None])
+    # p sums to 1, so that -sum p log q is log_sum - sum p x; 0 * -inf is no part of it.
+    distillation = log_sum - jnp.sum(jnp.where(p > 0, p * logits, 0.0), axis=-1)
+    alpha = jnp.sum(jnp.minimum(p, q), axis=-1)
+    return (distillation, alpha), (p, logits, log_sum)
+
+
+def _compare_backward(kept, cotangents):
+    """d distillation / d x = q - p; d alpha / d x_u = q_u ([q_u < p_u] - sum_v q_v [q_v < p_v])."""
+    p, logits, log_sum = kept
+    of_distillation, of_alpha = (c[..., None] for c in cotangents)
+    q = jnp.exp(logits - log_sum[..., None])
+    under = jnp.where(q < p, q, 0.0)
+    gradient = of_distillation * (q - p)
+    gradient += of_alpha * (under - q * jnp.sum(under, axis=-1, keepdims=True))
+    return jnp.zeros_like(p), gradient
+
+
+compare.defvjp(_compare, _compare_backward)
 
 
 def draft_loss(
     kind: str,
     omega: float,
-    target_logits: Float[Array, "*rows V"] | None,
+    p: Float[Array, "*rows V"] | None,
     logits: Float[Array, "*rows V"],
     targets: Int[Array, "*rows"],
-) -> Float[Array, "*rows"]:
-    """Per-token loss: "hard", "distillation", or omega distillation + (1 - omega)(-alpha)."""
-    if kind == "hard" or target_logits is None:
-        return cross_entropy(logits, targets)
-    loss = distillation(target_logits, logits)
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"] | None]:
+    """Per-token loss, and alpha where `p` is given.
+
+    The loss is "hard", "distillation", or "mixed": omega distillation + (1 - omega)(-alpha).
+    """
+    if p is None:
+        return cross_entropy(logits, targets), None
+    distillation, alpha = compare(p, logits)
+    if kind == "hard":
+        return cross_entropy(logits, targets), alpha
     if kind == "mixed":
-        loss = omega * loss - (1 - omega) * acceptance(target_logits, logits)
-    return loss
+        return omega * distillation - (1 - omega) * alpha, alpha
+    return distillation, alpha

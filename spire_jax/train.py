@@ -50,7 +50,7 @@ class TrainBatch(NamedTuple):
 class Lesson(NamedTuple):
     """What the frozen target says of a batch; it serves memories, distillation and acceptance."""
 
-    logits: Float[Array, "B T V"]
+    p: Float[Array, "B T V"]  # its distribution of the next token
     activations: dict[int, Float[Array, "B T D"]]  # y^l by l
 
 
@@ -142,10 +142,8 @@ class LossOf:
             logits = logits.reshape(*batch.tokens.shape, -1)
         else:
             logits, _ = module.forward(batch.tokens)
-        target_logits = None if lesson is None else lesson.logits
-        loss = losses.draft_loss(self.kind, self.omega, target_logits, logits, batch.targets)
-        alpha = None if target_logits is None else losses.acceptance(target_logits, logits)
-        return loss, alpha
+        p = None if lesson is None else lesson.p
+        return losses.draft_loss(self.kind, self.omega, p, logits, batch.targets)
 
 
 def teacher(config: ExperimentConfig, tasks: Sequence[Task]) -> Teacher:
@@ -159,7 +157,7 @@ def teach(teacher: Teacher, params: Params, batch: TrainBatch) -> Lesson:
     """The target's pass over a batch."""
     tokens = constrain(batch.tokens, "batch", None)
     logits, activations = teacher.model.bind(params).forward(tokens, teacher.collect)
-    return Lesson(logits, dict(zip(teacher.collect, activations, strict=True)))
+    return Lesson(jax.nn.softmax(logits), dict(zip(teacher.collect, activations, strict=True)))
 
 
 def initial_draft(
@@ -291,9 +289,9 @@ def train_step(
         def add(total, micro):
             of_lesson, of_batch = micro
             if of_lesson is not None:
-                logits = constrain(of_lesson.logits, "batch", None, "vocab")
+                p = constrain(of_lesson.p, "batch", None, "vocab")
                 ys = of_lesson.activations.items()
-                of_lesson = Lesson(logits, {y: constrain(x, "batch", None, None) for y, x in ys})
+                of_lesson = Lesson(p, {y: constrain(x, "batch", None, None) for y, x in ys})
             of_batch = TrainBatch(*(constrain(x, "batch", None) for x in of_batch))
             new = gradient(state["params"], of_lesson, of_batch)
             return jax.tree.map(jnp.add, total, new), None
@@ -398,7 +396,7 @@ class Learner:
         if task.reads is None:
             lesson = None
         elif lesson is not None:  # others' layers are no argument of this one's compiled step
-            lesson = Lesson(lesson.logits, {y: lesson.activations[y] for y in task.reads})
+            lesson = Lesson(lesson.p, {y: lesson.activations[y] for y in task.reads})
         self.state, metrics = train_step(
             task, self._config, self._optimizer, self.state, lesson, device_batch
         )

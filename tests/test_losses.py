@@ -41,7 +41,10 @@ def expected(kind, omega, target, draft, tokens):
                                          ("mixed", 0.3), ("mixed", 1.0)])  # fmt: skip
 def test_loss_is_the_definition(logits, kind, omega):
     target, draft, tokens = logits
-    loss = losses.draft_loss(kind, omega, target, draft, tokens)
+    loss, alpha = losses.draft_loss(kind, omega, jax.nn.softmax(target), draft, tokens)
+    np.testing.assert_allclose(
+        alpha, np.minimum(softmax(target), softmax(draft)).sum(-1), rtol=1e-5
+    )
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, expected(kind, omega, target, draft, tokens), rtol=1e-5)
 
@@ -49,13 +52,14 @@ def test_loss_is_the_definition(logits, kind, omega):
 def test_acceptance_is_the_overlap(logits):
     target, draft, _ = logits
     overlap = np.minimum(softmax(target), softmax(draft)).sum(axis=-1)
-    np.testing.assert_allclose(losses.acceptance(target, draft), overlap, rtol=1e-5)
-    np.testing.assert_allclose(losses.acceptance(target, target), 1.0, rtol=1e-6)
+    p = jax.nn.softmax(target)
+    np.testing.assert_allclose(losses.compare(p, draft)[1], overlap, rtol=1e-5)
+    np.testing.assert_allclose(losses.compare(p, target)[1], 1.0, rtol=1e-6)
 
 
 def test_gradient_of_distillation_is_q_minus_p(logits):
     target, draft, _ = logits
-    gradient = jax.grad(lambda x: losses.distillation(target, x).sum())(draft)
+    gradient = jax.grad(lambda x: losses.compare(jax.nn.softmax(target), x)[0].sum())(draft)
     np.testing.assert_allclose(gradient, softmax(draft) - softmax(target), atol=1e-6)
 
 
@@ -65,17 +69,25 @@ def test_gradient_of_acceptance_is_by_hand(logits):
     p, q = softmax(target), softmax(draft)
     under = (q < p).astype(np.float64)
     by_hand = q * (under - (q * under).sum(axis=-1, keepdims=True))
-    gradient = jax.grad(lambda x: losses.acceptance(target, x).sum())(draft)
+    gradient = jax.grad(lambda x: losses.compare(jax.nn.softmax(target), x)[1].sum())(draft)
     np.testing.assert_allclose(gradient, by_hand, atol=1e-6)
+
+
+def test_a_draft_without_a_target_learns_from_the_text(logits):
+    _, draft, tokens = logits
+    loss, alpha = losses.draft_loss("hard", 0.5, None, draft, tokens)
+    assert alpha is None
+    np.testing.assert_allclose(loss, expected("hard", 0.5, draft, draft, tokens), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["hard", "distillation", "mixed"])
 def test_padding_of_the_vocabulary_is_harmless(logits, kind):
     target, draft, tokens = logits
     loss, gradient = jax.value_and_grad(
-        lambda x: losses.draft_loss(kind, 0.5, target, x, tokens).sum()
+        lambda x: losses.draft_loss(kind, 0.5, jax.nn.softmax(target), x, tokens)[0].sum()
     )(draft)
     assert np.isfinite(loss) and np.isfinite(gradient).all()
     assert not np.asarray(gradient)[:, V:].any() and np.asarray(gradient)[:, :V].all()
-    alone = losses.draft_loss(kind, 0.5, target[:, :V], draft[:, :V], tokens).sum()
+    p = jax.nn.softmax(target)[:, :V]
+    alone = losses.draft_loss(kind, 0.5, p, draft[:, :V], tokens)[0].sum()
     np.testing.assert_allclose(loss, alone, rtol=1e-6)

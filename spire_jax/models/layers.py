@@ -1,6 +1,7 @@
 """Building blocks: parameters with logical axes, RMSNorm, RoPE, attention, one decoder block."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -183,6 +184,18 @@ def _attend(q, k, v, mask, scale):
 # --- one decoder block -------------------------------------------------------------------------
 
 
+def product(x: Array, w: Array, over: int = 1, dtype: str | None = None) -> Array:
+    """The last `over` axes of `x` against the first of `w`, as a product of two matrices.
+
+    The gradient of `w` sums over all rows of `x`. XLA's CPU does that several times faster where
+    the rows are one axis (an unembedding's whole step in 0.11 instead of 0.20 s).
+    """
+    inner, outer = x.shape[x.ndim - over :], w.shape[over:]
+    flat = x.reshape(-1, math.prod(inner)), w.reshape(math.prod(inner), -1)
+    out = jnp.matmul(*flat, preferred_element_type=dtype)
+    return out.reshape(*x.shape[: x.ndim - over], *outer)
+
+
 class Block(nnx.Module):
     """Pre-norm attention and SwiGLU with residuals, in pieces that the models put together.
 
@@ -223,7 +236,7 @@ class Block(nnx.Module):
 
     def queries(self, x: Float[Array, "B T D"], positions: Positions) -> Float[Array, "B T K G H"]:
         """Rotated queries of layer inputs `x` at `positions`."""
-        q = jnp.einsum("BTD,DKGH->BTKGH", self.norm_attention(x), self._weight(self.query))
+        q = product(self.norm_attention(x), self._weight(self.query))
         if self.config.qkv_bias:
             q = q + self._weight(self.query_bias)
         if self.config.qk_norm:
@@ -235,8 +248,8 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Rotated keys, and values, of layer inputs or memory vectors `x` at `positions`."""
         x = self.norm_attention(x)
-        k = jnp.einsum("BTD,DKH->BTKH", x, self._weight(self.key))
-        v = jnp.einsum("BTD,DKH->BTKH", x, self._weight(self.value))
+        k = product(x, self._weight(self.key))
+        v = product(x, self._weight(self.value))
         if self.config.qkv_bias:
             k, v = k + self._weight(self.key_bias), v + self._weight(self.value_bias)
         if self.config.qk_norm:
@@ -248,10 +261,10 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], attended: Float[Array, "B T K G H"]
     ) -> Float[Array, "B T D"]:
         """The block's output from its input and what its attention returned."""
-        x = x + jnp.einsum("BTKGH,KGHD->BTD", attended, self._weight(self.out))
+        x = x + product(attended, self._weight(self.out), over=3)
         x = constrain(x, "batch", None, None)
         y = self.norm_mlp(x)
-        gate = constrain(y @ self._weight(self.gate), "batch", None, "mlp")
-        up = constrain(y @ self._weight(self.up), "batch", None, "mlp")
-        x = x + (jax.nn.silu(gate) * up) @ self._weight(self.down)
+        gate = constrain(product(y, self._weight(self.gate)), "batch", None, "mlp")
+        up = constrain(product(y, self._weight(self.up)), "batch", None, "mlp")
+        x = x + product(jax.nn.silu(gate) * up, self._weight(self.down))
         return constrain(x, "batch", None, None)

@@ -12,7 +12,15 @@ from jaxtyping import Array, Float, Int
 
 from spire_jax.config import ModelConfig
 from spire_jax.models.kv_cache import FullCache, KeysValues, RingCache
-from spire_jax.models.layers import Block, Compute, RMSNorm, attention, parameter, truncated_normal
+from spire_jax.models.layers import (
+    Block,
+    Compute,
+    RMSNorm,
+    attention,
+    parameter,
+    product,
+    truncated_normal,
+)
 from spire_jax.sharding import constrain
 
 Params = Any  # nested dict of float32 arrays, the pure form of a module's nnx.State
@@ -47,7 +55,7 @@ class Transformer(nnx.Module):
         """Float32 logits of final activations; -inf for the padding of the vocabulary."""
         x = self.norm_final(x)
         w = self.embedding[...].T if self.config.tied else self.unembedding[...]
-        logits = jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = product(x, w.astype(x.dtype), dtype="float32")
         logits = constrain(logits, "batch", *(None,) * (x.ndim - 2), "vocab")
         if self.config.n_tokens < self.config.vocab_size:
             valid = np.arange(self.config.vocab_size) < self.config.n_tokens
