@@ -24,7 +24,9 @@ import pathlib
 from typing import Any
 
 BYTES = "bytes"  # the tokenizer that needs no file
-AUTOREGRESSIVE, MAGICDEC = "autoregressive", "magicdec"  # methods that no draft is trained for
+# Methods that no draft is trained for.
+AUTOREGRESSIVE, MAGICDEC, SNAPKV = "autoregressive", "magicdec", "snapkv"
+SNAPKV_OBSERVED = 32  # the last tokens of a prompt: SnapKV keeps them and asks them for the others
 
 
 class ConfigError(ValueError):
@@ -105,6 +107,7 @@ class MagicDecConfig:
     """The target as its own draft, reading a sparse cache (method.md 3.5); nothing is trained."""
 
     evaluate: bool = False  # beside the drafts; its modeled throughput is always at hand
+    snapkv: bool = False  # and the selection of SnapKV, of as many tokens: sink + window
     window: int = 64
     sink: int = 1
 
@@ -248,9 +251,15 @@ def oracle_depth(config: ExperimentConfig) -> int:
     return max(config.train.k, config.decode.k, *(draft.k for _, draft in config.drafts), 0)
 
 
+def self_drafting(config: ExperimentConfig) -> tuple[str, ...]:
+    """The methods to evaluate that draft with the target itself."""
+    at = config.magicdec
+    return (MAGICDEC,) * at.evaluate + (SNAPKV,) * at.snapkv
+
+
 def trained_depth(config: ExperimentConfig, name: str) -> int:
-    """Depths at which a draft (or MAGICDEC, which is not trained) has learned to predict."""
-    return (config.draft(name).k if name != MAGICDEC else 0) or config.train.k
+    """Depths at which a draft (or the target itself, untrained) has learned to predict."""
+    return (0 if name in (MAGICDEC, SNAPKV) else config.draft(name).k) or config.train.k
 
 
 def body_parameters(model: ModelConfig) -> int:
@@ -405,13 +414,17 @@ def _validate_draft(name: str, draft: DraftConfig, config: ExperimentConfig) -> 
 
 def _validate_magicdec(config: ExperimentConfig) -> None:
     at, target = config.magicdec, config.target
-    _check(MAGICDEC not in dict(config.drafts),
-           f"drafts.{MAGICDEC}: the name means the target as its own draft (section {MAGICDEC}); "
-           f"rename it")  # fmt: skip
+    for name in (MAGICDEC, SNAPKV):
+        _check(name not in dict(config.drafts),
+               f"drafts.{name}: the name means the target as its own draft (section {MAGICDEC}); "
+               f"rename it")  # fmt: skip
     _positive(at, MAGICDEC, "window")
     _check(at.sink >= 0, f"{MAGICDEC}.sink={at.sink} is negative")
-    if not at.evaluate:
+    if not self_drafting(config):
         return
+    _check(not at.snapkv or at.sink + at.window > SNAPKV_OBSERVED,
+           f"{MAGICDEC}.snapkv keeps the last {SNAPKV_OBSERVED} tokens anyway: sink + window = "
+           f"{at.sink + at.window} must be more")  # fmt: skip
     k, longest = oracle_depth(config), max(config.eval.context_lengths)
     _check(at.window > k, f"{MAGICDEC}.window={at.window} must be above k = {k}: the drafted "
                           f"tokens stay visible")  # fmt: skip

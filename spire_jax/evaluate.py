@@ -22,9 +22,9 @@ import numpy as np
 
 from spire_jax.config import (
     AUTOREGRESSIVE,
-    MAGICDEC,
     ExperimentConfig,
     oracle_depth,
+    self_drafting,
     trained_depth,
 )
 from spire_jax.data.pipeline import Context, Dataset, cut_contexts, held_out_batches
@@ -100,8 +100,7 @@ def evaluate(
     compute = compute_for(config.decode, config.train)
     target = target_model(config, compute).cast(target)
     drafts = {n: strategy(config, n, compute).model.cast(p) for n, p in drafts.items()}
-    if config.magicdec.evaluate:
-        drafts[MAGICDEC] = target
+    drafts |= dict.fromkeys(self_drafting(config), target)
     seconds: dict[str, float] = {}
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in (AUTOREGRESSIVE, *drafts)}
     batches = -(-len(contexts) // ev.batch_size)

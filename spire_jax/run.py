@@ -36,6 +36,7 @@ from spire_jax.config import (
     draft_model,
     identity,
     oracle_depth,
+    self_drafting,
     to_dict,
     trained_depth,
 )
@@ -108,7 +109,7 @@ def plan(config: ExperimentConfig, corpus_sha256: str) -> Plan:
         "made_from": {n: h for n, h in made.items()
                       if n.removeprefix("draft ") not in dict(config.variants)},
     }  # fmt: skip
-    if config.magicdec.evaluate:
+    if self_drafting(config):
         evaluation["magicdec"] = identity(config.magicdec)
     stages["evaluate"] = evaluation
     stages["report"] = {

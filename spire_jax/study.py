@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from spire_jax import throughput
-from spire_jax.config import MAGICDEC, ConfigError, ExperimentConfig, oracle_depth
+from spire_jax.config import ConfigError, ExperimentConfig, oracle_depth, self_drafting
 from spire_jax.data.pipeline import Context, Dataset
 from spire_jax.decode import Weights
 from spire_jax.drafting.build import compute_for, strategy, target_model
@@ -52,7 +52,7 @@ def deep_methods(config: ExperimentConfig) -> list[str]:
     """The methods whose acceptance is followed to the deepest trained rollout."""
     by_k = [f"{config.study.of}-k{k}" for k in config.study.trained_k]
     main = [name for name, draft in config.trained if not draft.of]
-    return [*main, *by_k, *([MAGICDEC] if config.magicdec.evaluate else [])]
+    return [*main, *by_k, *self_drafting(config)]
 
 
 def evaluate_study(
@@ -69,8 +69,7 @@ def evaluate_study(
     compute = compute_for(config.decode, config.train)
     cast = target_model(config, compute).cast(target)
     models = {n: strategy(full, n, compute).model.cast(p) for n, p in drafts.items()}
-    if config.magicdec.evaluate:
-        models[MAGICDEC] = cast
+    models |= dict.fromkeys(self_drafting(config), cast)
     depths = {n: oracle_depth(full) if n in deep else config.decode.k for n in models}
     twins = twin_names(config)
     pilot = dataclasses.replace(

@@ -17,7 +17,7 @@ import rich.markdown
 
 from spire_jax import throughput
 from spire_jax.ablations import ABLATIONS, FULL_PAPER_TAU
-from spire_jax.config import MAGICDEC, ExperimentConfig
+from spire_jax.config import ExperimentConfig, self_drafting
 from spire_jax.intervals import Interval, difference_interval, ratio, ratio_interval
 from spire_jax.report_records import Counts, read_counts
 from spire_jax.study import best_k, deep_methods, study_config
@@ -52,8 +52,7 @@ def print_study(folder: pathlib.Path, console: rich.console.Console) -> None:
 def summarize(config: ExperimentConfig, folder: pathlib.Path) -> dict[str, Any]:
     """The content of ``study.json``."""
     full, at = study_config(config), config.study
-    names = [name for name, _ in full.drafts]
-    names += [MAGICDEC] if config.magicdec.evaluate else []
+    names = [*dict(full.drafts), *self_drafting(config)]
     by_length = read_counts(folder, [at.of, *(n for n in names if n != at.of)], full)
     counts = {name: by_length[name][at.context_length] for name in names}
     resamples, k = config.eval.bootstrap, config.decode.k
@@ -69,7 +68,7 @@ def summarize(config: ExperimentConfig, folder: pathlib.Path) -> dict[str, Any]:
         "methods": methods,
         "seeds": _seeds(config, methods),
         "by_k": deep,
-        "best_k": _best(config, {n: t for n, t in deep.items() if n != MAGICDEC}),
+        "best_k": _best(config, deep),
         **json.loads((folder / "decoded.json").read_text()),
     }
 

@@ -22,6 +22,7 @@ from spire_jax.chips import CHIPS, Chip
 from spire_jax.config import (
     AUTOREGRESSIVE,
     MAGICDEC,
+    SNAPKV,
     ConfigError,
     ExperimentConfig,
     body_parameters,
@@ -45,9 +46,9 @@ def round_cost(
 ) -> RoundCost:
     """Cost of one round of `method` on `batch` requests of `context` tokens each.
 
-    `method` is the name of a draft in the config, "magicdec" (the target as its own draft, its
-    cache read at magicdec.window and .sink) or "autoregressive". `hoi` is in FLOPs
-    per byte; `k`, `hoi` and `variant` default to decode.k, throughput.hoi and
+    `method` is the name of a draft in the config, "magicdec" or "snapkv" (the target as its own
+    draft, which reads magicdec.sink + .window tokens of its cache) or "autoregressive". `hoi` is in
+    FLOPs per byte; `k`, `hoi` and `variant` default to decode.k, throughput.hoi and
     throughput.variant. ConfigError for an unknown method or variant and for sizes that are not
     positive. Method.md section 5.
     """
@@ -109,7 +110,8 @@ def memory_bytes(config: ExperimentConfig, method: str, *, batch: int, context: 
     """Bytes of all weights, embeddings included, and of the caches at `context` tokens."""
     at, draft = config.throughput, _draft(config, method)
     resident = [(config.target, visible_rows(config.target, float(context)))]
-    if draft and method != MAGICDEC:  # MagicDec reads the target's own weights and cache
+    # The target as its own draft reads its own weights and cache.
+    if draft and method not in (MAGICDEC, SNAPKV):
         resident.append((draft.model, float(draft.rows(context, "fixed_window"))))
     return sum(
         at.weight_bytes * (body_parameters(m) + (1 if m.tied else 2) * m.d_model * m.vocab_size)
@@ -220,7 +222,7 @@ def given_tau(config: ExperimentConfig) -> dict[str, float]:
 def _draft(config: ExperimentConfig, method: str) -> Draft | None:
     if method == AUTOREGRESSIVE:
         return None
-    if method == MAGICDEC:
+    if method in (MAGICDEC, SNAPKV):
         at = config.magicdec
         return Draft(config.target, at.window, at.sink, memory=False)
     draft = config.draft(method)

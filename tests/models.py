@@ -11,6 +11,7 @@ from spire_jax.config import ModelConfig
 from spire_jax.decode import Decoder, Weights
 from spire_jax.drafting import Strategy
 from spire_jax.drafting.magicdec import magicdec
+from spire_jax.drafting.snapkv import snapkv
 from spire_jax.drafting.spire import Spire
 from spire_jax.drafting.vanilla import Vanilla
 from spire_jax.models.layers import Compute
@@ -86,7 +87,7 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     """kind: "spire", "spire_strict" (attend_self=False), "spire_plain" (no feedback),
     "spire_final" and "spire_embedding" (other memories), "spire_dense" (no window), "vanilla"
     (another small model), "ring" (pruned, windowed, no activations), "self" (the target),
-    "magicdec" (the target with a sparse cache)."""
+    "magicdec" (the target with a sparse cache), "snapkv" (... that attention selected)."""
     model, params = target(config)
     windowed = dataclasses.replace(config, window=WINDOW, sink=SINK, n_layers=2)
     if kind.startswith("spire"):
@@ -100,6 +101,8 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
         return Pair(model, params, Spire(draft, config.n_layers), draft_params)
     if kind == "magicdec":
         return Pair(model, params, magicdec(config, WINDOW, SINK, Compute()), params)
+    if kind == "snapkv":
+        return Pair(model, params, snapkv(config, 7, Compute(), observed=3), params)
     if kind == "self":
         return Pair(model, params, Vanilla(model), params)
     if kind == "ring":

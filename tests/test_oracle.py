@@ -135,7 +135,7 @@ def target_pass(model, params, tokens, context, sampling, config):
     """One pass for all drafts at once, on the cache of a prefill of the context alone."""
     _, keys_values = model.bind(params).prefill(tokens[:, : context - 1])
     cache = full_cache(keys_values, tokens.shape[1])
-    served = tuple(pair(kind, config).strategy for kind in ("vanilla", "spire", "magicdec"))
+    served = tuple(pair(kind, config).strategy for kind in ("vanilla", "spire", "snapkv"))
     return target_along(model, params, cache, tokens, context, served, sampling)
 
 
@@ -181,7 +181,16 @@ CONTEXT, OUTPUT, K, ROWS = 10, 24, 3, 512
 WINDOWED = dataclasses.replace(TINY, window=7, sink=2)  # a target with a mask of its own
 CASES: list[tuple] = [
     (kind, TINY, 1.0)
-    for kind in ("spire", "spire_strict", "spire_plain", "vanilla", "ring", "self", "magicdec")
+    for kind in (
+        "spire",
+        "spire_strict",
+        "spire_plain",
+        "vanilla",
+        "ring",
+        "self",
+        "magicdec",
+        "snapkv",
+    )
 ]
 CASES += [("spire", TINY, 0.7), ("spire", WINDOWED, 1.0)]
 BLOCKS = [(kind, TINY, temperature, "block") for kind, temperature in (

@@ -2,6 +2,7 @@
 
 from spire_jax.config import (
     MAGICDEC,
+    SNAPKV,
     DecodeConfig,
     DraftConfig,
     ExperimentConfig,
@@ -10,6 +11,7 @@ from spire_jax.config import (
 )
 from spire_jax.drafting import Strategy
 from spire_jax.drafting.magicdec import magicdec
+from spire_jax.drafting.snapkv import snapkv
 from spire_jax.drafting.spire import Spire
 from spire_jax.drafting.vanilla import Vanilla
 from spire_jax.models.layers import Compute
@@ -29,9 +31,12 @@ def target_model(config: ExperimentConfig, compute: Compute) -> Model:
 
 
 def strategy(config: ExperimentConfig, name: str, compute: Compute) -> Strategy:
-    """The drafting strategy of a method: a draft's name, or MAGICDEC."""
+    """The drafting strategy of a method: a draft's name, MAGICDEC or SNAPKV."""
+    window, sink = config.magicdec.window, config.magicdec.sink
     if name == MAGICDEC:
-        return magicdec(config.target, config.magicdec.window, config.magicdec.sink, compute)
+        return magicdec(config.target, window, sink, compute)
+    if name == SNAPKV:
+        return snapkv(config.target, sink + window, compute)
     draft: DraftConfig = config.draft(name)
     sizes = draft_model(config.target, draft)
     if draft.kind == "vanilla":

@@ -77,6 +77,10 @@ class RingCache(_Cache):
     sink: int
     ring: int
 
+    def layer_positions(self, layer: int) -> Int[Array, "B P"]:
+        """The position that each slot of a layer holds."""
+        return self.positions
+
     def slots(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
         """slot(j) = j for j < sink, else sink + (j - sink) mod ring; -1 goes nowhere."""
         ring = self.sink + (positions - self.sink) % self.ring
@@ -88,6 +92,44 @@ class RingCache(_Cache):
         rows = jnp.arange(positions.shape[0])[:, None]
         stored = self.positions.at[rows, self.slots(positions)].set(positions, mode="drop")
         return dataclasses.replace(self, positions=stored)
+
+
+@record()
+@dataclasses.dataclass(frozen=True)
+class SelectedCache(_Cache):
+    """Prompt tokens that each KV head of each layer selected for itself, and all tokens after them.
+
+    A row's selected entries fill its first `used` slots; the tokens after its prompt follow, in
+    order, and start over there if they ever outgrow the cache.
+    """
+
+    keys: Layers
+    values: Layers
+    positions: tuple[Int[Array, "B K S"], ...]  # layer by layer; EMPTY where there is none
+    begin: Int[Array, " B"]  # the first position after the prompt
+    used: Int[Array, " B"]
+    sink = 0  # no slots of its own
+
+    def layer_positions(self, layer: int) -> Int[Array, "B K S"]:
+        """The position that each slot of a layer holds, for each KV head."""
+        return self.positions[layer]
+
+    def slots(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """Where positions after the prompt go; others go nowhere."""
+        size = self.keys[0].shape[1]
+        begin, used = self.begin[:, None], self.used[:, None]
+        slots = used + (positions - begin) % jnp.maximum(size - used, 1)
+        return jnp.where(positions < begin, size, slots)
+
+    def place(self, positions: Int[Array, "B T"]) -> "SelectedCache":
+        """The cache with the positions stored whose entries are about to be written."""
+        rows, slots = jnp.arange(positions.shape[0])[:, None], self.slots(positions)
+
+        def stored(layer: Int[Array, "B K S"]) -> Int[Array, "B K S"]:
+            for_all_heads = positions[:, :, None]
+            return layer.at[rows, :, slots].set(for_all_heads, mode="drop")
+
+        return dataclasses.replace(self, positions=tuple(map(stored, self.positions)))
 
 
 def ring_positions(

@@ -81,7 +81,7 @@ def attention(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     q_pos: Positions,
-    k_pos: Int[np.ndarray, " S"] | Int[Array, "#B S"],
+    k_pos: Int[np.ndarray, " S"] | Int[Array, "#B S"] | Int[Array, "#B K S"],
     *,
     window: int = 0,
     sink: int = 0,
@@ -97,7 +97,7 @@ def attention(
 
     Args:
         q, k, v: rotated queries and keys, and values; G query heads share a KV head.
-        q_pos, k_pos: positions in the text.
+        q_pos, k_pos: positions in the text; keys may have their own for each KV head.
         limit: per query, the first position that is *not* visible (SPIRe's memories of the
             target end before the block); None for no such limit.
         scale: multiplies the logits.
@@ -137,11 +137,14 @@ def merge_attention(parts):
     return out.astype(parts[0][0].dtype)
 
 
-def _mask(q_pos, k_pos, limit, window, sink) -> Bool[np.ndarray | Array, "rows T S"]:
+def _mask(q_pos, k_pos, limit, window, sink) -> Bool[np.ndarray | Array, "rows *K T S"]:
     q_pos, k_pos = (x[None] if x.ndim == 1 else x for x in (q_pos, k_pos))
+    by_head = k_pos.ndim == 3
+    q_pos = q_pos[:, None] if by_head else q_pos
     visible = may_attend(q_pos[..., :, None], k_pos[..., None, :], window, sink)
     if limit is not None:
         limit = limit[None] if limit.ndim == 1 else limit
+        limit = limit[:, None] if by_head else limit
         visible &= k_pos[..., None, :] < limit[..., :, None]
     return visible
 
@@ -165,7 +168,8 @@ def _attend(q, k, v, mask, scale):
     logits = logits * scale if scale != 1.0 else logits
     if not (isinstance(mask, np.ndarray) and mask.all()):
         logits = logits.reshape(b, kv_heads, group, t, -1)
-        logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
+        mask = mask[:, :, None] if mask.ndim == 4 else mask[:, None, None]
+        logits = jnp.where(mask, logits, -jnp.inf)
         logits = logits.reshape(b, kv_heads, group * t, -1)
     top = jnp.max(logits, axis=-1, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))

@@ -7,14 +7,17 @@ learned mix of all the draft's layers for drafted ones (and other choices, for c
 (`rollout`: k passes, parallel over all starts) and decoding (`step`, `refresh`).
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from spire_jax.config import ModelConfig
-from spire_jax.models.kv_cache import KeysValues, RingCache
+from spire_jax.masks import EMPTY
+from spire_jax.models.kv_cache import KeysValues, RingCache, SelectedCache
 from spire_jax.models.layers import (
     Block,
     Compute,
@@ -70,6 +73,7 @@ class SpireDraft(Transformer):
         starts: Int[np.ndarray, " R"],
         k: int,
         read: Int[np.ndarray, " M"] | None = None,
+        selected: Sequence[Bool[Array, "B K M"]] | None = None,
     ) -> Float[Array, "B R k V"]:
         """Logits of k teacher-forced draft steps from every start, all starts in parallel.
 
@@ -82,6 +86,7 @@ class SpireDraft(Transformer):
             activations: the target's, those of `target_layers`, at the positions `read`.
             starts: static start positions, with s + k <= T.
             read: static; all of 0 .. T - 1 unless given. A window sees fewer.
+            selected: layer by layer, which of `read` each KV head keeps; all unless given.
         """
         read = np.arange(tokens.shape[1]) if read is None else read
         target_memory = self.read_target(tokens[:, read], activations, read)
@@ -91,21 +96,24 @@ class SpireDraft(Transformer):
             # The last pass leaves no memory behind: no pass comes after it.
             one_pass = jax.checkpoint(self._pass, static_argnums=(0, 4)) if (
                 self.compute.remat) else self._pass  # fmt: skip
-            x, memory = one_pass(_Static(starts, j, read), tokens, target_memory, own, j < k - 1)
+            at = _Static(starts, j, read)
+            x, memory = one_pass(at, tokens, target_memory, own, j < k - 1, selected)
             hidden.append(x)
             for layer, kv in zip(own, memory, strict=False):
                 layer.append(kv)
         return self.unembed(jnp.stack(hidden, axis=2))
 
-    def _pass(self, at: "_Static", tokens, target_memory, own, keep_memory):
+    def _pass(self, at: "_Static", tokens, target_memory, own, keep_memory, selected):
         starts, j = at.starts, at.j
         positions = starts + j
         x = self.embed(tokens[:, positions])
         xs = [x]
-        for block, (k, v), mine in zip(self.blocks, target_memory, own, strict=True):
+        for i, block in enumerate(self.blocks):
+            (k, v), mine = target_memory[i], own[i]
             q = block.queries(x, positions)
             sinks = int((at.read < self.config.sink).sum())
-            parts = self._attend_memory(block, q, k, v, positions, at.read, starts, sinks)
+            k_pos = at.read if selected is None else jnp.where(selected[i], at.read, EMPTY)
+            parts = self._attend_memory(block, q, k, v, positions, k_pos, starts, sinks)
             recent = list(mine)
             if self.attend_self:
                 recent.append(block.keys_values(x, positions))
@@ -131,8 +139,11 @@ class SpireDraft(Transformer):
         return out.reshape(q.shape), lse.reshape(q.shape[:-1])
 
     def step(
-        self, cache: RingCache, tokens: Int[Array, " B"], positions: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B V"], RingCache]:
+        self,
+        cache: RingCache | SelectedCache,
+        tokens: Int[Array, " B"],
+        positions: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B V"], RingCache | SelectedCache]:
         """One draft step: logits after the token at `positions`; its memories enter the cache."""
         pos = positions[:, None]
         x = self.embed(tokens[:, None])
@@ -141,7 +152,7 @@ class SpireDraft(Transformer):
             q = block.queries(x, pos)
             keys, values = (c[i].astype(x.dtype) for c in (cache.keys, cache.values))
             parts = self._attend_memory(
-                block, q, keys, values, pos, cache.positions, pos, cache.sink
+                block, q, keys, values, pos, cache.layer_positions(i), pos, cache.sink
             )
             if self.attend_self:
                 k, v = block.keys_values(x, pos)
@@ -171,11 +182,11 @@ class SpireDraft(Transformer):
 
     def refresh(
         self,
-        cache: RingCache,
+        cache: RingCache | SelectedCache,
         tokens: Int[Array, "B T"],
         activations: Activations,
         positions: Int[Array, "B T"],
-    ) -> RingCache:
+    ) -> RingCache | SelectedCache:
         """Recompute cached entries of tokens that the target has processed from its activations.
 
         Positions of rejected tokens may be among them: their entries come after the row's last
@@ -214,7 +225,7 @@ class SpireDraft(Transformer):
         k: Float[Array, "B S K H"],
         v: Float[Array, "B S K H"],
         q_pos: Positions,
-        k_pos: Int[np.ndarray, " S"] | Int[Array, "#B S"],
+        k_pos: Int[np.ndarray, " S"] | Int[Array, "#B S"] | Int[Array, "#B K S"],
         limit: Positions | None = None,
     ):
         return attention(

@@ -73,7 +73,7 @@ DEPTHS_AND_BATCHES = [(k, 8) for k in (1, 3, 4, 8)] + [(3, 1)] + [
 
 
 @pytest.mark.parametrize("k,batch", DEPTHS_AND_BATCHES)
-@pytest.mark.parametrize("kind", (*DRAFTS, "magicdec"))
+@pytest.mark.parametrize("kind", (*DRAFTS, "magicdec", "snapkv"))
 def test_greedy_equals_autoregressive(kind, k, batch):
     prompts, wanted = greedy_reference()
     pair = models.pair(kind)
