@@ -356,10 +356,10 @@ def validate(config: ExperimentConfig) -> None:
            f"train.batch_size={train.batch_size}")  # fmt: skip
     _check(bool(ev.context_lengths), "eval.context_lengths is empty; give at least one")
     _check(all(n >= 1 for n in ev.context_lengths), "eval.context_lengths must all be 1 or more")
+    _validate_study(config)
     for name, draft in config.trained:
         _validate_draft(name, draft, config)
     _validate_magicdec(config)
-    _validate_study(config)
     _validate_throughput(config)
     longest = max(ev.context_lengths) + ev.output_length + oracle_depth(config)
     _check(t.max_len == 0 or longest <= t.max_len,

@@ -89,9 +89,9 @@ def build(full: Mapping[str, Any] | ml_collections.ConfigDict) -> ExperimentConf
     }
     config = ExperimentConfig(drafts=drafts, **sections)
     config = dataclasses.replace(config, target=with_vocabulary(config))
-    if config.study.of in dict(config.drafts):
-        made = variants(config.study, config.draft(config.study.of))
-        config = dataclasses.replace(config, variants=made)
+    base = dict(config.drafts).get(config.study.of)
+    if base is not None and base.kind == "spire":  # what else it may be, `validate` refuses
+        config = dataclasses.replace(config, variants=variants(config.study, base))
     validate(config)
     return config
 

@@ -8,7 +8,8 @@ import pytest
 
 from spire_jax import config as configs
 from spire_jax import config_files
-from spire_jax.config import ConfigError, DraftConfig, ModelConfig, TrainConfig
+from spire_jax.ablations import ABLATIONS
+from spire_jax.config import ConfigError, DraftConfig, ModelConfig, TrainConfig, trained_depth
 
 QUICKSTART = pathlib.Path("configs/quickstart.py")
 
@@ -31,7 +32,7 @@ def leaves(section, path=""):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
             yield from leaves(value, f"{path}{field.name}.")
-        elif field.name != "drafts":
+        elif field.name not in ("drafts", "variants"):
             yield path + field.name, value
 
 
@@ -61,7 +62,14 @@ def test_every_value_can_be_overridden():
         ("eval.context_lengths=a", "eval.context_lengths='a' should be a list of integers"),
         ("train.steps", "not of the form key=value"),
         ("train.k=3", "train.k=3 does not divide train.seq_len=256"),
-        ("drafts.spire.window=0", "drafts.spire.window=0 is under 1"),
+        ("drafts.spire.window=-1", "drafts.spire.window=-1 is under 1"),
+        ("drafts.spire.memory=target", "drafts.spire.memory='target'; choose from"),
+        ("drafts.spire.k=3", "drafts.spire.k=3 does not divide train.seq_len=256"),
+        ("study.of=spyre", "study.of='spyre' is no draft; there are ['spire', 'vanilla']"),
+        ("study.of=vanilla", "study.of='vanilla' is of kind 'vanilla'; name a 'spire' draft"),
+        ("magicdec.window=200", "larger than the longest context (184)"),
+        ("data.split=package", "data.split='package'; choose from ['file', 'folder']"),
+        ("decode.verification=tree", "decode.verification='tree'; choose from"),
         ("drafts.vanilla.window=-1", "drafts.vanilla.window=-1 is under 1"),
         ("drafts.spire.sink=49", "drafts.spire.sink=49 is longer than the shortest context"),
         ("drafts.spire.n_layers=9", "drafts.spire.n_layers=9 is deeper than the target"),
@@ -73,7 +81,10 @@ def test_every_value_can_be_overridden():
         ("target.vocab_size=200", "target.vocab_size=200 is under the data's 257"),
         ("target.max_len=250", "= 252 goes beyond target.max_len=250"),
         ("target.d_head=7", "target.d_head=7 is odd"),
-        ("data.tokenizer=words", "data.tokenizer='words' is unknown"),
+        (
+            "data.tokenizer=words",
+            "data.tokenizer='words' does not exist; use 'bytes', or make a file",
+        ),
         ("train.accumulate=3", "train.accumulate=3 does not divide train.batch_size"),
         ("train.dtype=float16", "train.dtype='float16'; use 'float32' or 'bfloat16'"),
         ("train.peak_lr=0", "train.peak_lr=0.0 must be above 0"),
@@ -90,6 +101,43 @@ def test_bad_values_are_named(override, message):
     with pytest.raises(ConfigError) as error:
         load(override)
     assert message in str(error.value)
+
+
+def test_snapkv_needs_more_than_what_it_observes():
+    with pytest.raises(ConfigError, match="keeps the last 32 tokens anyway: sink \\+ window = 32"):
+        load("magicdec.snapkv=true", "magicdec.window=31")
+
+
+def test_variants_are_the_base_but_for_what_their_name_says():
+    config = load("study.of=spire", "study.trained_k=8", "study.seeds=2")
+    base, variants = config.draft("spire"), dict(config.variants)
+    for name, ablation in ABLATIONS.items():
+        changed = dict(ablation.overrides) | {"of": "spire"}
+        assert variants[f"spire-{name}"] == dataclasses.replace(base, **changed), name
+    assert variants["spire-k8"].k == 8 and trained_depth(config, "spire-k8") == 8
+    assert trained_depth(config, "spire") == config.train.k
+    assert [n for n in variants if n.endswith("-seed1")] == [
+        "spire-seed1", "spire-distillation_only-seed1", "spire-no_feedback-seed1",
+    ]  # fmt: skip
+    assert variants["spire-seed1"].seed == 1
+    assert config.trained == config.drafts + config.variants
+    few = load("study.of=spire", "study.ablations=hard_target", "study.trained_k=", "study.seeds=1")
+    assert [name for name, _ in few.variants] == ["spire-hard_target"]
+    assert load().variants == ()
+
+
+def test_ablations_that_do_not_exist_are_named():
+    for override, message in (
+        ("study.ablations=no_feedbck", "there is no ablation 'no_feedbck'; there are ['no_sparse"),
+        ("study.seeded=all_of_it", "study.seeded: there is no ablation 'all_of_it'"),
+        ("study.ablations=hard_target,hard_target", "names an ablation twice"),
+        ("study.trained_k=3", "study.trained_k=(3,): 3 does not divide train.seq_len"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load("study.of=spire", override)
+        assert message in str(error.value)
+    with pytest.raises(ConfigError, match="takes away what study"):
+        load("study.of=spire", "drafts.spire.feedback=false")
 
 
 def test_bad_files_are_named(tmp_path):

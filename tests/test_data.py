@@ -97,7 +97,7 @@ def test_what_is_no_text_is_shown_and_not_counted():
 
 
 def test_an_unknown_tokenizer_is_named():
-    with pytest.raises(ConfigError, match=r"data\.tokenizer='gpt2' is unknown; use 'bytes'"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer='gpt2' does not exist; use 'bytes'"):
         make_tokenizer("gpt2")
 
 

@@ -161,8 +161,8 @@ def _tokens(
     kept = cache / f"tokens-{sha256[:16]}.npz" if cache and tokenizer.name != BYTES else None
     if kept and kept.is_file():
         with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
-            stored = np.load(kept)
-            return stored["tokens"], stored["ends"]
+            with kept.open("rb") as file, np.load(file) as stored:
+                return stored["tokens"], stored["ends"]
     small = np.uint16 if tokenizer.n_tokens <= 2**16 else np.int32
     separator = np.array([tokenizer.separator], small)
     pieces = [p for ids in tokenizer.encode_all(texts) for p in (ids.astype(small), separator)]

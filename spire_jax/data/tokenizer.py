@@ -71,8 +71,8 @@ class BpeTokenizer:
     """
 
     def __init__(self, path: pathlib.Path):
-        content = path.read_bytes()
         self.n_tokens = tokenizer_size(str(path))
+        content = path.read_bytes()
         self.separator = self.n_tokens - 1
         # By content: the same file elsewhere is the same tokenizer.
         self.name = f"bpe-{self.n_tokens}-{hashlib.sha256(content).hexdigest()[:16]}"
