@@ -210,11 +210,14 @@ def _k_table(summary: Mapping[str, Any]) -> str:
     ks = [k for k in (1, 2, 3, 4, 6, 8, 12, 16) if k <= len(next(iter(summary["by_k"].values())))]
     rows = [[n, *(f"{taus[k - 1]:.2f}" for k in ks)] for n, taus in summary["by_k"].items()]
     text = f"### tau by k\n\n{_table(['draft', *map(str, ks)], rows)}"
+    alike: dict[str, tuple[list[str], Any]] = {}  # chips of the same table stand together
     for chip, by_batch in summary["best_k"].items():
+        alike.setdefault(json.dumps(by_batch), ([], by_batch))[0].append(chip)
+    for chips, by_batch in alike.values():
         contexts = list(next(iter(by_batch.values())))
         lines = [[batch, *(f"{k} ({value:.2f})" for k, value in row.values())]
                  for batch, row in by_batch.items()]  # fmt: skip
-        text += (f"\n\nBest k of {summary['of']} (and its modeled multiplier) on {chip}, by batch "
+        text += (f"\n\nBest k of {summary['of']} (and its modeled multiplier) on {', '.join(chips)}, by batch "
                  f"and context:\n\n{_table(['B', *contexts], lines)}")  # fmt: skip
     return text
 

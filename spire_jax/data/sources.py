@@ -171,8 +171,8 @@ def _tokens(
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_name(f".{os.getpid()}-{kept.name}")
-        with temporary.open("wb") as file:
-            np.savez(file, tokens=tokens, ends=ends)
+        with temporary.open("wb") as written:
+            np.savez(written, tokens=tokens, ends=ends)
         os.replace(temporary, kept)
     return tokens, ends
 

@@ -1,0 +1,137 @@
+"""A study from training to its tables, small; and what it refuses."""
+
+import json
+import shutil
+
+import numpy as np
+import pipelines
+import pytest
+
+from spire_jax import study, study_report
+from spire_jax.config_files import load
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+STUDY = {"study.of": "spire", "study.ablations": "no_feedback_no_target,shared_memory",
+         "study.trained_k": 8, "study.seeds": 2, "study.seeded": "no_feedback_no_target",
+         "study.context_length": 12, "study.contexts": 10, "study.detectable": 6,
+         "magicdec.window": 17, "target.n_layers": 1, "eval.context_lengths": "8,18",
+         "drafts.spire.steps": 6, "train.steps": 9, "drafts.vanilla.steps": 6}  # fmt: skip
+VARIANTS = ["spire", "vanilla", "spire-no_feedback_no_target", "spire-shared_memory", "spire-k8",
+            "spire-seed1", "spire-no_feedback_no_target-seed1"]  # fmt: skip
+
+
+def run(corpus, workdir, *more: str, stages: str = "target,drafts,study") -> int:
+    given = [f"--config.{key}={value}" for key, value in STUDY.items()]
+    return pipelines.main(corpus, workdir, *given, f"--stages={stages}", *more)
+
+
+@pytest.fixture(scope="module")
+def done(corpus, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("study") / "run"
+    assert run(corpus, workdir) == 0
+    return workdir
+
+
+def records(workdir, name):
+    return [json.loads(x) for x in (workdir / "study" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_every_variant_sees_the_same_contexts_and_batches(done):
+    places = {tuple((r["document"], r["cut"]) for r in records(done, n)) for n in VARIANTS}
+    assert len(places) == 1 and len(places.pop()) == 10
+    steps = {tuple(json.loads(line)["examples"] for line in (done / "metrics" / f"{n}.jsonl")
+                   .read_text().splitlines()) for n in VARIANTS}  # fmt: skip
+    assert len(steps) == 1
+
+
+def test_the_tables_have_what_was_asked(done):
+    found = json.loads((done / "study" / study_report.JSON).read_text())
+    assert set(found["methods"]) == {*VARIANTS, "magicdec"}
+    for name, row in found["methods"].items():
+        assert 1 <= row["tau"] <= 5, name
+        pair = [np.sum([r["oracle"][key][3] for r in records(done, name)])
+                for key in ("lengths_by_k", "rounds_by_k")]  # fmt: skip
+        assert row["tau"] == pytest.approx(pair[0] / pair[1])
+        assert row["difference"] == pytest.approx(row["tau"] - found["methods"]["spire"]["tau"])
+    assert found["plan"]["twins"] == ["spire", "spire-seed1"]
+    assert found["plan"]["smallest_detectable_effect"] > 0
+    assert len(found["by_k"]["spire-k8"]) == len(found["by_k"]["spire"]) == 8
+    assert len(found["methods"]["spire-shared_memory"]["tau_by_k"]) == 4
+    assert set(found["seeds"]) == {"spire", "spire-no_feedback_no_target"}
+    assert {len(row["tau"]) for row in found["seeds"].values()} == {2}
+    for row in found["decoded"]:
+        assert abs(row["tau_decoder"] - row["tau_oracle"]) < 1  # ten contexts
+    text = (done / "study" / study_report.TEXT).read_text()
+    assert "one memory for all layers" in text and "2.959" in text
+
+
+def test_a_finished_study_ends_at_once_and_the_old_one_is_kept(done, corpus, tmp_path, capsys):
+    before = (done / "study" / study_report.JSON).stat().st_mtime_ns
+    assert run(corpus, done, stages="study") == 0
+    assert (done / "study" / study_report.JSON).stat().st_mtime_ns == before
+    copy = shutil.copytree(done, tmp_path / "copy")
+    assert run(corpus, copy, "--config.study.contexts=8", stages="study") == 0
+    assert "study.contexts=10 (now 8)" in capsys.readouterr().err
+    assert len([p for p in copy.iterdir() if p.name.startswith("study")]) == 2
+
+
+def test_what_is_missing_or_of_another_config_is_named(done, corpus, tmp_path, capsys):
+    copy = shutil.copytree(done, tmp_path / "copy")
+    shutil.rmtree(copy / "drafts" / "spire-k8")
+    (copy / "study" / "identity.json").unlink()
+    for more, message in (
+        ([], "draft spire-k8 is not trained"),
+        (["--config.study.of="], "the config names no study"),
+        (["--config.drafts.spire.window=9"], "window"),
+        (["--config.study.contexts=100000"], "can be cut at"),
+    ):
+        assert run(corpus, copy, *more, stages="study") == 2
+        assert message in capsys.readouterr().err
+
+
+# --- statistics --------------------------------------------------------------------------------
+
+
+def config(*more: str):
+    return load("configs/quickstart.py", ["study.of=spire", "study.contexts=400", *more])
+
+
+def test_the_smallest_effect_is_what_repeated_studies_resolve():
+    """Drawn many times, a difference of that size is told from 0 in 4 of 5 studies."""
+    rng, k, n = np.random.default_rng(0), config().decode.k, 400
+
+    def rows(rounds):
+        lists = np.stack([rounds] * k, axis=1)
+        return [{"oracle": {"lengths_by_k": [64.0] * k, "rounds_by_k": list(r)}} for r in lists]
+
+    def draw(size, tau):
+        shared = rng.normal(0, 2, size)  # paired: most of the spread is the contexts'
+        return 64 / tau + shared + rng.normal(0, 0.5, size), 64 / 3.0 + shared + rng.normal(
+            0, 0.5, size)  # fmt: skip
+
+    pilot = dict(zip(("a", "b"), map(rows, draw(400, 3.0)), strict=True))
+    effect = study.smallest_effect(pilot, ("a", "b"), config())["smallest_detectable_effect"]
+    resolved = 0
+    for _ in range(300):
+        a, b = draw(n, 3.0 + effect)
+        taus = [64 / x.mean() for x in (a, b)]
+        terms = [(64 - tau * x) / x.mean() for tau, x in zip(taus, (a, b), strict=True)]
+        error = np.std(terms[0] - terms[1], ddof=1) / np.sqrt(n)
+        resolved += abs(taus[0] - taus[1]) > 1.96 * error
+    assert 0.7 < resolved / 300 < 0.9
+
+
+def test_the_best_depth_is_the_largest_multiplier():
+    from spire_jax import throughput
+
+    taus = [1.8, 2.4, 2.8, 3.0, 3.1, 3.15]
+    k, value = study.best_k(
+        config(), "spire", taus, batch=64, context=512, hoi=600, variant="paper"
+    )
+    found = [throughput.multiplier(config(), "spire", tau=t, batch=64, context=512, k=i + 1)
+             for i, t in enumerate(taus)]  # fmt: skip
+    assert value == max(found) == found[k - 1] and 1 < k < 6
+    assert study.depths_to_check(config(), taus) == sorted(
+        set(study.depths_to_check(config(), taus))
+    )
+    assert 1 <= len(study.depths_to_check(config(), taus)) <= 3
