@@ -217,8 +217,8 @@ def _k_table(summary: Mapping[str, Any]) -> str:
         contexts = list(next(iter(by_batch.values())))
         lines = [[batch, *(f"{k} ({value:.2f})" for k, value in row.values())]
                  for batch, row in by_batch.items()]  # fmt: skip
-        text += (f"\n\nBest k of {summary['of']} (and its modeled multiplier) on {', '.join(chips)}, by batch "
-                 f"and context:\n\n{_table(['B', *contexts], lines)}")  # fmt: skip
+        where = f"{summary['of']} (and its modeled multiplier) on {', '.join(chips)}"
+        text += f"\n\nBest k of {where}, by batch and context:\n\n{_table(['B', *contexts], lines)}"
     return text
 
 

@@ -125,13 +125,10 @@ def test_the_best_depth_is_the_largest_multiplier():
     from spire_jax import throughput
 
     taus = [1.8, 2.4, 2.8, 3.0, 3.1, 3.15]
-    k, value = study.best_k(
-        config(), "spire", taus, batch=64, context=512, hoi=600, variant="paper"
-    )
+    at = {"batch": 64, "context": 512, "hoi": 600.0, "variant": "paper"}
+    k, value = study.best_k(config(), "spire", taus, **at)
     found = [throughput.multiplier(config(), "spire", tau=t, batch=64, context=512, k=i + 1)
              for i, t in enumerate(taus)]  # fmt: skip
     assert value == max(found) == found[k - 1] and 1 < k < 6
-    assert study.depths_to_check(config(), taus) == sorted(
-        set(study.depths_to_check(config(), taus))
-    )
-    assert 1 <= len(study.depths_to_check(config(), taus)) <= 3
+    checked = study.depths_to_check(config(), taus)
+    assert checked == sorted(set(checked)) and 1 <= len(checked) <= 3
