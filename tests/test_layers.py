@@ -15,6 +15,8 @@ from spire_jax.models.layers import Compute, RMSNorm, attention, merge_attention
 from spire_jax.models.layers import rope_frequencies as frequencies
 from spire_jax.models.transformer import Model, Transformer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 B, KV_HEADS, H = 2, 2, 4
 
 # name: (queries' positions, keys' positions, options); limits are one per query.

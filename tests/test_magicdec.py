@@ -9,6 +9,8 @@ from models import TINY, target, texts
 from spire_jax.drafting.magicdec import magicdec
 from spire_jax.models.layers import Compute, attention
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 T, K = 20, 3
 VALID = slice(0, TINY.n_tokens)
 

@@ -16,6 +16,8 @@ from spire_jax.oracle import kept_at_least, ratios_along, round_statistics, targ
 from spire_jax.sampling import Sampling, probabilities
 from spire_jax.verification import block_acceptance
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # --- the dynamic program -----------------------------------------------------------------------
 
 

@@ -15,6 +15,8 @@ from spire_jax.models.layers import Compute
 from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Model, Transformer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 T, K = 26, 3  # a text well beyond window + sink + k
 WINDOWED = dataclasses.replace(TINY, window=WINDOW, sink=SINK)
 VALID = slice(0, TINY.n_tokens)

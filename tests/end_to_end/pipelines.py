@@ -1,5 +1,6 @@
 """A pipeline of seconds: a folder of text, and configs small enough to run many times."""
 
+import os
 import pathlib
 import random
 import subprocess
@@ -68,6 +69,7 @@ def process(corpus: pathlib.Path, workdir: pathlib.Path, *more: str) -> subproce
     """Run in a process of its own, which can be killed."""
     return subprocess.Popen(
         [sys.executable, "-m", "spire_jax.run", *arguments(corpus, workdir, *more)],
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},  # as the tests that compare
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -30,6 +30,8 @@ from spire_jax.train import (
     train_step,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DRAFTS = ("spire", "spire_strict", "spire_plain", "vanilla", "ring", "self")
 # From one token to beyond window + sink + k of every test (6 + 1 + 8).
 CONTEXTS = (1, 2, 5, 7, 8, 12, 16, 30)

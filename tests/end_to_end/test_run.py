@@ -10,6 +10,8 @@ import pytest
 
 from spire_jax import run as run_module
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture
 def copy(finished, tmp_path):
