@@ -48,5 +48,6 @@ def get_config() -> ml_collections.ConfigDict:
         tau_vanilla=2.647,
         tau_magicdec=3.891,
         tau_spire=3.401,
+        training_cost_spire=0.25,
     )
     return config

@@ -185,6 +185,8 @@ class ThroughputConfig:
     context_lengths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     batch_size: int = 64  # the report's headline point
     context_length: int = 512
+    decode_to_train: float = 10.0  # decoding to come, in units of the target's training
+    training_cost_spire: float = 0.0  # training SPIRe, in the same units; 0 = by its FLOPs
     weight_bytes: float = 1.0
     cache_bytes: float = 1.0
     compute_bytes: float = 1.0  # the width whose peak FLOP/s counts: 1 = FP8/INT8, 2 = bf16
@@ -456,6 +458,7 @@ def _validate_throughput(config: ExperimentConfig) -> None:
     _choice("throughput.chip", at.chip, "v5e v5p v6e v7x h100 h200 b200")
     _choice("throughput.variant", at.variant, "paper fixed_window per_operator with_head")
     _positive(at, "throughput", "hoi batch_size context_length weight_bytes cache_bytes")
+    _positive(at, "throughput", "decode_to_train")
     widths = "use 1 (FP8, INT8) or 2 (bf16)"
     _check(at.compute_bytes in (1, 2), f"throughput.compute_bytes={at.compute_bytes}; {widths}")
     for key in ("batch_sizes", "context_lengths"):

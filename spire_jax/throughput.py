@@ -189,6 +189,18 @@ def multiplier_over_generation(
     return autoregressive / speculative
 
 
+def net_saving(multiplier: float, decoding: float, training: float) -> float:
+    """What speculation saves over autoregressive decoding, the draft's training paid for.
+
+    In units of the target's training: `decoding` is what autoregressive decoding would cost, and
+    `training` what training the draft does. Method.md section 6.
+    """
+    if multiplier <= 0 or decoding < 0 or training < 0:
+        raise ConfigError(f"multiplier={multiplier}, decoding={decoding} and training={training} "
+                          f"must not be negative, the first above 0")  # fmt: skip
+    return decoding - decoding / multiplier - training
+
+
 def critical_context(
     config: ExperimentConfig, *, k: int | None = None, hoi: float | None = None
 ) -> int:
