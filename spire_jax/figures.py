@@ -33,6 +33,7 @@ from spire_jax.config import (
     ExperimentConfig,
     StudyConfig,
     body_parameters,
+    to_dict,
 )
 from spire_jax.config_files import command_line, exit_with_error
 from spire_jax.cost_model import VARIANTS, cache_row
@@ -82,12 +83,11 @@ def own_inputs(config: ExperimentConfig, workdir: pathlib.Path) -> Given:
     if not path.is_file():
         raise ConfigError(f"--workdir={workdir} has no report; run the pipeline there first")
     summary = json.loads(path.read_text())
-    for key, value in (("k", config.decode.k), ("target", config.target.d_model)):
-        found = (summary["assumptions"]["k"] if key == "k"
-                 else summary["config"]["target"]["d_model"])  # fmt: skip
-        if found != value:
-            raise ConfigError(f"--workdir={workdir} is of another config: {key} is {found} there "
-                              f"and {value} here")  # fmt: skip
+    mine, its = to_dict(config), summary["config"]
+    for section in ("data", "target", "drafts", "magicdec", "train", "decode", "eval", "seed"):
+        if mine[section] != its.get(section):
+            raise ConfigError(f"--workdir={workdir} is of another config: its section {section} is "
+                              f"{its.get(section)}, here it is {mine[section]}")  # fmt: skip
     methods = {n: r for n, r in summary["methods"].items() if n != AUTOREGRESSIVE}
     tau = {name: round(row["tau"], 9) for name, row in methods.items()}
     listed = ", ".join(f"{name} {value:.3f}" for name, value in tau.items())

@@ -8,7 +8,7 @@ import pytest
 
 from spire_jax import figures, throughput
 from spire_jax.ablations import ABLATIONS
-from spire_jax.config import ConfigError
+from spire_jax.config import ConfigError, to_dict
 from spire_jax.config_files import load
 from spire_jax.cost_model import VARIANTS
 
@@ -89,7 +89,7 @@ def own_run(folder: pathlib.Path, **over) -> pathlib.Path:
     config = load("configs/quickstart.py")
     methods = {"autoregressive": {"tau": 1.0}, "spire": {"tau": 3.5}, "vanilla": {"tau": 3.0}}
     summary = {"methods": methods, "context_length": 184, "assumptions": {"k": config.decode.k},
-               "config": {"target": {"d_model": config.target.d_model}}} | over  # fmt: skip
+               "config": to_dict(config)} | over  # fmt: skip
     rows = {f"spire-{n}": {"tau": 3.0, "tau_ci95": [2.9, 3.1]} for n in ABLATIONS}
     rows["spire"] = {"tau": 3.5, "tau_ci95": [3.4, 3.6], "acceptance_by_depth": [0.9, 0.8]}
     study = {"of": "spire", "k": 4, "context_length": 96, "methods": rows,
@@ -109,11 +109,14 @@ def test_the_command_draws_ones_own(tmp_path, capsys):
 
 
 def test_what_cannot_be_drawn_is_named(tmp_path, capsys):
-    other = own_run(tmp_path / "other", assumptions={"k": 3})
+    other = own_run(tmp_path / "other")
     for arguments, message in (
         (["--config=configs/quickstart.py"], "gives no acceptance length"),
         (["--config=configs/quickstart.py", f"--workdir={tmp_path}"], "has no report"),
-        (["--config=configs/quickstart.py", f"--workdir={other}"], "of another config: k is 3"),
+        (
+            ["--config=configs/quickstart.py", f"--workdir={other}", "--config.decode.k=3"],
+            "of another config: its section decode is",
+        ),
         ([f"--config={PAPER}", "--config.study.of=vanilla"], "is of kind 'vanilla'"),
     ):
         with pytest.raises(SystemExit) as status:

@@ -52,6 +52,7 @@ def test_the_tables_have_what_was_asked(done):
         pair = [np.sum([r["oracle"][key][3] for r in records(done, name)])
                 for key in ("lengths_by_k", "rounds_by_k")]  # fmt: skip
         assert row["tau"] == pytest.approx(pair[0] / pair[1])
+        assert row["tau"] <= row["tau_block"] <= 5
         assert row["difference"] == pytest.approx(row["tau"] - found["methods"]["spire"]["tau"])
     assert found["plan"]["twins"] == ["spire", "spire-seed1"]
     assert found["plan"]["smallest_detectable_effect"] > 0

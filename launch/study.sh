@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# The paper's tables and figures at the size of configs/study.py: set-up, corpus, tokenizer,
+# training of the target and of all drafts, evaluation, ablations, figures.
+#
+#   bash launch/study.sh [--config.study.seeds=1 ...]
+#
+# Results go to $WORKDIR (runs/study), as seen from this repository's root, where it runs. Started
+# again it goes on where it stopped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/setup.sh requirements.txt
+python=.venv/bin/python
+workdir="${WORKDIR:-runs/study}"
+
+# Without an accelerator's plugin jax has only the CPU; huge pages: see launch/quickstart.sh.
+if [[ -z "${JAX_PLATFORMS+set}" ]] &&
+  ! compgen -G ".venv/lib*/python*/site-packages/jax_plugins/*" >/dev/null &&
+  ! compgen -G ".venv/lib*/python*/site-packages/libtpu*" >/dev/null; then
+  export JAX_PLATFORMS=cpu
+fi
+if [[ "$(uname)" == Linux ]]; then
+  export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+fi
+
+config=--config=configs/study.py
+"$python" -m launch.fetch_packages --list=configs/python_packages.txt --out=data/python_packages
+tokenizer=data/python_bpe_4096.json
+[[ -f "$tokenizer" ]] || "$python" -m launch.train_tokenizer "$config" --out="$tokenizer"
+"$python" -m spire_jax.run "$config" --workdir="$workdir" "$@"
+
+overrides=()
+for argument in "$@"; do
+  [[ "$argument" != --config.* ]] || overrides+=("$argument")
+done
+if [[ -f "$workdir/report/summary.json" ]]; then
+  exec "$python" -m spire_jax.figures "$config" --workdir="$workdir" --out="$workdir/figures" \
+    ${overrides[@]+"${overrides[@]}"}
+fi
