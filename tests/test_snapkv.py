@@ -1,5 +1,7 @@
 """SnapKV: which tokens are kept, by loops; drafting from them; the dense target as its limit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +20,7 @@ OBSERVED, BUDGET, K = 3, 7, 3
 
 def layers_inputs(tokens):
     """y^0 .. y^(N-1) of the target."""
-    p = pair("snapkv")
-    forward = jax.jit(lambda w, x: p.target.bind(w).forward(x, p.strategy.collect)[1])
-    return forward(p.target_params, jnp.asarray(tokens))
+    return forward()(pair("snapkv").target_params, jnp.asarray(tokens))
 
 
 def by_loops(block, y, length: int, budget: int) -> list[set[int]]:
@@ -113,17 +113,37 @@ def test_rounds_draft_from_what_was_kept(budget):
 
 def masked(p, strategy, text, prompt: int, start: int) -> np.ndarray:
     """q at K depths of one row, by SPIRe's rollout over the kept tokens, found by loops."""
-    module = strategy.model.bind(p.target_params)
-    ys, selected = layers_inputs(text), []
-    for block, y in zip(module.blocks, ys, strict=True):
-        if prompt <= BUDGET:
-            kept = [set(range(prompt))] * TINY.n_kv_heads
-        else:
-            kept = by_loops(block, y[:, :prompt], prompt, BUDGET)
+    selected = []
+    for kept in kept_of(tuple(text[0, :prompt].tolist())):
         marks = np.zeros((1, TINY.n_kv_heads, text.shape[1]), bool)
         for head, positions in enumerate(kept):
             marks[0, head, list(positions)] = True
         marks[..., prompt:] = True
         selected.append(jnp.asarray(marks))
-    logits = module.rollout(jnp.asarray(text), ys, np.array([start]), K, None, selected)
-    return np.asarray(probabilities(logits[0, 0], Sampling()))
+    ys = layers_inputs(text)
+    logits = rollouts(text.shape[1])(p.target_params, jnp.asarray(text), ys, selected)
+    return np.asarray(probabilities(logits[0, start], Sampling()))
+
+
+@functools.cache
+def kept_of(prompt: tuple[int, ...]) -> list[list[set[int]]]:
+    """Layer by layer, head by head."""
+    if len(prompt) <= BUDGET:
+        return [[set(range(len(prompt)))] * TINY.n_kv_heads] * TINY.n_layers
+    p = pair("snapkv")
+    blocks, ys = p.strategy.model.bind(p.target_params).blocks, layers_inputs([prompt])
+    return [by_loops(b, y, len(prompt), BUDGET) for b, y in zip(blocks, ys, strict=True)]
+
+
+@functools.cache
+def forward():
+    p = pair("snapkv")
+    return jax.jit(lambda w, x: p.target.bind(w).forward(x, p.strategy.collect)[1])
+
+
+@functools.cache
+def rollouts(width: int):
+    """From every start at once: one program for all rounds."""
+    model, starts = pair("snapkv").strategy.model, np.arange(width - K + 1)
+    return jax.jit(lambda params, text, ys, selected: model.bind(params).rollout(
+        text, ys, starts, K, None, selected))  # fmt: skip
