@@ -35,19 +35,16 @@ from spire_jax.hardware import describe, peak_memory_bytes
 from spire_jax.models.transformer import Params
 from spire_jax.run import Pipeline
 from spire_jax.sharding import make_mesh
-from spire_jax.train import (
+from spire_jax.tasks import (
     Task,
     draft_task,
     init_params,
-    init_state,
     initial_draft,
-    make_optimizer,
     target_task,
     teach,
     teacher,
-    to_device,
-    train_step,
 )
+from spire_jax.train import init_state, make_optimizer, to_device, train_step
 
 
 def main() -> None:

@@ -17,14 +17,8 @@ from typing import Any, NoReturn
 import ml_collections
 
 from spire_jax.ablations import variants
-from spire_jax.config import (
-    ConfigError,
-    DraftConfig,
-    ExperimentConfig,
-    as_dict,
-    validate,
-    with_vocabulary,
-)
+from spire_jax.config import ConfigError, DraftConfig, ExperimentConfig, as_dict
+from spire_jax.validation import validate, with_vocabulary
 
 
 def defaults(

@@ -49,7 +49,8 @@ from spire_jax.models.kv_cache import FullCache
 from spire_jax.models.transformer import Params
 from spire_jax.oracle import TargetAlong, ratios_along, round_statistics, target_along
 from spire_jax.sampling import Sampling
-from spire_jax.train import draft_task, evaluate_batch, target_task, teach, teacher, to_device
+from spire_jax.tasks import draft_task, target_task, teach, teacher
+from spire_jax.train import evaluate_batch, to_device
 from spire_jax.verification import VERIFICATIONS
 
 KINDS = {ACCEPTED: "accepted", CORRECTION: "correction", BONUS: "bonus"}

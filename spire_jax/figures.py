@@ -105,7 +105,7 @@ def training_costs(config: ExperimentConfig, methods: Mapping[str, Any]) -> dict
 
     Or, for SPIRe, what the config gives (the paper counts a quarter).
     """
-    from spire_jax.train import draft_task, target_task, teacher  # jax, which the rest does without
+    from spire_jax.tasks import draft_task, target_task, teacher  # jax, which the rest does without
 
     of_target = target_task(config)
     costs = {}

@@ -52,19 +52,17 @@ from spire_jax.report_records import ReportError
 from spire_jax.sharding import check_mesh, make_mesh, shardings
 from spire_jax.study import evaluate_study, study_config
 from spire_jax.study_report import print_study, write_study
-from spire_jax.train import (
-    Learner,
+from spire_jax.tasks import (
     Task,
     Teacher,
-    TrainingError,
     draft_task,
     init_params,
     initial_draft,
     stream_key,
     target_task,
     teacher,
-    train,
 )
+from spire_jax.train import Learner, TrainingError, train
 
 ERRORS = (  # what a user can mend: shown without a traceback
     ConfigError, DataError, CheckpointError, MetricsError, TrainingError, DecodeError, ReportError,

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from spire_jax.config import ConfigError, DataConfig, tokenizer_size
+from spire_jax.config import ConfigError, DataConfig
 from spire_jax.data import sources
 from spire_jax.data.pipeline import (
     BATCHES_AHEAD,
@@ -25,6 +25,7 @@ from spire_jax.data.pipeline import (
 )
 from spire_jax.data.sources import DataError, load_corpus
 from spire_jax.data.tokenizer import make_tokenizer
+from spire_jax.validation import tokenizer_size
 
 SEPARATOR = 256
 

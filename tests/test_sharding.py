@@ -30,17 +30,8 @@ from spire_jax.models.layers import Compute
 from spire_jax.models.pruning import prune
 from spire_jax.models.transformer import Model, Transformer
 from spire_jax.sharding import check_mesh, constrain, make_mesh, shardings, spec
-from spire_jax.train import (
-    TrainBatch,
-    draft_task,
-    init_params,
-    init_state,
-    make_optimizer,
-    target_task,
-    teach,
-    teacher,
-    train_step,
-)
+from spire_jax.tasks import TrainBatch, draft_task, init_params, target_task, teach, teacher
+from spire_jax.train import init_state, make_optimizer, train_step
 
 MESHES = {
     "one": MeshConfig(1, 1, 1),

@@ -18,20 +18,22 @@ from spire_jax.checkpoints import Checkpoints
 from spire_jax.data.pipeline import Batch
 from spire_jax.metrics import MetricsError
 from spire_jax.sharding import make_mesh
-from spire_jax.train import (
-    Learner,
+from spire_jax.tasks import (
     TrainBatch,
-    TrainingError,
-    by_depth,
     draft_task,
     init_params,
-    init_state,
     initial_draft,
-    learning_rate,
-    make_optimizer,
     target_task,
     teach,
     teacher,
+)
+from spire_jax.train import (
+    Learner,
+    TrainingError,
+    by_depth,
+    init_state,
+    learning_rate,
+    make_optimizer,
     train,
     train_step,
 )

@@ -11,7 +11,8 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from spire_jax.config import BYTES, tokenizer_size
+from spire_jax.config import BYTES
+from spire_jax.validation import tokenizer_size
 
 
 @runtime_checkable
