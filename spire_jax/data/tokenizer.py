@@ -1,6 +1,5 @@
 """Tokenizers: text to ids and back: bytes, or byte-level BPE from a file of `tokenizers`."""
 
-import functools
 import hashlib
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -116,7 +115,6 @@ def train_bpe(texts: Iterable[str], n_tokens: int) -> tokenizers.Tokenizer:
     return bpe
 
 
-@functools.lru_cache(maxsize=4)
 def make_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names."""
     if name == BYTES:
