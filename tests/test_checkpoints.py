@@ -243,7 +243,9 @@ def test_whatever_file_is_damaged_the_checkpoint_before_is_restored(tmp_path, ho
 # Orbax leaves the other reads of a failed restore pending; the collector remarks on it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
-@pytest.mark.parametrize("how", ["removed", "emptied", "cut"])
+@pytest.mark.parametrize(
+    "how", ["cut", *(pytest.param(how, marks=pytest.mark.slow) for how in ("removed", "emptied"))]
+)
 def test_a_damaged_checkpoint_without_a_list_of_its_files(tmp_path, how):
     """Killed between commit and list: read bit for bit, or the one before it, with a warning."""
     states = {step: make_state(seed=step, step=step) for step in (10, 20)}

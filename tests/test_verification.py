@@ -111,8 +111,9 @@ SAMPLINGS = {
 }
 
 
-CASES = [("temperature 1", k, "token") for k in (1, 2, 3)] + [("temperature 0.6", 3, "token")]
-CASES += [("top-k", 1, "token"), ("top-p", 2, "token"), ("all", 1, "token")]  # sorting is slow
+CASES: list = [("temperature 1", k, "token") for k in (1, 2, 3)] + [("temperature 0.6", 3, "token")]
+CASES += [("top-k", 1, "token"), ("top-p", 2, "token")]  # sorting is slow
+CASES += [pytest.param("all", 1, "token", marks=pytest.mark.slow)]
 CASES += [("temperature 1", 1, "block"), ("temperature 1", 2, "block")]
 CASES += [("temperature 0.6", 3, "block")]
 
