@@ -97,11 +97,7 @@ def evaluate(
     ev = config.eval
     contexts = choose_contexts(config, dataset.corpus)
     teacher_forced = held_out(config, target, drafts, dataset)
-    # From here on models decode, in decode.dtype.
-    compute = compute_for(config.decode, config.train)
-    target = target_model(config, compute).cast(target)
-    drafts = {n: strategy(config, n, compute).model.cast(p) for n, p in drafts.items()}
-    drafts |= dict.fromkeys(self_drafting(config), target)
+    target, drafts = for_decoding(config, target, drafts)
     seconds: dict[str, float] = {}
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in (AUTOREGRESSIVE, *drafts)}
     batches = -(-len(contexts) // ev.batch_size)
@@ -145,8 +141,18 @@ def evaluate(
         "peak_memory_bytes": peak_memory_bytes(),
     }
     for name, lines in records.items():
-        _write(directory / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in lines))
-    _write(directory / "evaluation.json", json.dumps(summary, indent=1))
+        write_whole(directory / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in lines))
+    write_whole(directory / "evaluation.json", json.dumps(summary, indent=1))
+
+
+def for_decoding(
+    config: ExperimentConfig, target: Params, drafts: Mapping[str, Params]
+) -> tuple[Params, dict[str, Params]]:
+    """Parameters in decode.dtype: the target's, and those of every method that drafts."""
+    compute = compute_for(config.decode, config.train)
+    target = target_model(config, compute).cast(target)
+    cast = {n: strategy(config, n, compute).model.cast(p) for n, p in drafts.items()}
+    return target, cast | dict.fromkeys(self_drafting(config), target)
 
 
 # --- acceptance --------------------------------------------------------------------------------
@@ -352,11 +358,11 @@ def held_out(
         batch, count = to_device(rows, mesh), int(rows.mask_BxT.sum())
         tokens += count
         n_bytes += corpus.tokenizer.count_bytes(rows.targets_BxT[rows.mask_BxT])
-        metrics = evaluate_batch(of_target, of_target.loss, target, None, batch)
+        metrics = evaluate_batch(of_target, target, None, batch)
         nats += float(metrics["loss"]) * count
         lesson = teach(taught_by, target, batch) if tasks else None
         for name, task in tasks.items():
-            metrics = evaluate_batch(task, task.loss, drafts[name], lesson, batch)
+            metrics = evaluate_batch(task, drafts[name], lesson, batch)
             alpha[name] += float(metrics["alpha"]) * count
     return {
         "bits_per_byte": {"target": nats / n_bytes / math.log(2)},
@@ -413,7 +419,8 @@ def pieces(state: DecodeState, row: int, length: int, decode, name: str) -> list
     ]
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Write a file so that an interruption leaves the old content or the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -20,16 +20,17 @@ from spire_jax import throughput
 from spire_jax.config import ConfigError, ExperimentConfig, oracle_depth, self_drafting
 from spire_jax.data.pipeline import Context, Dataset
 from spire_jax.decode import Weights
-from spire_jax.drafting.build import compute_for, strategy, target_model
 from spire_jax.evaluate import (
     about,
     choose_contexts,
     decode_counts,
     decoder_record,
+    for_decoding,
     in_batches,
     oracle_records,
     sample_texts,
     target_pass,
+    write_whole,
 )
 from spire_jax.hardware import describe
 from spire_jax.metrics import Progress
@@ -66,10 +67,7 @@ def evaluate_study(
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     deep, full = set(deep_methods(config)), study_config(config)
-    compute = compute_for(config.decode, config.train)
-    cast = target_model(config, compute).cast(target)
-    models = {n: strategy(full, n, compute).model.cast(p) for n, p in drafts.items()}
-    models |= dict.fromkeys(self_drafting(config), cast)
+    target, models = for_decoding(full, target, drafts)
     depths = {n: oracle_depth(full) if n in deep else config.decode.k for n in models}
     twins = twin_names(config)
     pilot = dataclasses.replace(
@@ -81,21 +79,21 @@ def evaluate_study(
     n_batches = sum(-(-n // full.eval.batch_size) for n in (len(chosen), pilot.eval.contexts))
     with Progress("study", total=n_batches) as progress:
         pilot_records = _records(
-            pilot, cast, {n: models[n] for n in twins}, depths,
+            pilot, target, {n: models[n] for n in twins}, depths,
             choose_contexts(pilot, dataset.corpus), progress,
         )  # fmt: skip
         plan = smallest_effect(pilot_records, twins, config)
-        _write(directory / "plan.json", json.dumps(plan, indent=1))
-        records = _records(full, cast, models, depths, chosen, progress)
+        write_whole(directory / "plan.json", json.dumps(plan, indent=1))
+        records = _records(full, target, models, depths, chosen, progress)
     for name, lines in records.items():
-        _write(directory / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in lines))
+        write_whole(directory / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in lines))
     taus = tau_by_depth(records[config.study.of])
     checked = [
-        {"k": k, "tau_oracle": taus[k - 1]} | _decoded(full, cast, models, chosen, k)
+        {"k": k, "tau_oracle": taus[k - 1]} | _decoded(full, target, models, chosen, k)
         for k in depths_to_check(config, taus)
     ]
     summary = {"machine": describe(), "corpus": dataset.corpus.summary(), "decoded": checked}
-    _write(directory / "decoded.json", json.dumps(summary, indent=1))
+    write_whole(directory / "decoded.json", json.dumps(summary, indent=1))
 
 
 def _records(
@@ -223,9 +221,3 @@ def _decoded(
         counts += found[: len(dict.fromkeys(rows))].sum(axis=0)
     record = decoder_record(counts)
     return {"tau_decoder": record["lengths"] / record["rounds"], **record}
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -6,7 +6,6 @@ order of the training batches would have given, which no interval over contexts 
 """
 
 import json
-import os
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ import rich.markdown
 from spire_jax import throughput
 from spire_jax.ablations import ABLATIONS, FULL_PAPER_TAU
 from spire_jax.config import ExperimentConfig, self_drafting
+from spire_jax.evaluate import write_whole
 from spire_jax.intervals import Interval, difference_interval, ratio, ratio_interval
 from spire_jax.report_records import Counts, read_counts
 from spire_jax.study import best_k, deep_methods, study_config
@@ -34,9 +34,7 @@ def write_study(config: ExperimentConfig, folder: pathlib.Path) -> dict[str, Any
     summary = summarize(config, folder)
     texts = {JSON: json.dumps(summary, indent=1), TEXT: markdown(summary)}
     for name, text in texts.items():
-        temporary = folder / f".{name}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, folder / name)
+        write_whole(folder / name, text)
     return summary
 
 

@@ -55,7 +55,6 @@ class Task:
     flops_per_token: float  # of one training step, forward and backward, without the target's
     k: int = 1  # tokens t, t + k, ... of a sequence share a depth; 1 = no depths
     reads: tuple[int, ...] | None = None  # the y^l of its lessons; None: it needs no lesson
-    monitor: LossFn | None = None  # acceptance for a loss that has none, at logged steps only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,6 @@ def draft_task(config: ExperimentConfig, name: str) -> Task:
         3 * forward_flops(drafting.model, train.seq_len),
         k=k if rollout else 1,
         reads=drafting.collect if taught else None,
-        monitor=None if taught else loss,
     )
 
 

@@ -26,7 +26,7 @@ from spire_jax.hardware import peak_flops
 from spire_jax.metrics import MetricsLog, Progress
 from spire_jax.models.transformer import Params
 from spire_jax.sharding import batch_sharding, constrain, replicated, shardings
-from spire_jax.tasks import Lesson, LossFn, Task, Teacher, TrainBatch, teach
+from spire_jax.tasks import Lesson, Task, Teacher, TrainBatch, teach
 
 
 class TrainingError(RuntimeError):
@@ -87,11 +87,9 @@ def init_state(task: Task, optimizer: optax.GradientTransformation, params: Para
     }
 
 
-def loss_and_metrics(
-    task: Task, loss: LossFn, params: Params, lesson: Lesson | None, batch: TrainBatch, count
-):
+def loss_and_metrics(task: Task, params: Params, lesson: Lesson | None, batch: TrainBatch, count):
     """The mean loss over `count` tokens (this batch's share of it), and metrics likewise."""
-    values, alpha = loss(params, lesson, batch)
+    values, alpha = task.loss(params, lesson, batch)
     mean = jnp.sum(jnp.where(batch.mask, values, 0.0)) / count
     metrics = {"loss": mean}
     if alpha is not None:
@@ -111,7 +109,7 @@ def train_step(
     batch = TrainBatch(*(constrain(x, "batch", None) for x in batch))
     count = jnp.maximum(jnp.sum(batch.mask), 1)
     gradient = jax.grad(
-        lambda params, *micro: loss_and_metrics(task, task.loss, params, micro[0], micro[1], count),
+        lambda params, *micro: loss_and_metrics(task, params, micro[0], micro[1], count),
         has_aux=True,
     )
     if train.accumulate == 1:
@@ -152,13 +150,11 @@ def by_depth(metrics: dict[str, Array]) -> dict[str, Array]:
     return metrics
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def evaluate_batch(
-    task: Task, loss: LossFn, params: Params, lesson: Lesson | None, batch: TrainBatch
-):
+@functools.partial(jax.jit, static_argnums=0)
+def evaluate_batch(task: Task, params: Params, lesson: Lesson | None, batch: TrainBatch):
     """Metrics of one batch without a step."""
     count = jnp.maximum(jnp.sum(batch.mask), 1)
-    _, metrics = loss_and_metrics(task, loss, params, lesson, batch, count)
+    _, metrics = loss_and_metrics(task, params, lesson, batch, count)
     return by_depth(metrics)
 
 
@@ -223,16 +219,14 @@ class Learner:
 
     def needs_lesson(self, logged: bool) -> bool:
         """Whether the next step reads what the target says; `logged`: it is a logged step."""
-        return self.task.reads is not None or (logged and self.task.monitor is not None)
+        return self.task.reads is not None or logged
 
     def step(self, batch: Batch, device_batch: TrainBatch, lesson: Lesson | None, logged: bool):
         """Dispatch one step; its metrics are for `read`."""
         task, monitored = self.task, {}
-        if logged and task.monitor is not None:
-            monitored = evaluate_batch(
-                task, task.monitor, self.state["params"], lesson, device_batch
-            )
         if task.reads is None:
+            if logged and lesson is not None:  # acceptance, which its own loss does not tell
+                monitored = evaluate_batch(task, self.state["params"], lesson, device_batch)
             lesson = None
         elif lesson is not None:  # others' layers are no argument of this one's compiled step
             lesson = Lesson(lesson.p, {y: lesson.activations[y] for y in task.reads})
@@ -321,8 +315,8 @@ def train(
             if found:
                 mean = sum(found) / len(found)
                 progress.update(at - keep, loss=mean, tokens_per_s=speed.tokens_per_s)
-            if (at - keep) % config.log_every == 0:
-                speed.mark()
+                if (at - keep) % config.log_every == 0:
+                    speed.mark()
 
         for batch in batches(at * config.batch_size) if at < total else ():
             active = [x for x in learners if x.done == at and not x.finished]

@@ -38,12 +38,7 @@ def verify_tokens(
     # u < p/q without the division; u lies in [0, 1), so p = 0 never passes and p = q always does.
     accept = uniform * q_drafted < p_drafted
     accepted = jnp.sum(jnp.cumprod(accept.astype(jnp.int32), axis=1), axis=1)
-    # Depth k + 1 has no draft: q = 0 there, so that the residual is p itself.
-    q_next = jnp.concatenate([q, jnp.zeros_like(p[:, :1])], axis=1)
-    at = accepted[:, None, None]
-    p_at = jnp.take_along_axis(p, at, axis=1)[:, 0]
-    residual = residual_distribution(p_at, jnp.take_along_axis(q_next, at, axis=1)[:, 0])
-    return accepted, sample(stream(keys, "next"), residual)
+    return accepted, _following(keys, accepted, q, p, jnp.ones_like(p[:, :, 0]))
 
 
 def verify_blocks(
@@ -61,13 +56,7 @@ def verify_blocks(
     b, h = block_acceptance(drafts, q, p)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (k,)))(stream(keys, "accept"))
     accepted = jnp.max(jnp.where(uniform < h, jnp.arange(1, k + 1), 0), axis=1, initial=0)
-    q_next = jnp.concatenate([q, jnp.zeros_like(p[:, :1])], axis=1)
-    at = accepted[:, None, None]
-    p_at = jnp.take_along_axis(p, at, axis=1)[:, 0]
-    b_at = jnp.take_along_axis(b, accepted[:, None], axis=1)
-    q_at = jnp.take_along_axis(q_next, at, axis=1)[:, 0]
-    residual = residual_distribution(p_at, q_at, b_at)
-    return accepted, sample(stream(keys, "next"), residual)
+    return accepted, _following(keys, accepted, q, p, b)
 
 
 def block_acceptance(
@@ -95,6 +84,22 @@ def block_acceptance(
         h.append(jnp.where(total > 0, r / jnp.where(total > 0, total, 1.0), 0.0))
     h += b[k:] if k else []
     return jnp.stack(b, axis=1), jnp.stack(h, axis=1) if h else jnp.zeros_like(q_drafted)
+
+
+def _following(
+    keys: Key[Array, " B"],
+    accepted: Int[Array, " B"],
+    q: Float[Array, "B k V"],
+    p: Float[Array, "B k1 V"],
+    b: Float[Array, "B k1"],
+) -> Int[Array, " B"]:
+    """The token after the accepted ones, from normalize(max(b p - q, 0))."""
+    # Depth k + 1 has no draft: q = 0 there, so that the residual is p itself.
+    q_next = jnp.concatenate([q, jnp.zeros_like(p[:, :1])], axis=1)
+    at = accepted[:, None, None]
+    p_at, q_at = (jnp.take_along_axis(x, at, axis=1)[:, 0] for x in (p, q_next))
+    b_at = jnp.take_along_axis(b, accepted[:, None], axis=1)
+    return sample(stream(keys, "next"), residual_distribution(p_at, q_at, b_at))
 
 
 VERIFICATIONS = {"token": verify_tokens, "block": verify_blocks}
