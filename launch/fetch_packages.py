@@ -37,7 +37,9 @@ def fetch(packages: pathlib.Path, out: pathlib.Path) -> dict[str, int]:
     """
     if not packages.is_file():
         raise DataError(f"--list={packages} does not exist")
-    made_from = hashlib.sha256(packages.read_bytes()).hexdigest()
+    lines = [line.partition(" #")[0].strip() for line in packages.read_text().splitlines()]
+    listed = "".join(f"{line}\n" for line in lines if line and not line.startswith("#"))
+    made_from = hashlib.sha256(listed.encode()).hexdigest()
     if out.exists():
         stamp = out / STAMP
         found = json.loads(stamp.read_text()) if stamp.is_file() else {}

@@ -10,19 +10,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup.sh requirements.txt
+source launch/environment.sh
+
 python=.venv/bin/python
 workdir="${WORKDIR:-runs/study}"
-
-# Without an accelerator's plugin jax has only the CPU; huge pages: see launch/quickstart.sh.
-if [[ -z "${JAX_PLATFORMS+set}" ]] &&
-  ! compgen -G ".venv/lib*/python*/site-packages/jax_plugins/*" >/dev/null &&
-  ! compgen -G ".venv/lib*/python*/site-packages/libtpu*" >/dev/null; then
-  export JAX_PLATFORMS=cpu
-fi
-if [[ "$(uname)" == Linux ]]; then
-  export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
-fi
-
 config=--config=configs/study.py
 "$python" -m launch.fetch_packages --list=configs/python_packages.txt --out=data/python_packages
 tokenizer=data/python_bpe_4096.json

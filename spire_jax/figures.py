@@ -222,10 +222,7 @@ def _cost_analysis(config: ExperimentConfig, given: Given) -> Figure:
     decoding = np.geomspace(*DECODE_TO_TRAIN, 200)
     for axes, variant in zip(panels, VARIANTS, strict=True):
         for i, (method, tau) in enumerate(given.tau.items()):
-            multiplier = throughput.multiplier(
-                config, method, tau=tau, batch=at.batch_size, context=at.context_length,
-                variant=variant,
-            )  # fmt: skip
+            multiplier = _multiplier(config, method, tau, variant)
             share = [throughput.net_saving(multiplier, d, given.training[method]) / d
                      for d in decoding]  # fmt: skip
             axes.plot(decoding, share, **_style(method, i) | {"marker": ""})
@@ -249,9 +246,7 @@ def _savings(config: ExperimentConfig, given: Given) -> str:
     at = config.throughput
     found = []
     for method, tau in given.tau.items():
-        multiplier = throughput.multiplier(
-            config, method, tau=tau, batch=at.batch_size, context=at.context_length
-        )
+        multiplier = _multiplier(config, method, tau, at.variant)
         saved = throughput.net_saving(multiplier, at.decode_to_train, given.training[method])
         found.append(f"{method} {saved:.2f}")
     return f"{', '.join(found)} (variant {at.variant})"
@@ -307,10 +302,7 @@ def _ablations(config: ExperimentConfig, given: Given) -> Figure:
         left.text(1.03, place, f"{tau:.3f}", va="center", fontsize=8, color="white")
         for i, variant in enumerate(VARIANTS):
             method = base if name == base else f"{base}-{name}"
-            value = throughput.multiplier(
-                config, method, tau=round(tau, 9), batch=at.batch_size, context=at.context_length,
-                variant=variant,
-            )  # fmt: skip
+            value = _multiplier(config, method, round(tau, 9), variant)
             label = variant if place == 0 else None
             right.plot(value, place + 0.12 * (i - 1.5), "os^D"[i], color=f"C{i}", markersize=5,
                        label=label)  # fmt: skip
@@ -359,6 +351,14 @@ def _by_depth(given: Given) -> Figure:
 
 
 # --- parts -------------------------------------------------------------------------------------
+
+
+def _multiplier(config: ExperimentConfig, method: str, tau: float, variant: str) -> float:
+    """At the config's own batch and context."""
+    at = config.throughput
+    return throughput.multiplier(
+        config, method, tau=tau, batch=at.batch_size, context=at.context_length, variant=variant
+    )
 
 
 def _panels(count: int, *, share: bool = False, width: float = 4.2) -> tuple[Figure, list[Axes]]:

@@ -48,6 +48,7 @@ def test_python_files_come_by_package_and_once(wheels, tmp_path, capsys):
     assert found == {f"{name}/{path}": text for name, files in FILES.items()
                      for path, text in files.items() if path.endswith(".py")}  # fmt: skip
     times = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    given.write_text(f"# a comment\n\n{given.read_text()}")
     assert fetch_packages.fetch(given, out) == {"one": 2, "two": 1}  # left as it is
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == times
     assert [p.name for p in out.parent.iterdir()] == ["corpus"]

@@ -230,6 +230,34 @@ def test_quickstart_runs_from_the_root_and_passes_on_what_it_is_given(place):
     assert "--workdir=/else where" in quickstart(place, WORKDIR="/else where")[1]
 
 
+def test_study_gets_its_corpus_and_tokenizer_before_it_runs(place):
+    place.python()
+    where = f"cpu {place.root}"
+
+    def study(*arguments, **env):
+        result = place.run("launch/study.sh", *arguments, **env)
+        lines = [line.partition(" ")[2].partition(" ")[2] for line in place.done()
+                 if line.startswith("run ")]  # fmt: skip
+        return result.returncode, lines
+
+    fetch = (f"{where} launch.fetch_packages --list=configs/python_packages.txt "
+             "--out=data/python_packages")  # fmt: skip
+    learn = (f"{where} launch.train_tokenizer --config=configs/study.py "
+             "--out=data/python_bpe_4096.json")  # fmt: skip
+    run = f"{where} spire_jax.run --config=configs/study.py --workdir=runs/study"
+    given = ("--config.study.seeds=1", "--stages=target")
+    assert study(*given) == (0, [fetch, learn, f"{run} {given[0]} {given[1]}"])
+    assert study(STUB_STATUS="3") == (3, [fetch])  # a failure is the end
+    # Figures as soon as there is a report, with the same config; a tokenizer is kept.
+    (place.root / "data").mkdir()
+    (place.root / "data/python_bpe_4096.json").touch()
+    (place.root / "runs/study/report").mkdir(parents=True)
+    (place.root / "runs/study/report/summary.json").touch()
+    figures = (f"{where} spire_jax.figures --config=configs/study.py --workdir=runs/study "
+               f"--out=runs/study/figures {given[0]}")  # fmt: skip
+    assert study(*given) == (0, [fetch, f"{run} {given[0]} {given[1]}", figures])
+
+
 def test_quickstart_leaves_the_platform_to_jax_where_there_is_a_choice(place):
     place.python()
     assert quickstart(place)[1].startswith("cpu ")
@@ -281,7 +309,8 @@ def test_ci_runs_the_fast_tier(place):
 
 
 def test_scripts_can_be_executed_and_checked():
-    for script in [*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"]:
+    sourced = ROOT / "launch" / "environment.sh"
+    for script in [*{*(ROOT / "launch").glob("*.sh")} - {sourced}, ROOT / ".ci" / "run"]:
         assert os.access(script, os.X_OK), f"{script} is not executable"
         assert "set -euo pipefail" in script.read_text()
         assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
