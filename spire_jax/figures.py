@@ -40,6 +40,10 @@ from spire_jax.cost_model import VARIANTS, cache_row
 
 COLORS = {"vanilla": "#c2571a", MAGICDEC: "#5b6fb5", "spire": "#1b7f5c", "snapkv": "#8a5fb0"}
 STYLES = ("-", "--", "-.", ":")
+# The paper's Table 1: tau by context, of sequences of 1024 tokens (method.md section 6).
+PAPER_TAU = {"vanilla": {256: 2.637, 512: 2.647, 960: 2.644},
+             MAGICDEC: {256: 4.005, 512: 3.891, 960: 3.793},
+             "spire": {256: 3.427, 512: 3.401, 960: 3.382}}  # fmt: skip
 DECODE_TO_TRAIN = (0.1, 1000.0)  # shown; the target's training is 1
 INTENSITY_BATCHES = tuple(2**n for n in range(13))
 
@@ -52,6 +56,7 @@ class Given:
     source: str  # where those come from, in words
     training: Mapping[str, float]  # method -> cost of training its draft; the target's is 1
     study: Mapping[str, Any] | None = None  # study.json
+    by_context: Mapping[str, Mapping[int, Mapping[str, Any]]] | None = None  # tau, tau_ci95
 
 
 # --- what is drawn -----------------------------------------------------------------------------
@@ -97,6 +102,10 @@ def own_inputs(config: ExperimentConfig, workdir: pathlib.Path) -> Given:
         f"tau measured at context {summary['context_length']}: {listed}",
         training_costs(config, tau),
         json.loads(study.read_text()) if study.is_file() else None,
+        {
+            name: {int(n): of for n, of in row["by_context"].items()}
+            for name, row in methods.items()
+        },
     )
 
 
@@ -143,6 +152,8 @@ def figures(config: ExperimentConfig, given: Given) -> Iterator[tuple[str, Figur
     yield "cost_analysis", _cost_analysis(config, given)
     yield "alternative_metric", _alternative(config, given)
     yield "ablations", _ablations(config, given)
+    if given.by_context:
+        yield "tau_over_context", _tau_over_context(given.by_context)
     if given.study:
         yield "tau_over_k", _tau_over_k(given)
         yield "acceptance_by_depth", _by_depth(given)
@@ -287,8 +298,8 @@ def _ablations(config: ExperimentConfig, given: Given) -> Figure:
         rows = {name.removeprefix(f"{base}-"): row for name, row in given.study["methods"].items()}
         taus = {n: (rows[n]["tau"], rows[n]["tau_ci95"]) for n in (base, *ABLATIONS) if n in rows}
         says = (f"tau by the oracle at context {given.study['context_length']}, k = "
-                f"{given.study['k']}; intervals (95%) are over documents: differences between two "
-                f"drafts are paired, and known better than those.")  # fmt: skip
+                f"{given.study['k']} (black: the paper's); intervals (95%) are over documents: "
+                f"differences between two drafts are paired, and known better.")  # fmt: skip
     else:
         taus = {base: (FULL_PAPER_TAU, None)} | {
             n: (a.paper, None) for n, a in ABLATIONS.items() if a.paper is not None
@@ -299,6 +310,8 @@ def _ablations(config: ExperimentConfig, given: Given) -> Figure:
         color = COLORS["spire"] if name == base else "0.55"
         error = None if interval is None else np.abs(np.array(interval)[:, None] - tau)
         left.barh(place, tau, color=color, xerr=error, height=0.7)
+        if given.study and (paper := _paper_tau(name, base)):
+            left.plot(paper, place, "|k", markersize=12)
         left.text(1.03, place, f"{tau:.3f}", va="center", fontsize=8, color="white")
         for i, variant in enumerate(VARIANTS):
             method = base if name == base else f"{base}-{name}"
@@ -314,6 +327,32 @@ def _ablations(config: ExperimentConfig, given: Given) -> Figure:
     right.grid(axis="x", color="0.9")
     right.legend(fontsize=8, frameon=False)
     return _finish(figure, "Ablations", f"{says} {_roofline(config)} {_variants(VARIANTS)}")
+
+
+def _paper_tau(name: str, base: str) -> float | None:
+    return FULL_PAPER_TAU if name == base else ABLATIONS[name].paper
+
+
+def _tau_over_context(by_context: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Figure:
+    """The twin of the paper's Table 1, and the table."""
+    figure, (left, right) = _panels(2, share=True)
+    for i, (method, rows) in enumerate(by_context.items()):
+        contexts = sorted(rows)
+        taus = np.array([rows[n]["tau"] for n in contexts])
+        spread = [rows[n]["tau_ci95"] or (rows[n]["tau"],) * 2 for n in contexts]
+        error = np.abs(np.array(spread).T - taus)
+        left.errorbar(contexts, taus, error, capsize=2, **_style(method, i))
+        if method in PAPER_TAU:
+            paper = PAPER_TAU[method]
+            right.plot(list(paper), list(paper.values()), **_style(method, i))
+    left.set(title="here", xlabel="context length", ylabel="tokens per round", ylim=(1, None))
+    right.set(title="the paper", xlabel="context length")
+    _legend(left)
+    return _finish(
+        figure, "Acceptance length over context",
+        "Measured, by the oracle; intervals (95%) over documents. The paper's: 67M body "
+        "parameters, sequences of 1024 tokens, 65,536 contexts, intervals of 0.004.",
+    )  # fmt: skip
 
 
 def _tau_over_k(given: Given) -> Figure:

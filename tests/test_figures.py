@@ -87,7 +87,10 @@ def test_the_grid_takes_less_than_a_second(paper):
 def own_run(folder: pathlib.Path, **over) -> pathlib.Path:
     """The files that figures read of a finished run."""
     config = load("configs/quickstart.py")
-    methods = {"autoregressive": {"tau": 1.0}, "spire": {"tau": 3.5}, "vanilla": {"tau": 3.0}}
+    taus = {"autoregressive": 1.0, "spire": 3.5, "vanilla": 3.0}
+    methods = {name: {"tau": tau, "by_context": {
+        "48": {"tau": tau, "tau_ci95": None}, "184": {"tau": tau, "tau_ci95": [tau - 0.1, tau]}}}
+        for name, tau in taus.items()}  # fmt: skip
     summary = {"methods": methods, "context_length": 184, "assumptions": {"k": config.decode.k},
                "config": to_dict(config)} | over  # fmt: skip
     rows = {f"spire-{n}": {"tau": 3.0, "tau_ci95": [2.9, 3.1]} for n in ABLATIONS}
@@ -104,8 +107,22 @@ def test_the_command_draws_ones_own(tmp_path, capsys):
     workdir, out = own_run(tmp_path / "run"), tmp_path / "figures"
     given = ["--config=configs/quickstart.py", f"--workdir={workdir}", f"--out={out}"]
     assert figures.main(given) == 0
-    assert {p.stem for p in out.glob("*.png")} == ALWAYS | {"tau_over_k", "acceptance_by_depth"}
+    assert {p.stem for p in out.glob("*.png")} == ALWAYS | {"tau_over_k", "acceptance_by_depth",
+                                                           "tau_over_context"}  # fmt: skip
     assert all(2_000 < p.stat().st_size < 400_000 for p in out.iterdir())
+
+
+def test_ones_own_stands_beside_the_papers(tmp_path):
+    config = load("configs/quickstart.py")
+    given = figures.own_inputs(config, own_run(tmp_path))
+    drawn = dict(figures.figures(figures._with_ablations(config), given))
+    here, paper = drawn["tau_over_context"].axes
+    assert list(here.lines[0].get_xdata()) == [48, 184]
+    table = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in paper.lines}
+    assert table == {name: figures.PAPER_TAU[name] for name in ("spire", "vanilla")}
+    ticks = [line.get_xdata()[0] for line in drawn["ablations"].axes[0].lines
+             if line.get_marker() == "|"]  # fmt: skip
+    assert 3.401 in ticks and 2.959 in ticks and len(ticks) == 7
 
 
 def test_what_cannot_be_drawn_is_named(tmp_path, capsys):
