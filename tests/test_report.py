@@ -1,129 +1,27 @@
-"""The report: statistics against hand computation, the page against hostile and broken input."""
+"""The report: statistics against hand computation, and broken input."""
 
 import dataclasses
-import html.parser
-import io
 import json
 import pathlib
-import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import rich.console
+from report_files import (
+    ALPHA,
+    STAGES,
+    K,
+    edit,
+    edit_evaluation,
+    experiment,
+    fill,
+    read_lines,
+    write_lines,
+)
 
 from spire_jax import config as config_lib
-from spire_jax import config_files, intervals, report, report_page
-
-HOSTILE = (
-    "<script>alert('x')</script> & \"</pre><img src=http://evil.example/x>\" {{ 7 * 7 }} \x00\x1b"
-)
-HOSTILE_NAME = 'lib/"><svg onload=alert(1)>.py'
-LENGTHS = (48, 96, 184)
-K = 4
-ALPHA = {"spire": 0.84, "vanilla": 0.62, "magicdec": 0.9}
-STAGES = {"target": "0123456789abcdef", "evaluate": "fedcba9876543210"}
-
-
-def experiment(**evaluation) -> config_lib.ExperimentConfig:
-    values = {
-        "target": dict(n_layers=8, d_model=96, n_kv_heads=4, d_head=32, d_ff=288),
-        "drafts": {
-            "spire": dict(kind="spire", n_layers=2, window=32, sink=1),
-            "vanilla": dict(kind="vanilla", n_layers=2, d_model=64, n_kv_heads=2, d_ff=192,
-                            window=0, init="random", loss="hard"),
-        },
-        "train": dict(steps=300, seq_len=256, k=K),
-        "decode": dict(k=K),
-        "eval": dict(context_lengths=LENGTHS, bootstrap=300) | evaluation,
-    }  # fmt: skip
-    return config_files.build(config_files.defaults(values))
-
-
-def write_lines(path: pathlib.Path, rows) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_lines(path: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def fill(workdir: pathlib.Path, documents: int = 20, per_document: int = 2) -> pathlib.Path:
-    """Records as evaluation and training leave them: 4 methods, 3 lengths, 20 documents."""
-    rng = np.random.default_rng(7)
-    names = [HOSTILE_NAME] + [f"lib/module_{i}.py" for i in range(1, documents)]
-    hardness = rng.normal(0, 0.04, documents)
-    for method in ("autoregressive", *ALPHA):
-        rows = []
-        for context in range(documents * per_document):
-            document = context % documents
-            for length in LENGTHS:
-                row = {"method": method, "context": context, "document": names[document],
-                       "cut": 1000 + context, "context_length": length, "output_length": 64,
-                       "k": 0}  # fmt: skip
-                if method != "autoregressive":
-                    alpha = ALPHA[method] + hardness[document] - 0.001 * (LENGTHS[0] / length)
-                    row |= {"k": K, **counts(rng, float(np.clip(alpha, 0.05, 0.99)))}
-                rows.append(row)
-        write_lines(workdir / "eval" / f"{method}.jsonl", rows)
-    for model in ("target", "spire", "vanilla"):
-        write_lines(workdir / "metrics" / f"{model}.jsonl", training_rows(rng, model))
-    (workdir / "eval" / "evaluation.json").write_text(json.dumps(evaluation()))
-    return workdir
-
-
-def counts(rng: np.random.Generator, alpha: float) -> dict:
-    """Oracle and decoder counts of 64 tokens whose drafts are accepted with one probability."""
-    tau = [sum(alpha**j for j in range(k + 1)) for k in range(1, K + 1)]
-    rounds = [64 / t for t in tau]
-    reached = [rounds[-1] * alpha**d for d in range(K)]
-    decoded = np.bincount(np.minimum(rng.geometric(1 - alpha, 20) - 1, K), minlength=K + 1)
-    return {
-        "oracle": {"k": K, "lengths_by_k": [64.0] * K, "rounds_by_k": rounds, "reached": reached,
-                   "accepted": [r * alpha for r in reached]},
-        "decoder": {"lengths": int((decoded * (1 + np.arange(K + 1))).sum()), "rounds": 20,
-                    "accepted_counts": decoded.tolist()},
-    }  # fmt: skip
-
-
-def training_rows(rng: np.random.Generator, model: str) -> list[dict]:
-    rows = []
-    for step in range(10, 310, 10):
-        row = {"step": step, "examples": 16 * step, "tokens": 4096 * step,
-               "loss": 5.5 * np.exp(-step / 80) + 1 + rng.normal(0, 0.03), "learning_rate": 3e-3,
-               "grad_norm": 1.0, "tokens_per_s": 6000 + rng.normal(0, 100),
-               "peak_share": None}  # fmt: skip
-        if model == "spire":
-            row |= {"alpha": 0.84 - 0.6 * np.exp(-step / 60), "alpha_by_depth": [0.84] * K}
-        rows.append(row)
-    return rows
-
-
-def evaluation() -> dict:
-    code = "def cross_entropy(logits, labels):\n    return -log_softmax(logits)[labels]\n\n\n"
-    pieces = [["accepted", c] for c in "class Pars"] + [["bonus", "e"], ["accepted", "r(obj"]]
-    pieces += [["correction", "\n"], ["accepted", HOSTILE], ["correction", "a<b>"]]
-    examples = [
-        {"method": method, "document": HOSTILE_NAME, "context_text": code * 12 + HOSTILE,
-         "pieces": pieces if method != "autoregressive" else [["target", HOSTILE + "\nx = 1"]]}
-        for method in ("autoregressive", "spire", "vanilla")
-    ]  # fmt: skip
-    rates = {"autoregressive": [200.0, 100.0, 150.0], "spire": [300.0, 240.0, 330.0],
-             "vanilla": [180.0, 170.0, 260.0], "magicdec": [90.0, 80.0, 85.0]}  # fmt: skip
-    return {
-        "corpus": {"sha256": "ab" * 32, "train_bytes": 21_000_000, "heldout_bytes": 2_400_000,
-                   "train_documents": 1400, "heldout_documents": 150},
-        "heldout_bits_per_byte": {"target": 1.71, "vanilla": 2.2},
-        "heldout_alpha": {"spire": 0.8125, "vanilla": 0.625},
-        "machine": {"hardware": "2 cores of a test <CPU>", "jax": "0.10.2", "python": "3.11.4",
-                    "devices": "cpu:0"},
-        "timing": {name: {"context_length": 184, "batch_size": 16, "tokens_per_s": values,
-                          "seconds": [1.0, 1.0, 1.0]} for name, values in rates.items()},
-        "examples": examples,
-        "seconds": {"evaluate": 41.2, "target": 240.0},
-    }  # fmt: skip
+from spire_jax import intervals, report
 
 
 @pytest.fixture(scope="module")
@@ -136,24 +34,6 @@ def workdir(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def summary(workdir) -> dict:
     return json.loads((workdir / "report" / "summary.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def page(workdir) -> str:
-    return (workdir / "report" / "index.html").read_text(encoding="utf-8")
-
-
-def edit(path: pathlib.Path, change) -> None:
-    rows = read_lines(path)
-    change(rows)
-    write_lines(path, rows)
-
-
-def edit_evaluation(workdir: pathlib.Path, change) -> None:
-    path = workdir / "eval" / "evaluation.json"
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
 
 
 # --- statistics --------------------------------------------------------------------------------
@@ -305,127 +185,6 @@ def test_modeled_figures_are_the_cost_models(summary):
     short = row["by_context"]["48"]
     expected = multiplier(config, "spire", tau=short["tau"], batch=64, context=48, variant="paper")
     assert short["modeled_multiplier"] == pytest.approx(expected)
-
-
-# --- page --------------------------------------------------------------------------------------
-
-
-class Elements(html.parser.HTMLParser):
-    """Start tags, text, ids and nesting of a page."""
-
-    VOID = ("meta", "br", "img", "link", "input", "hr")
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
-        self.open.pop()
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_the_page_is_whole_and_self_contained(page):
-    parsed = Elements(page)
-    assert parsed.open == []
-    tags = {tag for tag, _ in parsed.tags}
-    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "image", "base"}
-    for tag, attributes in parsed.tags:
-        for name, value in attributes.items():
-            assert not name.startswith("on"), (tag, name)
-            if name in ("href", "src", "xlink:href", "srcset", "action", "data"):
-                assert value.startswith("#"), (tag, name, value)
-    style = "".join(re.findall(r"<style.*?</style>", page, re.DOTALL))
-    assert "@import" not in style
-    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
-    assert "://" not in page.replace("http://evil.example", "")  # there as text, escaped
-
-
-def test_ids_are_unique_and_references_resolve(page):
-    tags = Elements(page).tags
-    ids = [a["id"] for _, a in tags if "id" in a]
-    assert len(ids) == len(set(ids)) > 100
-    used = set(re.findall(r"url\(#([^)]+)\)", page))
-    used |= {a[n][1:] for _, a in tags for n in ("href", "xlink:href") if n in a}
-    used |= {a["aria-labelledby"] for _, a in tags if "aria-labelledby" in a}
-    assert used and used <= set(ids)
-    figures = [a for t, a in tags if t == "svg"]
-    assert len(figures) == 6 and all(a["role"] == "img" for a in figures)
-
-
-def test_figures_follow_the_page_colours(page):
-    figures = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
-    assert "currentColor" in figures and "var(--series-1)" in figures and "var(--grid)" in figures
-    left = set(re.findall(r"#[0-9a-fA-F]{6}\b", figures))
-    assert left <= {"#ffffff"}, left  # invisible only: see the next line
-    for shape in re.findall(r"<path[^>]*#ffffff[^>]*>", figures):
-        assert "opacity: 0" in shape
-    variables = set(re.findall(r"var\((--[\w-]+)\)", page))
-    light, dark = page.split("@media (prefers-color-scheme: dark)", 1)
-    for variable in variables:
-        assert f"{variable}:" in light and f"{variable}:" in dark, variable
-
-
-def test_hostile_text_is_shown_not_run(page):
-    parsed = Elements(page)
-    assert "<script>alert" not in page and "<svg onload" not in page and "<img" not in page
-    assert "<script>alert('x')</script> & \"</pre>" in parsed.text  # shown, letter for letter
-    assert HOSTILE_NAME in parsed.text and "{{ 7 * 7 }}" in parsed.text
-    assert "\x00" not in page and "\x1b" not in page and "␀␛" in page
-    assert "2 cores of a test <CPU>" in parsed.text
-
-
-def test_pieces_are_told_apart_without_colour(page):
-    assert '<span class="accepted">class Pars</span><span class="bonus">e</span>' in page
-    assert '<span class="correction">⏎\n</span>' in page  # a line end can be seen
-    rules = dict(re.findall(r"^\.(accepted|correction|bonus) \{(.*?)\}", page, re.S | re.M))
-    lines = {re.search(r"underline( wavy| double)?", rule)[0] for rule in rules.values()}
-    assert len(rules) == len(lines) == 3
-
-
-def test_long_contexts_are_cut_and_say_so(page):
-    context = evaluation()["examples"][0]["context_text"]
-    assert f"{len(context) - report_page.CONTEXT_SHOWN:,} characters before" in page
-
-
-def test_half_a_surrogate_pair_does_not_stop_the_report(tmp_path):
-    fill(tmp_path)
-    edit_evaluation(tmp_path, lambda e: e["examples"][1]["pieces"].append(["accepted", "\ud83d"]))
-    report.write_report(tmp_path, experiment(), stages=STAGES)
-    assert "\\ud83d" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
-
-
-def test_modeled_and_measured_are_labelled_apart(page):
-    modeled = page[page.index('<h2 id="modeled"') : page.index('<h2 id="measured"')]
-    measured = page[page.index('<h2 id="measured"') : page.index('<h2 id="training"')]
-    assert "300.0" in measured and "300.0" not in modeled and "2 cores" not in modeled
-    assert "2 cores of a test" in measured and "batch 16, context 184" in measured
-    for chip in report.throughput.CHIPS:
-        assert f'<th scope="col">{chip}</th>' in modeled
-
-
-def test_terminal_table_fits_80_columns(summary):
-    console = rich.console.Console(width=80, record=True, file=io.StringIO())
-    report.print_table(summary, console)
-    text = console.export_text()
-    row = next(line for line in text.splitlines() if "spire" in line)
-    assert f"{summary['methods']['spire']['tau']:.2f} [" in row and "300" in row and "2.00" in row
-    assert "batch 64, context 512" in " ".join(text.split()) and "2 cores of a test" in " ".join(
-        text.split()
-    )
 
 
 # --- broken input ------------------------------------------------------------------------------
