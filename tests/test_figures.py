@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from spire_jax import figures, throughput
+from spire_jax import figure_inputs, figures, throughput
 from spire_jax.ablations import ABLATIONS
 from spire_jax.config import ConfigError, to_dict
 from spire_jax.config_files import load
@@ -27,8 +27,8 @@ def words(figure) -> str:
 
 @pytest.fixture(scope="module")
 def paper():
-    config = figures._with_ablations(load(PAPER))
-    return config, figures.paper_inputs(config)
+    config = figure_inputs.with_ablations(load(PAPER))
+    return config, figure_inputs.paper_inputs(config)
 
 
 def test_every_figure_says_its_assumptions(paper):
@@ -67,7 +67,7 @@ def test_the_papers_net_savings(paper):
 
 def test_costs_of_training_are_flops_unless_given(paper):
     config = load(PAPER, ["throughput.training_cost_spire=0"])
-    costs = figures.training_costs(config, {"spire": 3.4, "vanilla": 2.6, "magicdec": 3.9})
+    costs = figure_inputs.training_costs(config, {"spire": 3.4, "vanilla": 2.6, "magicdec": 3.9})
     assert costs["magicdec"] == 0
     # The target's own forward pass for every batch is in it: more than the draft alone.
     alone = 1.0 * config.draft("spire").steps / config.train.steps * 0.25
@@ -114,8 +114,8 @@ def test_the_command_draws_ones_own(tmp_path, capsys):
 
 def test_ones_own_stands_beside_the_papers(tmp_path):
     config = load("configs/quickstart.py")
-    given = figures.own_inputs(config, own_run(tmp_path))
-    drawn = dict(figures.figures(figures._with_ablations(config), given))
+    given = figure_inputs.own_inputs(config, own_run(tmp_path))
+    drawn = dict(figures.figures(figure_inputs.with_ablations(config), given))
     here, paper = drawn["tau_over_context"].axes
     assert list(here.lines[0].get_xdata()) == [48, 184]
     table = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in paper.lines}
