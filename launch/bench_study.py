@@ -35,7 +35,7 @@ from spire_jax.evaluate import (
 from spire_jax.hardware import describe
 from spire_jax.run import Pipeline
 from spire_jax.sharding import make_mesh
-from spire_jax.study import study_config, tau_by_depth
+from spire_jax.study import tau_by_depth
 from spire_jax.tasks import draft_task, init_params, initial_draft, target_task, teach, teacher
 from spire_jax.train import Learner, to_device, train
 
@@ -55,7 +55,6 @@ def bench_oracle(config: ExperimentConfig, workdir: str) -> None:
     """Seconds of the oracle for the studied draft at the longest context, from nothing."""
     name, length = config.study.of, max(config.eval.context_lengths)
     pipeline = Pipeline(config, workdir)
-    full = study_config(config)
     with jax.set_mesh(pipeline.mesh):
         target, draft = pipeline.params("target"), pipeline.params(f"draft {name}")
         contexts = choose_contexts(config, pipeline.corpus)[: config.study.contexts]
@@ -63,9 +62,9 @@ def bench_oracle(config: ExperimentConfig, workdir: str) -> None:
         records: list[dict] = []
 
         def run(rows: list[int]) -> list[dict]:
-            texts, cache = sample_texts(full, target, [contexts[i] for i in rows], rows, length)
-            along = target_pass(full, target, [name], texts, cache, length)
-            return oracle_records(full, name, draft, texts, along, length, config.decode.k)
+            texts, cache = sample_texts(config, target, [contexts[i] for i in rows], rows, length)
+            along = target_pass(config, target, [name], texts, cache, length)
+            return oracle_records(config, name, draft, texts, along, length, config.decode.k)
 
         run(batches[0])  # compiles
         begin = time.perf_counter()

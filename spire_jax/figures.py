@@ -67,6 +67,7 @@ def _over_context(config: ExperimentConfig, given: Given) -> Figure:
         for i, (method, by_batch) in enumerate(rows.items()):
             row = by_batch[at.batch_size]
             axes.plot(list(row), list(row.values()), **_style(method, i))
+    for axes, variant in zip(panels, VARIANTS, strict=True):  # one scale: when all is drawn
         _multiplier_axes(axes, variant)
     _legend(panels[0])
     return _finish(

@@ -220,15 +220,15 @@ def _k_table(summary: Mapping[str, Any]) -> str:
     ks = [k for k in (1, 2, 3, 4, 6, 8, 12, 16) if k <= len(next(iter(summary["by_k"].values())))]
     rows = [[n, *(f"{taus[k - 1]:.2f}" for k in ks)] for n, taus in summary["by_k"].items()]
     text = f"### tau by k\n\n{_table(['draft', *map(str, ks)], rows)}"
-    alike: dict[str, tuple[list[str], Any]] = {}  # chips of the same table stand together
+    alike: dict[str, list[str]] = {}  # chips of the same table stand together
     for chip, by_batch in summary["best_k"].items():
-        alike.setdefault(json.dumps(by_batch), ([], by_batch))[0].append(chip)
-    for chips, by_batch in alike.values():
-        contexts = list(next(iter(by_batch.values())))
         lines = [[batch, *(f"{k} ({value:.2f})" for k, value in row.values())]
                  for batch, row in by_batch.items()]  # fmt: skip
+        table = _table(["B", *next(iter(by_batch.values()))], lines)
+        alike.setdefault(table, []).append(chip)
+    for table, chips in alike.items():
         where = f"{summary['of']} (and its modeled multiplier) on {', '.join(chips)}"
-        text += f"\n\nBest k of {where}, by batch and context:\n\n{_table(['B', *contexts], lines)}"
+        text += f"\n\nBest k of {where}, by batch and context:\n\n{table}"
     return text
 
 

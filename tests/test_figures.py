@@ -39,6 +39,8 @@ def test_every_figure_says_its_assumptions(paper):
         assert "HOI 600" in text or name == "operational_intensity", name
         if name.startswith("heat_map_"):
             assert VARIANTS[name.removeprefix("heat_map_")] in text
+    for axes in drawn["speedup_over_context"].axes:
+        assert all(0 <= v <= axes.get_ylim()[1] for line in axes.lines for v in line.get_ydata())
     assert "2.78" in words(drawn["heat_map_paper"]) and "2.45" in words(drawn["heat_map_with_head"])
     assert "L_crit = 32" in words(drawn["operational_intensity"])
     lines = drawn["operational_intensity"].axes[0].lines
