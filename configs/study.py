@@ -5,8 +5,8 @@
 A target of 1.51M body parameters (2.56M in all) sees 9.8M tokens of the source of 48 Python
 packages; 19 drafts (SPIRe, vanilla, nine ablations, rollouts of depth 8 and 16, two more orders of
 the batches for three of them) see 3.7M each. On two cores of an AMD EPYC (jax 0.10.2, other work at
-times) it took 2 h 41 min of training (target 39, thirteen drafts together 80, two times three drafts
-42), 8 of evaluation, 4 for the study, 2.4 GB of memory, and printed (among others)
+times) it took 2 h 41 min of training (target 39, thirteen drafts together 80, twice three 42), 8 of
+evaluation, 4 for the study, 2.4 GB of memory, and printed (among others)
 
                                    Context 448, k = 4
 
