@@ -9,6 +9,7 @@ one process on random tokens; the oracle is timed on the trained models of the w
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -93,32 +94,28 @@ def bench_together(config: ExperimentConfig, steps: int) -> None:
             tokens = rng.integers(0, full.target.n_tokens, (2, *shape), np.int32)
             yield Batch(tokens[0], tokens[1], np.ones(shape, bool), np.arange(shape[0]))
 
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {task.name: pathlib.Path(folder) / task.name for task in tasks}
-        learners = [
-            Learner(
-                task, settings, mesh,
-                functools.partial(initial_draft, full, task.name, task, frozen, mesh),
-                Checkpoints(paths[task.name], kept=1, identity={}), f"{paths[task.name]}.jsonl",
-            )
-            for task in tasks
-        ]  # fmt: skip
-        for learner in learners:
-            learner.__enter__()
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        learners = []
+        for task in tasks:
+            kept = stack.enter_context(Checkpoints(folder / task.name, kept=1, identity={}))
+            initial = functools.partial(initial_draft, full, task.name, task, frozen, mesh)
+            metrics = folder / f"{task.name}.jsonl"
+            learner = Learner(task, settings, mesh, initial, kept, metrics)
+            learners.append(stack.enter_context(learner))
         train(learners, settings, mesh, taught_by, frozen, batches)
-        rate = json.loads(pathlib.Path(f"{paths[names[-1]]}.jsonl").read_text())["tokens_per_s"]
-        together = shape[0] * shape[1] / rate
-    batch = to_device(next(batches(0)), mesh)
-    lesson = teach(taught_by, frozen, batch)
-    work = {"the target's pass": lambda: jax.block_until_ready(teach(taught_by, frozen, batch))}
-    for learner in learners:
+        together = shape[0] * shape[1] / json.loads(metrics.read_text())["tokens_per_s"]
+        batch = to_device(next(batches(0)), mesh)
+        lesson = teach(taught_by, frozen, batch)
+        work = {"the target's pass": lambda: jax.block_until_ready(teach(taught_by, frozen, batch))}
+        for learner in learners:
 
-        def run(learner=learner) -> None:
-            learner.step(next(batches(0)), batch, lesson, False)
-            learner.settle(0)
+            def run(learner=learner) -> None:
+                learner.step(next(batches(0)), batch, lesson, False)
+                learner.settle(0)
 
-        work[learner.task.name] = run
-    seconds = interleaved(work, steps)
+            work[learner.task.name] = run
+        seconds = interleaved(work, steps)
     for name, value in seconds.items():
         print(f"training, {name}: {value:.2f} s a step of {shape[0]} x {shape[1]} tokens")
     parts = sum(seconds.values())

@@ -44,7 +44,7 @@ from spire_jax.decode import (
 )
 from spire_jax.drafting.build import compute_for, strategy, target_model
 from spire_jax.hardware import describe, peak_memory_bytes
-from spire_jax.metrics import Progress
+from spire_jax.metrics import Progress, write_whole
 from spire_jax.models.kv_cache import FullCache
 from spire_jax.models.transformer import Params
 from spire_jax.oracle import TargetAlong, ratios_along, round_statistics, target_along
@@ -417,10 +417,3 @@ def pieces(state: DecodeState, row: int, length: int, decode, name: str) -> list
         for a, b in itertools.pairwise(starts)
         if b > a
     ]
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Write a file so that an interruption leaves the old content or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

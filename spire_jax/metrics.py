@@ -54,7 +54,7 @@ class MetricsLog:
             )
         after = b"".join(_line(record) for record in kept)
         if before != after:
-            _replace(self.path, after)
+            write_whole(self.path, after)
         self._step = max(last, resume_step)
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
@@ -153,11 +153,11 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    """Atomic: a kill leaves the old content or the new."""
+def write_whole(path: pathlib.Path, content: bytes | str) -> None:
+    """Write a file at once: a kill leaves the old content or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
-        file.write(content)
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

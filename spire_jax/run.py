@@ -45,7 +45,7 @@ from spire_jax.data.pipeline import Dataset, train_batches
 from spire_jax.data.sources import Corpus, DataError, load_corpus
 from spire_jax.decode import DecodeError
 from spire_jax.evaluate import choose_contexts, evaluate
-from spire_jax.metrics import MetricsError
+from spire_jax.metrics import MetricsError, write_whole
 from spire_jax.models.transformer import Params
 from spire_jax.report import print_table, write_report
 from spire_jax.report_records import ReportError
@@ -326,9 +326,7 @@ class Pipeline:
         return stamp.is_file() and json.loads(stamp.read_text()) == self.plan.stages[stage]
 
     def _stamp(self, folder: pathlib.Path, stage: str) -> None:
-        temporary = folder / "identity.tmp"
-        temporary.write_text(json.dumps(self.plan.stages[stage], indent=1))
-        os.replace(temporary, folder / "identity.json")
+        write_whole(folder / "identity.json", json.dumps(self.plan.stages[stage], indent=1))
 
     def _set_aside(self, folder: pathlib.Path, stage: str) -> None:
         """Move results of other values out of the way, under the hash of those values."""

@@ -30,10 +30,9 @@ from spire_jax.evaluate import (
     oracle_records,
     sample_texts,
     target_pass,
-    write_whole,
 )
 from spire_jax.hardware import describe
-from spire_jax.metrics import Progress
+from spire_jax.metrics import Progress, write_whole
 from spire_jax.models.transformer import Params
 
 # Two-sided 5% and 80% power: a true effect of this many standard errors is called in 4 of 5 cases.

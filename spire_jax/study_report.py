@@ -17,8 +17,8 @@ import rich.markdown
 from spire_jax import throughput
 from spire_jax.ablations import ABLATIONS, FULL_PAPER_TAU
 from spire_jax.config import ExperimentConfig, self_drafting
-from spire_jax.evaluate import write_whole
 from spire_jax.intervals import Interval, difference_interval, ratio, ratio_interval
+from spire_jax.metrics import write_whole
 from spire_jax.report_records import Counts, read_counts
 from spire_jax.study import best_k, deep_methods, study_config
 

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from spire_jax import config as config_lib
-from spire_jax import config_files
+from spire_jax import config_files, report
 
 HOSTILE = (
     "<script>alert('x')</script> & \"</pre><img src=http://evil.example/x>\" {{ 7 * 7 }} \x00\x1b"
@@ -116,6 +116,12 @@ def evaluation() -> dict:
         "examples": examples,
         "seconds": {"evaluate": 41.2, "target": 240.0},
     }  # fmt: skip
+
+
+def reported(folder: pathlib.Path) -> pathlib.Path:
+    """A work directory with its report."""
+    report.write_report(fill(folder), experiment(), stages=STAGES)
+    return folder
 
 
 def edit(path: pathlib.Path, change) -> None:

@@ -17,6 +17,7 @@ from report_files import (
     experiment,
     fill,
     read_lines,
+    reported,
     write_lines,
 )
 
@@ -26,9 +27,7 @@ from spire_jax import intervals, report
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> pathlib.Path:
-    folder = fill(tmp_path_factory.mktemp("work"))
-    report.write_report(folder, experiment(), stages=STAGES)
-    return folder
+    return reported(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")

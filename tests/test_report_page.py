@@ -8,16 +8,22 @@ import re
 
 import pytest
 import rich.console
-from report_files import HOSTILE_NAME, STAGES, edit_evaluation, evaluation, experiment, fill
+from report_files import (
+    HOSTILE_NAME,
+    STAGES,
+    edit_evaluation,
+    evaluation,
+    experiment,
+    fill,
+    reported,
+)
 
 from spire_jax import report, report_page
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> pathlib.Path:
-    folder = fill(tmp_path_factory.mktemp("work"))
-    report.write_report(folder, experiment(), stages=STAGES)
-    return folder
+    return reported(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")
