@@ -108,7 +108,7 @@ def decode_attention(
         cores: that one call runs on: 2 on TPU v4 and v5p.
     """
     batch, tokens, kv_heads, group, h = q.shape
-    slots, width = k.shape[1:]
+    slots, width = k.shape[1:]  # wider than K * H where `cache_shape` rounds up
     block = block or block_size(slots, width * k.dtype.itemsize)
     ordered = k_positions is None
     work = work_list(
@@ -157,7 +157,7 @@ def decode_attention(
     )
     kernel = functools.partial(
         _kernel, tokens=tokens, heads=heads, scale=scale, window=window, sink=sink,
-        include_self=include_self, ordered=ordered,
+        include_self=include_self, ordered=ordered, width=kv_heads * h,
     )  # fmt: skip
     out, lse = pl.pallas_call(
         kernel,
@@ -197,7 +197,7 @@ def _kernel(
     rows_ref, blocks_ref, edges_ref, bounds_ref, lengths_ref, q_positions_ref,
     q_NxRxW, k_SxKH, v_SxKH, *refs,
     tokens: int, heads: int, scale: float, window: int | None, sink: int, include_self: bool,
-    ordered: bool,
+    ordered: bool, width: int,
 ):  # fmt: skip
     *positions, out_NxRxW, lse_RxN, top_NxR, total_NxR, sum_NxRxW = refs
     step, steps = pl.program_id(1), bounds_ref[0]
@@ -227,11 +227,11 @@ def _kernel(
             if window is not None:
                 visible &= (k_pos < sink) | (q_pos - k_pos < window)
         for n in range(groups):
-            own = slice(n * lanes, min((n + 1) * lanes, k_SxKH.shape[2]))  # the last may be half
-            width = own.stop - own.start
+            own = slice(n * lanes, min((n + 1) * lanes, width))  # the last may be half a group
+            used = own.stop - own.start
             k, v = k_SxKH[0, :, own], v_SxKH[0, :, own]
             logits = scale * jax.lax.dot_general(
-                q_NxRxW[0, n, :, :width], k, (((1,), (1,)), ((), ())),
+                q_NxRxW[0, n, :, :used], k, (((1,), (1,)), ((), ())),
                 preferred_element_type=jnp.float32, precision=precision,
             )  # fmt: skip
             if masked:
@@ -251,7 +251,7 @@ def _kernel(
                 weight.astype(v.dtype), v, (((1,), (0,)), ((), ())),
                 preferred_element_type=jnp.float32, precision=precision,
             )  # fmt: skip
-            sum_NxRxW[n, :, :width] = shrink[:, :1] * sum_NxRxW[n, :, :width] + new
+            sum_NxRxW[n, :, :used] = shrink[:, :1] * sum_NxRxW[n, :, :used] + new
 
     # Most blocks of a long row are seen whole, by every query: no mask is computed for them.
     whole = begin + size <= jnp.minimum(length, q_first + include_self)

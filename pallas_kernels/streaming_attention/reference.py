@@ -40,8 +40,8 @@ def streaming_attention(
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
     """Softmax attention over the visible keys, and its log-sum-exp; see `api.py`."""
     allowed = visible(q_positions, k_positions, window=window, sink=sink, limits=limits)
-    seen = allowed.any(axis=0)[:, None, None]
-    some = allowed.any(axis=1)[:, None, None]
+    seen = np.asarray(allowed.any(axis=0))[:, None, None]
+    some = np.asarray(allowed.any(axis=1))[:, None, None]
     k, v = (jnp.where(seen, x.astype(jnp.float32), 0.0) for x in (k, v))
     logits = scale * jnp.einsum("BTKGH,BSKH->BTKGS", q.astype(jnp.float32), k)
     logits = jnp.where(allowed[:, None, None], logits, -jnp.inf)

@@ -22,7 +22,7 @@ MASKED = -1e30  # a logit that no softmax notices; finite, so that differences s
 
 # For the choice of blocks only: what an item costs besides its products, and their speed.
 STEP_SECONDS, FLOPS_PER_SECOND = 0.35e-6, 100e12
-ROWS_IN_VMEM = 2048  # queries of a block times query heads of a lane group
+OUTPUT_IN_VMEM = 2**18  # numbers of a block of queries, over all heads of a lane group
 
 
 class Setting(NamedTuple):
@@ -74,7 +74,7 @@ def streaming_attention(
     batch, length, kv_heads, group, h = q.shape
     seen = plan.bounds(q_positions, limits, window, sink)
     heads = group * group_size(h)
-    q_block, k_block = blocks or choose_blocks(seen, k_positions, heads)
+    q_block, k_block = blocks or choose_blocks(seen, k_positions, heads * max(h, LANES))
     padded_q = spread(q)
     groups, _, lanes = padded_q.shape[2:]
     padded_q = _pad(padded_q.reshape(batch, length, -1), q_block)
@@ -94,15 +94,18 @@ def streaming_attention(
 
 
 def choose_blocks(
-    seen: plan.Bounds, k_positions: Int[np.ndarray, " S"], heads: int
+    seen: plan.Bounds, k_positions: Int[np.ndarray, " S"], width: int
 ) -> tuple[int, int]:
-    """The blocks of 128, 256 or 512 that should take least time: fewer items against less waste."""
+    """The blocks of 128, 256 or 512 that should take least time: fewer items against less waste.
+
+    `width` is what a query of all heads of a lane group takes.
+    """
 
     def seconds(sizes: tuple[int, int]) -> float:
         q_block, k_block = sizes
         k_pos = np.pad(k_positions, (0, -len(k_positions) % k_block), constant_values=plan.UNSEEN)
         visited, _ = plan.pairs(plan.padded(seen, q_block), k_pos, q_block, k_block)
-        flops = 4 * q_block * k_block * heads * LANES
+        flops = 4 * q_block * k_block * width
         return visited.sum() * (STEP_SECONDS + flops / FLOPS_PER_SECOND)
 
     def fitting(length: int) -> list[int]:
@@ -111,7 +114,7 @@ def choose_blocks(
     sizes = [
         (a, b)
         for a, b in itertools.product(fitting(len(seen.upper)), fitting(len(k_positions)))
-        if a == 128 or a * heads <= ROWS_IN_VMEM
+        if a == 128 or a * width <= OUTPUT_IN_VMEM
     ]
     return min(sizes, key=seconds)
 
@@ -313,12 +316,12 @@ def _forward_kernel(
         for m in range(heads):
             q = q_TxMW[0, :, m * lanes : (m + 1) * lanes]
             logits = scale * _product(k_SxW[0], q, (1, 1))
-            if masked:
+            if visible is not None:
                 logits = jnp.where(visible, logits, MASKED)
             before = top_MxT[m : m + 1]
             top = jnp.maximum(before, jnp.max(logits, axis=0, keepdims=True))
             weight = jnp.exp(logits - top)
-            if masked:
+            if visible is not None:
                 weight = jnp.where(visible, weight, 0.0)
             shrink = jnp.exp(before - top)
             top_MxT[m : m + 1] = top
