@@ -85,9 +85,7 @@ def test_long_rows(window, sink, cores):
     spec = specs.Spec("long", batch=3, kv_heads=1, slots=4500, window=window, sink=sink,
                       dtype="float32")  # fmt: skip
     arrays = spec.arrays(jax.random.key(1), np.array([4500, 3, 4400]))
-    run = jax.jit(
-        lambda *a: tpu.decode_attention(*a, **spec.options, cores=cores, interpret=True)
-    )
+    run = jax.jit(lambda *a: tpu.decode_attention(*a, **spec.options, cores=cores, interpret=True))
     got = run(*poisoned(arrays))
     compare(spec, got, expected_of(spec, arrays))
     again = run(*poisoned(arrays))
@@ -102,7 +100,7 @@ def test_blocks_that_no_query_sees_are_never_read(ring):
     arrays = spec.arrays(jax.random.key(2), np.array([600, 129, 400]))
     q, k, v, lengths, first, *rest = poisoned(arrays)
     if not ring:
-        unseen = (jnp.arange(k.shape[1])[None] // 128 * 128 + 127 < first[:, None] - 64)
+        unseen = jnp.arange(k.shape[1])[None] // 128 * 128 + 127 < first[:, None] - 64
         unseen = unseen.at[:, :128].set(False)[..., None]
         k, v = jnp.where(unseen, jnp.nan, k), jnp.where(unseen, jnp.nan, v)
         assert jnp.isnan(k[0, 128:500]).any()
@@ -217,9 +215,9 @@ def test_bad_input(change, options, message):
 
 def test_bad_types_and_lengths():
     q, k, v, lengths, first = GOOD.arrays(jax.random.key(0), np.array([3, 64]))
-    with pytest.raises(ValueError, match="float32, keys bfloat16.*one type for all"):
+    with pytest.raises(ValueError, match=r"float32, keys bfloat16.*one type for all"):
         decode_attention(q, k.astype("bfloat16"), v, lengths, first)
-    with pytest.raises(ValueError, match="float16.*bfloat16 or float32"):
+    with pytest.raises(ValueError, match=r"float16.*bfloat16 or float32"):
         decode_attention(*(x.astype("float16") for x in (q, k, v)), lengths, first)
     with pytest.raises(ValueError, match="row 1 has length 65: expected 0 to 64"):
         decode_attention(q, k, v, lengths + 1, first)
