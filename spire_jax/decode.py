@@ -182,10 +182,10 @@ def _prefill(decoder: Decoder, weights: Weights, tokens, lengths, capacity: int)
     collect = strategy.collect if strategy is not None else ()
     activations: tuple[Any, ...] = ()
     if tokens.shape[1] == 0:
-        cache = empty_full(target.config, tokens.shape[0], capacity, target.compute.dtype)
+        cache = empty_full(target.config, tokens.shape[0], capacity, target.compute)
     else:
         activations, keys_values = target.bind(weights.target).prefill(tokens, collect)
-        cache = full_cache(keys_values, capacity)
+        cache = full_cache(keys_values, capacity, target.compute)
     draft_cache = None
     if strategy is not None:
         draft_cache = strategy.prefill(

@@ -14,7 +14,7 @@ from spire_jax.drafting.magicdec import magicdec
 from spire_jax.drafting.snapkv import snapkv
 from spire_jax.drafting.spire import Spire
 from spire_jax.drafting.vanilla import Vanilla
-from spire_jax.models.layers import Compute
+from spire_jax.models.attention import Compute
 from spire_jax.models.pruning import prune
 from spire_jax.models.spire import SpireDraft, initial_mix
 from spire_jax.models.transformer import Model, Params, Transformer

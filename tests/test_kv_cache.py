@@ -8,6 +8,7 @@ import pytest
 from models import TINY
 
 from spire_jax.masks import EMPTY, may_attend
+from spire_jax.models.attention import Compute
 from spire_jax.models.kv_cache import empty_full, empty_ring, full_cache, ring_cache, ring_positions
 
 WINDOWED = dataclasses.replace(TINY, n_layers=2, window=4, sink=2)
@@ -15,7 +16,7 @@ K = 3  # the ring of WINDOWED has 2 + (4 + 3) slots
 
 
 def ring(batch: int = 1):
-    return empty_ring(WINDOWED, batch, K, "float32")
+    return empty_ring(WINDOWED, batch, K, Compute())
 
 
 def entries(positions, layer: int = 0):
@@ -35,7 +36,7 @@ def written(cache, positions, layers=(0, 1)):
 
 
 def read(cache, layer: int = 0) -> np.ndarray:
-    return np.asarray(cache.keys[layer])[:, :, 0, 0]
+    return np.asarray(cache.keys[layer])[:, :, 0]
 
 
 def simulated(length: int, sink: int, size: int) -> list[int]:
@@ -117,28 +118,28 @@ def test_ring_writes_rows_at_their_own_positions_and_drops_those_at_minus_1():
 
 
 def test_full_cache_drops_writes_before_the_text_and_beyond_capacity():
-    cache = empty_full(TINY, 2, 5, "float32")
+    cache = empty_full(TINY, 2, 5, Compute())
     after = written(cache, [[1, 2], [-1, 3]], layers=(0,))
     after = written(after, [[4, 5], [6, 2**20]], layers=(0,))
     np.testing.assert_array_equal(read(after), [[0, 1, 2, 0, 4], [0, 0, 0, 3, 0]])
     np.testing.assert_array_equal(after.values[0], -after.keys[0])
     assert not read(after, 1).any() and not read(after, 2).any()
-    np.testing.assert_array_equal(after.positions, [[0, 1, 2, 3, 4]])
+    np.testing.assert_array_equal(after.layer_positions(0), [[0, 1, 2, 3, 4]])
 
 
 def test_prefilled_full_cache_is_padded_to_capacity():
     keys_values = [entries(jnp.arange(1, 4)[None], layer) for layer in range(3)]
-    cache = full_cache(keys_values, 5)
+    cache = full_cache(keys_values, 5, Compute())
     np.testing.assert_array_equal(read(cache, 2), [[201, 202, 203, 0, 0]])
-    np.testing.assert_array_equal(cache.values[1][..., 0, 0], [[-101, -102, -103, 0, 0]])
-    assert read(full_cache(keys_values, 3)).shape == (1, 3)
+    np.testing.assert_array_equal(cache.values[1][..., 0], [[-101, -102, -103, 0, 0]])
+    assert read(full_cache(keys_values, 3, Compute())).shape == (1, 3)
     with pytest.raises(ValueError, match="3 prompt tokens do not fit a cache of 2 positions"):
-        full_cache(keys_values, 2)
+        full_cache(keys_values, 2, Compute())
 
 
 def test_prefilled_ring_goes_on_where_the_gather_left_off():
     positions, gather = ring_positions(jnp.asarray([13]), 2, 7)
-    cache = ring_cache([entries(gather, layer) for layer in range(2)], positions, 2, 7)
+    cache = ring_cache([entries(gather, layer) for layer in range(2)], positions, 2, 7, Compute())
     cache = written(cache, [[13, 14]])
     np.testing.assert_array_equal(cache.positions, [simulated(15, 2, 7)])
     np.testing.assert_array_equal(read(cache, 1), np.array([simulated(15, 2, 7)]) + 100)
@@ -154,9 +155,10 @@ def test_empty_slots_are_never_visible():
 
 def test_caches_store_the_compute_type():
     for dtype in ("float32", "bfloat16"):
-        for cache in (empty_full(TINY, 1, 4, dtype), empty_ring(WINDOWED, 1, K, dtype)):
+        compute = Compute(dtype)
+        for cache in (empty_full(TINY, 1, 4, compute), empty_ring(WINDOWED, 1, K, compute)):
             slots = jnp.asarray([[1]])
             cache = cache.write(0, slots, *entries(slots))
             assert cache.keys[0].dtype == cache.values[0].dtype == jnp.dtype(dtype)
-    assert len(empty_full(TINY, 1, 4, "float32").keys) == TINY.n_layers
-    assert empty_ring(WINDOWED, 3, K, "float32").keys[0].shape == (3, 9, 2, 8)
+    assert len(empty_full(TINY, 1, 4, Compute()).keys) == TINY.n_layers
+    assert empty_ring(WINDOWED, 3, K, Compute()).keys[0].shape == (3, 9, 2 * 8)

@@ -7,7 +7,7 @@ import pytest
 from models import TINY, target, texts
 
 from spire_jax.drafting.magicdec import magicdec
-from spire_jax.models.layers import Compute, attention
+from spire_jax.models.attention import Compute, attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

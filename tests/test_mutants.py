@@ -20,7 +20,8 @@ from test_verification import decoded, tables, transformed
 import spire_jax.decode as decode
 import spire_jax.drafting.spire as spire_drafting
 import spire_jax.drafting.vanilla as vanilla_drafting
-import spire_jax.models.layers as layers
+import spire_jax.models.attention as attention
+import spire_jax.models.spire as spire_model
 import spire_jax.verification as verification
 from spire_jax.masks import EMPTY
 from spire_jax.models.kv_cache import RingCache
@@ -232,17 +233,16 @@ def window_counted_without_the_query(patch):
         decoding = not isinstance(q_pos, np.ndarray) and bool(window)
         return original(q_pos, k_pos, window + decoding, sink)
 
-    original = layers.may_attend
-    patch(layers, "may_attend", may_attend)
+    original = attention.may_attend
+    patch(attention, "may_attend", may_attend)
 
 
 def stale_rejected_entry_visible(patch):
-    def attend(self, block, q, k, v, q_pos, k_pos, limit=None):
-        decoding = limit is not None and not isinstance(limit, np.ndarray)
-        return original(self, block, q, k, v, q_pos, k_pos, None if decoding else limit)
+    def attend(*args, include_self=True, **options):
+        return original(*args, **options)
 
-    original = SpireDraft._attend
-    patch(SpireDraft, "_attend", attend)
+    original = spire_model.cached_attention
+    patch(spire_model, "cached_attention", attend)
 
 
 def draft_position_off_by_one(patch):

@@ -26,7 +26,7 @@ from models import SINK, TINY, WINDOW, init, pair, ragged, texts
 
 from spire_jax.config import ConfigError, DraftConfig, ExperimentConfig, MeshConfig, TrainConfig
 from spire_jax.decode import Weights, generate
-from spire_jax.models.layers import Compute
+from spire_jax.models.attention import Compute
 from spire_jax.models.pruning import prune
 from spire_jax.models.transformer import Model, Transformer
 from spire_jax.sharding import check_mesh, constrain, make_mesh, shardings, spec

@@ -11,7 +11,7 @@ from models import TINY, pair, ragged, texts
 from spire_jax import decode
 from spire_jax.drafting.snapkv import POOL, select, snapkv
 from spire_jax.masks import EMPTY
-from spire_jax.models.layers import Compute
+from spire_jax.models.attention import Compute
 from spire_jax.sampling import Sampling, probabilities, round_keys
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

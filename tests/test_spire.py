@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from models import SINK, TINY, WINDOW, init, pair, target, texts
 
+from spire_jax.models.attention import Compute
 from spire_jax.models.kv_cache import empty_full, empty_ring
-from spire_jax.models.layers import Compute
 from spire_jax.models.spire import SpireDraft, target_layers
 from spire_jax.models.transformer import Model, Transformer
 
@@ -155,8 +155,8 @@ def test_steps_after_refresh_are_the_rollout_whatever_was_rejected(kind):
     p = pair(kind)
     tokens, _, expected = reference(kind)
     wrong = (tokens + 5) % TINY.n_tokens
-    target_cache = empty_full(TINY, 2, T + K, "float32")
-    cache = empty_ring(p.strategy.model.config, 2, K, "float32", T + K)
+    target_cache = empty_full(TINY, 2, T + K, Compute())
+    cache = empty_ring(p.strategy.model.config, 2, K, Compute(), T + K)
 
     @jax.jit
     def verify(target_cache, cache, block, positions):
@@ -367,7 +367,7 @@ def test_strict_position_0_attends_to_nothing():
         x = block.finish(x, nothing)
     by_hand = module.unembed(x)[:, 0]
     close(expected[:, 0, 0], by_hand)
-    empty = empty_ring(p.strategy.model.config, 2, K, "float32")
+    empty = empty_ring(p.strategy.model.config, 2, K, Compute())
     step, _ = step_of("spire_strict")(p.draft_params, empty, tokens[:, 0], jnp.zeros(2, jnp.int32))
     close(step, by_hand)
 

@@ -10,8 +10,8 @@ import pytest
 from models import SINK, TINY, WINDOW, init, target, texts
 
 from spire_jax.config import DraftConfig, ModelConfig, body_parameters, draft_model
+from spire_jax.models.attention import Compute
 from spire_jax.models.kv_cache import empty_full, empty_ring
-from spire_jax.models.layers import Compute
 from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Model, Transformer
 
@@ -152,14 +152,14 @@ def blocks(width: int, seed: int = 0) -> list[np.ndarray]:
 @pytest.mark.parametrize("config", [TINY, WINDOWED], ids=["dense", "windowed"])
 @pytest.mark.parametrize("width", [1, K + 1])
 def test_full_cache_is_the_whole_text(config, width):
-    feed(config, empty_full(config, 2, T + K, "float32"), blocks(width))
+    feed(config, empty_full(config, 2, T + K, Compute()), blocks(width))
 
 
 @pytest.mark.parametrize("width", [1, K + 1])
 def test_ring_cache_is_the_whole_text_under_the_window(width):
     """Far beyond window + sink + k, in blocks of up to the k + 1 tokens of a verification."""
     assert T > 2 * (WINDOW + SINK + K)
-    feed(WINDOWED, empty_ring(WINDOWED, 2, K, "float32"), blocks(width))
+    feed(WINDOWED, empty_ring(WINDOWED, 2, K, Compute()), blocks(width))
 
 
 def test_a_block_overwrites_what_was_rejected():
@@ -172,8 +172,8 @@ def test_a_block_overwrites_what_was_rejected():
         logits, _, cache = model.bind(params).extend(cache, block, positions)
         return logits, cache
 
-    for cache in (empty_full(WINDOWED, 2, T + K, "float32"),
-                  empty_ring(WINDOWED, 2, K, "float32")):  # fmt: skip
+    for cache in (empty_full(WINDOWED, 2, T + K, Compute()),
+                  empty_ring(WINDOWED, 2, K, Compute())):  # fmt: skip
         start, kept = 0, 0
         while start + K < T:
             positions = np.tile(np.arange(start, start + K + 1), (2, 1))

@@ -17,8 +17,8 @@ from flax import nnx
 from spire_jax.config import ModelConfig
 from spire_jax.decode import Decoder, DecodeState, Weights, finish
 from spire_jax.drafting.vanilla import Vanilla
+from spire_jax.models.attention import Compute
 from spire_jax.models.kv_cache import empty_full
-from spire_jax.models.layers import Compute
 from spire_jax.models.transformer import Model, Transformer
 from spire_jax.sampling import Sampling, probabilities
 from spire_jax.verification import (
@@ -95,8 +95,8 @@ def decoded(
         tokens=zeros(width), kinds=zeros(width, dtype=jnp.int8), lengths=zeros() + 1,
         ends=zeros() + 1 + EMITTED, done=zeros(dtype=bool), rounds=zeros(), counts=zeros(k + 1),
         seeds=jax.vmap(jax.random.key)(jnp.arange(TRIALS, dtype=jnp.uint32)),
-        target_cache=empty_full(CONFIG, TRIALS, 1, "float32"),
-        draft_cache=empty_full(CONFIG, TRIALS, 1, "float32"),
+        target_cache=empty_full(CONFIG, TRIALS, 1, Compute()),
+        draft_cache=empty_full(CONFIG, TRIALS, 1, Compute()),
     )  # fmt: skip
     state = finish(decoder, weights, state)
     return np.asarray(state.tokens)[:, 1 : 1 + EMITTED], np.asarray(state.counts).sum(axis=0)

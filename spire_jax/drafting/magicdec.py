@@ -4,7 +4,7 @@ import dataclasses
 
 from spire_jax.config import ModelConfig
 from spire_jax.drafting.spire import Spire
-from spire_jax.models.layers import Compute
+from spire_jax.models.attention import Compute
 from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Model
 

@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from spire_jax.config import SNAPKV_OBSERVED, ModelConfig
 from spire_jax.drafting.spire import Spire
 from spire_jax.masks import EMPTY
+from spire_jax.models.attention import Compute, packed
 from spire_jax.models.kv_cache import SelectedCache
-from spire_jax.models.layers import Block, Compute
+from spire_jax.models.layers import Block
 from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Model
 from spire_jax.sampling import probability_of
@@ -64,8 +65,9 @@ class SnapKv(Spire):
                     for x in block.keys_values(y, np.arange(prompt))
                 )
                 held = held.at[:, :, :kept].set(chosen)
-            keys.append(k_held)
-            values.append(v_held)
+            width = shape[2] * shape[3]
+            keys.append(packed(k_held, width))
+            values.append(packed(v_held, width))
             positions.append(held)
         used = jnp.minimum(lengths, kept)
         return SelectedCache(tuple(keys), tuple(values), tuple(positions), lengths, used)

@@ -31,7 +31,7 @@ class Spire:
     def prefill(self, params, tokens, lengths, activations, k, capacity):
         config = self.model.config
         if tokens.shape[1] == 0:
-            return empty_ring(config, tokens.shape[0], k, self.model.compute.dtype, capacity)
+            return empty_ring(config, tokens.shape[0], k, self.model.compute, capacity)
         # Each slot gathers the position it should hold: only the activations that the window
         # and the sinks need are projected.
         ring = config.window + k if config.window else capacity
@@ -39,7 +39,7 @@ class Spire:
         held = tuple(jnp.take_along_axis(y, gather[..., None], axis=1) for y in activations)
         read = jnp.take_along_axis(tokens, gather, axis=1)
         keys_values = self.model.bind(params).read_target(read, held, gather)
-        return ring_cache(keys_values, positions, config.sink, ring)
+        return ring_cache(keys_values, positions, config.sink, ring, self.model.compute)
 
     def propose(self, params, cache, previous, last, positions, keys, k, sampling):
         module = self.model.bind(params)

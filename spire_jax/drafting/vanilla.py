@@ -26,15 +26,15 @@ class Vanilla:
         return 0, start
 
     def prefill(self, params, tokens, lengths, activations, k, capacity):
-        config, dtype = self.model.config, self.model.compute.dtype
+        config, compute = self.model.config, self.model.compute
         batch, length = tokens.shape
         if length == 0 and config.window:
-            return empty_ring(config, batch, k, dtype)
+            return empty_ring(config, batch, k, compute)
         if length == 0:
-            return empty_full(config, batch, capacity, dtype)
+            return empty_full(config, batch, capacity, compute)
         _, keys_values = self.model.bind(params).prefill(tokens)
         if not config.window:
-            return full_cache(keys_values, capacity)
+            return full_cache(keys_values, capacity, compute)
         ring = config.window + k
         positions, gather = ring_positions(lengths, config.sink, ring)
         at = gather[..., None, None]
@@ -42,7 +42,7 @@ class Vanilla:
             (jnp.take_along_axis(key, at, axis=1), jnp.take_along_axis(value, at, axis=1))
             for key, value in keys_values
         ]
-        return ring_cache(held, positions, config.sink, ring)
+        return ring_cache(held, positions, config.sink, ring, compute)
 
     def propose(self, params, cache, previous, last, positions, keys, k, sampling):
         module = self.model.bind(params)

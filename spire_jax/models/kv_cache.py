@@ -3,7 +3,8 @@
 Rejected tokens are never erased. A full cache keeps position j in slot j, so that an entry after
 the row's last token is dead by causality until it is overwritten; a ring stores each slot's
 position, so the same holds there. One array per layer, not a stacked one: XLA updates a
-`while_loop` carry in place only then (measured: 21.6 against 44.5 ms a step).
+`while_loop` carry in place only then (measured: 21.6 against 44.5 ms a step). A slot holds its
+heads side by side: the layout that a TPU's kernel reads in whole registers.
 """
 
 import dataclasses
@@ -13,18 +14,26 @@ from jaxtyping import Array, Float, Int
 
 from spire_jax.config import ModelConfig
 from spire_jax.masks import EMPTY
+from spire_jax.models.attention import Compute, cache_shape, packed
 from spire_jax.records import record
 from spire_jax.sharding import constrain
 
-Layers = tuple[Float[Array, "B S K H"], ...]
+Layers = tuple[Float[Array, "B S W"], ...]  # W = K * H numbers of a slot, or more (cache_shape)
 KeysValues = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]
 
 
 class _Cache:
-    """What both caches share: writing one layer's new entries at given slots."""
+    """What all caches share: writing one layer's new entries at given slots."""
 
     keys: Layers
     values: Layers
+    ordered = False  # whether slot j holds position j
+    by_head = False  # whether KV heads have positions of their own
+
+    @property
+    def live(self) -> int:
+        """Slots that may hold something; those after them only fill up the allocation."""
+        return self.keys[0].shape[1]
 
     def write(
         self,
@@ -38,7 +47,8 @@ class _Cache:
 
         def put(layers, new):
             old = layers[layer]
-            new = old.at[rows, slots].set(new.astype(old.dtype), mode="drop")
+            new = packed(new.astype(old.dtype), old.shape[2])
+            new = old.at[rows, slots].set(new, mode="drop")
             return (*layers[:layer], _pinned(new), *layers[layer + 1 :])
 
         return dataclasses.replace(self, keys=put(self.keys, k), values=put(self.values, v))  # type: ignore[type-var]
@@ -51,10 +61,10 @@ class FullCache(_Cache):
 
     keys: Layers
     values: Layers
+    ordered = True
 
-    @property
-    def positions(self) -> Int[Array, "1 S"]:
-        """The position that each slot holds."""
+    def layer_positions(self, layer: int) -> Int[Array, "1 S"]:
+        """The position that each slot of a layer holds."""
         return jnp.arange(self.keys[0].shape[1], dtype=jnp.int32)[None]
 
     def slots(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -73,11 +83,15 @@ class RingCache(_Cache):
 
     keys: Layers
     values: Layers
-    positions: Int[Array, "B P"]  # stored position of each slot, EMPTY where there is none
+    positions: Int[Array, "B S"]  # stored position of each slot, EMPTY where there is none
     sink: int
     ring: int
 
-    def layer_positions(self, layer: int) -> Int[Array, "B P"]:
+    @property
+    def live(self) -> int:
+        return self.sink + self.ring
+
+    def layer_positions(self, layer: int) -> Int[Array, "B S"]:
         """The position that each slot of a layer holds."""
         return self.positions
 
@@ -85,7 +99,7 @@ class RingCache(_Cache):
         """slot(j) = j for j < sink, else sink + (j - sink) mod ring; -1 goes nowhere."""
         ring = self.sink + (positions - self.sink) % self.ring
         slots = jnp.where(positions < self.sink, positions, ring)
-        return jnp.where(positions < 0, self.sink + self.ring, slots)
+        return jnp.where(positions < 0, self.keys[0].shape[1], slots)
 
     def place(self, positions: Int[Array, "B T"]) -> "RingCache":
         """The cache with the positions stored whose entries are about to be written."""
@@ -109,6 +123,7 @@ class SelectedCache(_Cache):
     begin: Int[Array, " B"]  # the first position after the prompt
     used: Int[Array, " B"]
     sink = 0  # no slots of its own
+    by_head = True
 
     def layer_positions(self, layer: int) -> Int[Array, "B K S"]:
         """The position that each slot of a layer holds, for each KV head."""
@@ -150,7 +165,7 @@ def ring_positions(
     return jnp.where(used, held, EMPTY), jnp.where(used, held, 0)
 
 
-def full_cache(keys_values: list[KeysValues], capacity: int) -> FullCache:
+def full_cache(keys_values: list[KeysValues], capacity: int, compute: Compute) -> FullCache:
     """A cache of `capacity` positions from each layer's keys and values of the first T.
 
     Entries that belong to a row's padding are dead by causality until they are overwritten.
@@ -158,40 +173,52 @@ def full_cache(keys_values: list[KeysValues], capacity: int) -> FullCache:
     length = keys_values[0][0].shape[1]
     if length > capacity:
         raise ValueError(f"{length} prompt tokens do not fit a cache of {capacity} positions")
-    room = ((0, 0), (0, capacity - length), (0, 0), (0, 0))
-
-    def layers(of: int) -> Layers:
-        return tuple(_pinned(jnp.pad(kv[of], room)) for kv in keys_values)
-
-    return FullCache(keys=layers(0), values=layers(1))
+    return FullCache(*_filled(keys_values, capacity, compute))
 
 
 def ring_cache(
-    keys_values: list[KeysValues], positions: Int[Array, "B P"], sink: int, ring: int
+    keys_values: list[KeysValues],
+    positions: Int[Array, "B P"],
+    sink: int,
+    ring: int,
+    compute: Compute,
 ) -> RingCache:
     """A ring from each layer's keys and values, slot by slot, as `ring_positions` orders them."""
-    keys = tuple(_pinned(k) for k, _ in keys_values)
-    return RingCache(keys, tuple(_pinned(v) for _, v in keys_values), positions, sink, ring)
+    keys, values = _filled(keys_values, sink + ring, compute)
+    spare = ((0, 0), (0, keys[0].shape[1] - positions.shape[1]))
+    positions = jnp.pad(positions, spare, constant_values=EMPTY)
+    return RingCache(keys, values, positions, sink, ring)
 
 
-def empty_full(config: ModelConfig, batch: int, capacity: int, dtype: str) -> FullCache:
+def empty_full(config: ModelConfig, batch: int, capacity: int, compute: Compute) -> FullCache:
     """An empty cache of `capacity` positions for every layer."""
-    return FullCache(*(_zeros(config, batch, capacity, dtype) for _ in range(2)))
+    return full_cache(_nothing(config, batch, compute), capacity, compute)
 
 
-def empty_ring(config: ModelConfig, batch: int, k: int, dtype: str, capacity: int = 0) -> RingCache:
+def empty_ring(
+    config: ModelConfig, batch: int, k: int, compute: Compute, capacity: int = 0
+) -> RingCache:
     """An empty ring of sink + window + k slots for every layer; without a window, `capacity`."""
     ring = config.window + k if config.window else capacity
-    slots = config.sink + ring
-    positions = jnp.full((batch, slots), EMPTY, jnp.int32)
-    keys, values = (_zeros(config, batch, slots, dtype) for _ in range(2))
-    return RingCache(keys, values, positions, config.sink, ring)
+    positions = jnp.full((batch, config.sink + ring), EMPTY, jnp.int32)
+    return ring_cache(_nothing(config, batch, compute), positions, config.sink, ring, compute)
 
 
-def _zeros(config: ModelConfig, batch: int, slots: int, dtype: str) -> Layers:
-    shape = (batch, slots, config.n_kv_heads, config.d_head)
-    return tuple(_pinned(jnp.zeros(shape, jnp.dtype(dtype))) for _ in range(config.n_layers))
+def _nothing(config: ModelConfig, batch: int, compute: Compute) -> list[KeysValues]:
+    none = jnp.zeros((batch, 0, config.n_kv_heads, config.d_head), compute.dtype)
+    return [(none, none)] * config.n_layers
+
+
+def _filled(keys_values: list[KeysValues], slots: int, compute: Compute) -> tuple[Layers, Layers]:
+    """Keys and values in the first slots of a fresh allocation, zeros in the others."""
+
+    def allocate(x: Float[Array, "B T K H"]) -> Float[Array, "B S W"]:
+        slots_, width = cache_shape(compute, slots, *x.shape[2:])
+        return _pinned(jnp.pad(packed(x, width), ((0, 0), (0, slots_ - x.shape[1]), (0, 0))))
+
+    keys, values = zip(*keys_values, strict=True)
+    return tuple(map(allocate, keys)), tuple(map(allocate, values))
 
 
 def _pinned(x: Array) -> Array:
-    return constrain(x, "batch", None, "kv_heads", None)
+    return constrain(x, "batch", None, "kv_heads")

@@ -1,6 +1,5 @@
-"""Building blocks: parameters with logical axes, RMSNorm, RoPE, attention, one decoder block."""
+"""Building blocks: parameters with logical axes, RMSNorm, RoPE, one decoder block."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -8,22 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from spire_jax.config import ModelConfig
-from spire_jax.masks import may_attend
+from spire_jax.models.attention import Compute, Positions
 from spire_jax.sharding import constrain
-
-Positions = Int[np.ndarray, " T"] | Int[Array, "B T"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-    """How a model computes; changes rounding and speed, never what is computed."""
-
-    dtype: str = "float32"  # of matrix products and activations
-    attention_chunk: int = 128  # queries (and keys) per block of the XLA attention
-    remat: bool = False  # recompute each layer in the backward pass
 
 
 def truncated_normal(fan_in: int, scale: float = 1.0):
@@ -71,118 +59,6 @@ def rope(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
-
-
-# --- attention: one call for every use ---------------------------------------------------------
-
-
-def attention(
-    q: Float[Array, "B T K G H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    q_pos: Positions,
-    k_pos: Int[np.ndarray, " S"] | Int[Array, "#B S"] | Int[Array, "#B K S"],
-    *,
-    window: int = 0,
-    sink: int = 0,
-    limit: Positions | None = None,
-    scale: float = 1.0,
-    chunk: int = 128,
-) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
-    """Softmax attention under `may_attend`, and its log-sum-exp in float32.
-
-    Positions as NumPy arrays are known while tracing: the queries are then taken `chunk` at a
-    time and blocks of keys that none of them may see are skipped. Positions as JAX arrays
-    (decoding) are masked at run time.
-
-    Args:
-        q, k, v: rotated queries and keys, and values; G query heads share a KV head.
-        q_pos, k_pos: positions in the text; keys may have their own for each KV head.
-        limit: per query, the first position that is *not* visible (SPIRe's memories of the
-            target end before the block); None for no such limit.
-        scale: multiplies the logits.
-
-    Returns:
-        The output, zero for a query that sees no key; its log-sum-exp, -inf there.
-    """
-    # Heads before tokens: on CPUs a quarter faster, forward and backward, than leaving the
-    # transposes to each chunk's products.
-    q = jnp.moveaxis(q, 1, 3)
-    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-    if not (isinstance(q_pos, np.ndarray) and isinstance(k_pos, np.ndarray)):
-        parts = [_attend(q, k, v, _mask(q_pos, k_pos, limit, window, sink), scale)]
-    else:
-        parts = []
-        for start in range(0, q.shape[3], chunk):
-            rows = slice(start, start + chunk)
-            row_limit = None if limit is None else limit[rows]
-            mask = np.asarray(_mask(q_pos[rows], k_pos, row_limit, window, sink)[0])
-            seen = _visible_runs(mask, chunk)
-            keys, values = (jnp.concatenate([x[:, :, s] for s in seen], axis=2) for x in (k, v))
-            visible = np.concatenate([mask[:, s] for s in seen], axis=1)[None]
-            parts.append(_attend(q[:, :, :, rows], keys, values, visible, scale))
-    outs, lses = zip(*parts, strict=True)
-    out = jnp.moveaxis(jnp.concatenate(outs, axis=3), 3, 1)
-    return out, jnp.moveaxis(jnp.concatenate(lses, axis=3), 3, 1)
-
-
-def merge_attention(parts):
-    """One softmax over the keys of several `attention` results (out, log-sum-exp)."""
-    top = jnp.max(jnp.stack([lse for _, lse in parts]), axis=0)
-    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
-    weights = [jnp.exp(lse - top) for _, lse in parts]
-    total = sum(weights)
-    total = jnp.where(total > 0, total, 1.0)
-    out = sum(o * (w / total)[..., None] for (o, _), w in zip(parts, weights, strict=True))
-    return out.astype(parts[0][0].dtype)
-
-
-def _mask(q_pos, k_pos, limit, window, sink) -> Bool[np.ndarray | Array, "rows *K T S"]:
-    q_pos, k_pos = (x[None] if x.ndim == 1 else x for x in (q_pos, k_pos))
-    by_head = k_pos.ndim == 3
-    q_pos = q_pos[:, None] if by_head else q_pos
-    visible = may_attend(q_pos[..., :, None], k_pos[..., None, :], window, sink)
-    if limit is not None:
-        limit = limit[None] if limit.ndim == 1 else limit
-        limit = limit[:, None] if by_head else limit
-        visible &= k_pos[..., None, :] < limit[..., :, None]
-    return visible
-
-
-def _visible_runs(mask: Bool[np.ndarray, "T S"], chunk: int) -> list[slice]:
-    """Runs of keys, in whole chunks, that some query may see; one key where there is none."""
-    runs: list[slice] = []
-    for start in range(0, mask.shape[1], chunk):
-        if not mask[:, start : start + chunk].any():
-            continue
-        begin = runs.pop().start if runs and runs[-1].stop == start else start
-        runs.append(slice(begin, start + chunk))
-    return runs or [slice(0, 1)]
-
-
-def _attend(q, k, v, mask, scale):
-    # Query heads of one KV head are folded into the tokens: a plain batched matrix product.
-    b, kv_heads, group, t, h = q.shape
-    q = q.reshape(b, kv_heads, group * t, h)
-    logits = jnp.einsum("BKTH,BKSH->BKTS", q, k, preferred_element_type=jnp.float32)
-    logits = logits * scale if scale != 1.0 else logits
-    if not (isinstance(mask, np.ndarray) and mask.all()):
-        logits = logits.reshape(b, kv_heads, group, t, -1)
-        mask = mask[:, :, None] if mask.ndim == 4 else mask[:, None, None]
-        logits = jnp.where(mask, logits, -jnp.inf)
-        logits = logits.reshape(b, kv_heads, group * t, -1)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
-    weight = jnp.exp(logits - top)
-    total = jnp.sum(weight, axis=-1, keepdims=True)
-    some = total > 0
-    total = jnp.where(some, total, 1.0)
-    out = jnp.einsum(
-        "BKTS,BKSH->BKTH", weight.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    out = (out / total).astype(q.dtype).reshape(b, kv_heads, group, t, h)
-    lse = jnp.where(some, jnp.log(total) + top, -jnp.inf)
-    return out, lse.reshape(b, kv_heads, group, t)
 
 
 # --- one decoder block -------------------------------------------------------------------------

@@ -17,16 +17,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spire_jax.config import ModelConfig
 from spire_jax.masks import EMPTY
-from spire_jax.models.kv_cache import KeysValues, RingCache, SelectedCache
-from spire_jax.models.layers import (
-    Block,
+from spire_jax.models.attention import (
     Compute,
     Positions,
     attention,
+    cached_attention,
     merge_attention,
-    parameter,
-    rope,
+    unpacked,
 )
+from spire_jax.models.kv_cache import KeysValues, RingCache, SelectedCache
+from spire_jax.models.layers import Block, parameter, rope
 from spire_jax.models.transformer import Activations, Transformer
 
 
@@ -111,9 +111,13 @@ class SpireDraft(Transformer):
         for i, block in enumerate(self.blocks):
             (k, v), mine = target_memory[i], own[i]
             q = block.queries(x, positions)
-            sinks = int((at.read < self.config.sink).sum())
             k_pos = at.read if selected is None else jnp.where(selected[i], at.read, EMPTY)
-            parts = self._attend_memory(block, q, k, v, positions, k_pos, starts, sinks)
+            sink = self._sink_in_window
+            parts = [self._attend(block, q, k, v, positions, k_pos, limit=starts, sink=sink)]
+            if self.streaming:
+                sinks = slice((at.read < self.config.sink).sum())
+                held = k[:, sinks], v[:, sinks]
+                parts += self._attend_old_sinks(block, q, held, positions, at.read[sinks], starts)
             recent = list(mine)
             if self.attend_self:
                 recent.append(block.keys_values(x, positions))
@@ -150,10 +154,18 @@ class SpireDraft(Transformer):
         xs = [x]
         for i, block in enumerate(self.blocks):
             q = block.queries(x, pos)
-            keys, values = (c[i].astype(x.dtype) for c in (cache.keys, cache.values))
-            parts = self._attend_memory(
-                block, q, keys, values, pos, cache.layer_positions(i), pos, cache.sink
-            )
+            parts = [
+                cached_attention(
+                    q, cache, i, pos, window=self.config.window, sink=self._sink_in_window,
+                    include_self=False, scale=block.scale, compute=self.compute,
+                )
+            ]  # fmt: skip
+            if self.streaming:
+                sinks = slice(cache.sink)
+                held = (unpacked(c[i][:, sinks], *q.shape[2::2]).astype(x.dtype)
+                        for c in (cache.keys, cache.values))  # fmt: skip
+                at = cache.layer_positions(i)[..., sinks]
+                parts += self._attend_old_sinks(block, q, tuple(held), pos, at, pos)
             if self.attend_self:
                 k, v = block.keys_values(x, pos)
                 parts.append(self._attend(block, q, k, v, pos, pos))
@@ -200,23 +212,25 @@ class SpireDraft(Transformer):
             cache = cache.write(i, slots, k, v)
         return cache
 
-    def _attend_memory(self, block, q, k, v, q_pos, k_pos, limit, sinks: int):
-        """Parts of the attention to memories, the first `sinks` of which are sinks'.
+    @property
+    def _sink_in_window(self) -> int:
+        """Sinks that are seen beyond the window, where they are; streaming, they are elsewhere."""
+        return 0 if self.streaming else self.config.sink
 
-        Streaming, positions are those within the cache once the window is full: a query then
-        stands sink + window - 1 behind the first sink, however far it is in the text. That is a
-        rotation of the query, for the sinks alone.
+    def _attend_old_sinks(self, block, q, held, q_pos, k_pos, limit):
+        """Streaming: attention to the sinks that the window has left behind, if there are any.
+
+        Positions are those within the cache once the window is full: a query then stands
+        sink + window - 1 behind the first sink, however far it is in the text. That is a rotation
+        of the query, for these keys alone.
         """
-        if not self.streaming or not sinks:
-            return [self._attend(block, q, k, v, q_pos, k_pos, limit=limit)]
+        if not k_pos.shape[-1]:
+            return []
         xp = np if isinstance(q_pos, np.ndarray) else jnp
         moved = xp.maximum(q_pos - (self.config.sink + self.config.window - 1), 0)
+        beyond = xp.minimum(limit, q_pos - self.config.window + 1)
         q_near = rope(q, -moved, self.config)
-        k_sinks, v_sinks, k_rest, v_rest = k[:, :sinks], v[:, :sinks], k[:, sinks:], v[:, sinks:]
-        return [
-            self._attend(block, q_near, k_sinks, v_sinks, q_pos, k_pos[..., :sinks], limit=limit),
-            self._attend(block, q, k_rest, v_rest, q_pos, k_pos[..., sinks:], limit=limit),
-        ]
+        return [self._attend(block, q_near, *held, q_pos, k_pos, limit=beyond, window=0, sink=0)]
 
     def _attend(
         self,
@@ -226,12 +240,11 @@ class SpireDraft(Transformer):
         v: Float[Array, "B S K H"],
         q_pos: Positions,
         k_pos: Int[np.ndarray, " S"] | Int[Array, "#B S"] | Int[Array, "#B K S"],
-        limit: Positions | None = None,
+        **options,
     ):
+        options = {"window": self.config.window, "sink": self.config.sink, **options}
         return attention(
-            q, k, v, q_pos, k_pos,
-            window=self.config.window, sink=self.config.sink, limit=limit, scale=block.scale,
-            chunk=self.compute.attention_chunk,
+            q, k, v, q_pos, k_pos, scale=block.scale, compute=self.compute, **options
         )  # fmt: skip
 
 

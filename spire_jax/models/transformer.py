@@ -11,16 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from spire_jax.config import ModelConfig
+from spire_jax.models.attention import Compute, attention, cached_attention
 from spire_jax.models.kv_cache import FullCache, KeysValues, RingCache
-from spire_jax.models.layers import (
-    Block,
-    Compute,
-    RMSNorm,
-    attention,
-    parameter,
-    product,
-    truncated_normal,
-)
+from spire_jax.models.layers import Block, RMSNorm, parameter, product, truncated_normal
 from spire_jax.sharding import constrain
 
 Params = Any  # nested dict of float32 arrays, the pure form of a module's nnx.State
@@ -89,7 +82,7 @@ class Transformer(nnx.Module):
         *,
         logits_from: int = 0,
     ) -> tuple[Float[Array, "B T1 V"], Activations, FullCache | RingCache]:
-        """Process a few new tokens per row on top of a cache, at per-row positions.
+        """Process a few new tokens per row on top of a cache, at per-row positions in sequence.
 
         A token at position -1 is none: nothing is written for it and its logits are meaningless.
         Logits of the first `logits_from` tokens are left out.
@@ -100,15 +93,15 @@ class Transformer(nnx.Module):
         for i, block in enumerate(self.blocks):
             k, v = block.keys_values(x, positions)
             cache = cache.write(i, slots, k, v)
-            attended, _ = attention(
+            attended, _ = cached_attention(
                 block.queries(x, positions),
-                cache.keys[i].astype(x.dtype),
-                cache.values[i].astype(x.dtype),
+                cache,
+                i,
                 positions,
-                cache.positions,
                 window=self.config.window,
                 sink=self.config.sink,
                 scale=block.scale,
+                compute=self.compute,
             )
             x = activations[i + 1] = block.finish(x, attended)
         logits = self.unembed(x[:, logits_from:])
@@ -137,7 +130,7 @@ class Transformer(nnx.Module):
             window=self.config.window,
             sink=self.config.sink,
             scale=block.scale,
-            chunk=self.compute.attention_chunk,
+            compute=self.compute,
         )
         return block.finish(x, attended), (k, v)
 

@@ -14,7 +14,7 @@ from scipy import stats
 from spire_jax.config import DraftConfig, ExperimentConfig, TrainConfig
 from spire_jax.decode import generate
 from spire_jax.drafting.build import strategy
-from spire_jax.models.layers import Compute
+from spire_jax.models.attention import Compute
 from spire_jax.sampling import Sampling, probabilities
 from spire_jax.sharding import make_mesh
 from spire_jax.tasks import Task, TrainBatch, draft_task, initial_draft, target_task, teach, teacher
