@@ -1,9 +1,8 @@
 """What both kernels take, and the errors that say so."""
 
-import jax.numpy as jnp
-
 HEAD_DIMS = (32, 64, 128, 256)
 MAX_GROUP = 16
+MAX_TOKENS = 16  # new tokens of a row that decode attention takes
 DTYPES = ("bfloat16", "float32")
 
 
@@ -24,7 +23,7 @@ def check_implementation(implementation: str, known: tuple[str, ...]) -> None:
 
 def check_types(q, k, v) -> None:
     """ValueError unless all three have one type that the kernels take."""
-    if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in map(jnp.dtype, DTYPES):
+    if len({x.dtype for x in (q, k, v)}) > 1 or str(q.dtype) not in DTYPES:
         raise ValueError(
             f"queries {q.dtype}, keys {k.dtype}, values {v.dtype}: expected one type for all, "
             f"{' or '.join(DTYPES)}"

@@ -143,6 +143,7 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches per step
     remat: bool = _free(False)  # recompute each layer in the backward pass
     attention_chunk: int = _free(128)  # queries per chunk of the XLA attention
+    attention: str = _free("auto")  # "xla"; "tpu", the Pallas kernels; "auto": these on a TPU
     log_every: int = _free(10)
     checkpoint_every: int = _free(100)
     checkpoints_kept: int = _free(2)
@@ -157,6 +158,7 @@ class DecodeConfig:
     verification: str = "token"  # "token" by token, or a "block" at once
     stop_at_eos: bool = False  # the paper's evaluation ignores the end of sequence
     dtype: str = "float32"
+    attention: str = _free("auto")  # as train.attention
     rounds_per_call: int = _free(64)  # rounds before the loop returns to the host
 
 

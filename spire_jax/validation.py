@@ -5,6 +5,7 @@ import json
 import pathlib
 from typing import Any
 
+from pallas_kernels.checks import MAX_TOKENS, unsupported_heads
 from spire_jax.config import (
     AUTOREGRESSIVE,
     BYTES,
@@ -59,6 +60,7 @@ def validate(config: ExperimentConfig) -> None:
            f"train.warmup_fraction={train.warmup_fraction} must lie in [0, 1)")  # fmt: skip
     for key, dtype in (("train.dtype", train.dtype), ("decode.dtype", decode.dtype)):
         _check(dtype in ("float32", "bfloat16"), f"{key}={dtype!r}; use 'float32' or 'bfloat16'")
+    _validate_attention(config)
     _check(train.batch_size % train.accumulate == 0,
            f"train.accumulate={train.accumulate} does not divide "
            f"train.batch_size={train.batch_size}")  # fmt: skip
@@ -79,6 +81,23 @@ def validate(config: ExperimentConfig) -> None:
         _check(size == -1 or size >= 1, f"mesh.{axis}={size}; use 1 or more, or -1 for the rest")
     _check(list(dataclasses.asdict(config.mesh).values()).count(-1) <= 1,
            "mesh: at most one axis can be -1")  # fmt: skip
+
+
+def _validate_attention(config: ExperimentConfig) -> None:
+    """A kernel that is asked for by name must take every model's heads, and a round's tokens."""
+    models = [("target", config.target)]
+    models += [(f"drafts.{name}", draft_model(config.target, d)) for name, d in config.trained]
+    for section, choice in (("train", config.train.attention), ("decode", config.decode.attention)):
+        key = f"{section}.attention"
+        _choice(key, choice, "auto xla tpu interpret")
+        if choice in ("auto", "xla"):
+            continue
+        for name, model in models:
+            reason = unsupported_heads(model.d_head, model.q_per_kv)
+            _check(not reason, f"{key}={choice!r}, {name}: {reason}; use 'auto' or 'xla'")
+        _check(section == "train" or config.decode.k < MAX_TOKENS,
+               f"{key}={choice!r}: a round of decode.k={config.decode.k} verifies more than the "
+               f"kernel's {MAX_TOKENS} tokens; use 'auto', 'xla' or a smaller k")  # fmt: skip
 
 
 def _validate_draft(name: str, draft: DraftConfig, config: ExperimentConfig) -> None:

@@ -114,6 +114,15 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     return Pair(model, params, Vanilla(draft), init(draft, 2, sharpness=2.0))
 
 
+def computed_by(attention: str, p: Pair) -> Pair:
+    """The same pair, its attention computed by other code."""
+    compute = Compute(attention=attention)
+    model = dataclasses.replace(p.strategy.model, compute=compute)
+    strategy = dataclasses.replace(p.strategy, model=model)  # type: ignore[type-var]
+    return Pair(dataclasses.replace(p.target, compute=compute), p.target_params, strategy,
+                p.draft_params)  # fmt: skip
+
+
 def texts(rows: int, length: int, seed: int = 0, n_tokens: int = TINY.n_tokens) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, n_tokens, (rows, length)).astype(np.int32)
 

@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spire_jax.models.attention import Compute, attention, merge_attention
+from spire_jax.config import ModelConfig
+from spire_jax.models.attention import (
+    Compute,
+    attention,
+    cache_shape,
+    cached_attention,
+    merge_attention,
+    unpacked,
+)
+from spire_jax.models.kv_cache import empty_full, empty_ring
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -27,10 +36,10 @@ CASES = {
 }  # fmt: skip
 
 
-def arrays(n_queries: int, n_keys: int, group: int, seed: int = 0):
+def arrays(n_queries: int, n_keys: int, group: int, seed: int = 0, h: int = H):
     rng = np.random.default_rng(seed)
-    q = rng.normal(size=(B, n_queries, KV_HEADS, group, H))
-    k, v = rng.normal(size=(2, B, n_keys, KV_HEADS, H))
+    q = rng.normal(size=(B, n_queries, KV_HEADS, group, h)) * (H / h) ** 0.5
+    k, v = rng.normal(size=(2, B, n_keys, KV_HEADS, h))
     return tuple(jnp.asarray(x, jnp.float32) for x in (q, k, v))
 
 
@@ -190,3 +199,73 @@ def test_gradients_are_those_of_the_naive_softmax(name):
                 ends.append((weight * naive(*moved, q_pos, k_pos, **options)[0]).sum())
             slope = (ends[0] - ends[1]) / 2e-5
             np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=2e-3, atol=2e-3)
+
+
+# --- the kernels, interpreted ------------------------------------------------------------------
+
+KERNEL = Compute(attention="interpret")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "keys out of order"])
+def test_kernel_is_the_naive_softmax(name):
+    q_pos, k_pos, options = CASES[name]
+    q, k, v = arrays(len(q_pos), len(k_pos), group=2, h=32)
+    out, lse = attention(q, k, v, q_pos, k_pos, compute=KERNEL, **options)
+    expected = naive(q, k, v, q_pos, k_pos, **options)
+    np.testing.assert_allclose(out, expected[0], atol=1e-5)
+    np.testing.assert_allclose(lse, expected[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("ring", [True, False])
+def test_cached_kernel_is_the_naive_softmax(ring, include_self):
+    """Rows of 1 and of 9 tokens, the last ones queries, over a cache that was written in turns."""
+    config = ModelConfig(n_layers=1, n_kv_heads=2, q_per_kv=2, d_head=32, window=4, sink=1)
+    tokens, (short, long) = 2, (1, 9)
+    _, k, v = arrays(1, 12, group=1, h=32)
+    q = arrays(tokens, 1, group=2, h=32, seed=1)[0]
+    results = []
+    for compute in (KERNEL, Compute()):
+        cache = empty_ring(config, B, 3, compute) if ring else empty_full(config, B, 12, compute)
+        for at in range(long):
+            positions = jnp.array([[at if at < short else -1], [at]])
+            slots, cache = cache.slots(positions), cache.place(positions)
+            cache = cache.write(0, slots, k[:, at : at + 1], v[:, at : at + 1])
+        positions = jnp.array([short, long])[:, None] - tokens + jnp.arange(tokens)
+        results.append(cached_attention(
+            q, cache, 0, positions, window=4, sink=1, include_self=include_self, compute=compute,
+        ))  # fmt: skip
+    for row, length in enumerate((short, long)):
+        q_pos = np.arange(length - tokens, length)
+        one = slice(row, row + 1)
+        expected = naive(
+            q[one], k[one], v[one], q_pos, np.arange(12), window=4, sink=1,
+            limit=None if include_self else q_pos,
+        )  # fmt: skip
+        for found in results:
+            for a, b in zip(found, expected, strict=True):
+                np.testing.assert_allclose(a[row], b[0], atol=1e-5)
+
+
+def test_a_kernel_s_cache_is_laid_out_for_it():
+    """Sixteen slots at a time, whole registers; XLA's as it is needed; heads come back the same."""
+    assert cache_shape(KERNEL, 69, 3, 64) == (80, 256)
+    assert cache_shape(Compute(), 69, 3, 64) == (69, 192)
+    config = ModelConfig(n_layers=1, n_kv_heads=3, q_per_kv=1, d_head=32, window=4, sink=1)
+    cache = empty_ring(config, 2, 4, KERNEL)
+    assert cache.keys[0].shape == (2, 16, 128) and cache.live == 9
+    positions = jnp.array([[8, -1], [3, 9]])
+    slots, cache = cache.slots(positions), cache.place(positions)
+    k = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 3, 32)), jnp.float32)
+    cache = cache.write(0, slots, k, k)
+    assert (np.asarray(cache.positions)[:, cache.live :] == 2**30).all()
+    held = unpacked(cache.keys[0], 3, 32)
+    np.testing.assert_array_equal(held[0, 8], k[0, 0])
+    np.testing.assert_array_equal(held[1, 1], k[1, 1])  # position 9 wraps around to slot 1
+    assert np.count_nonzero(np.asarray(held).any(axis=(2, 3))) == 3
+
+
+def test_the_choice_of_code():
+    """Kernels by default on a TPU whose heads they take; here is none."""
+    assert Compute().kernel(128, 4) == "" and KERNEL.kernel(128, 4) == "interpret"
+    assert Compute(attention="xla").kernel(128, 4) == ""

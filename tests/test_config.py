@@ -87,6 +87,8 @@ def test_every_value_can_be_overridden():
         ),
         ("train.accumulate=3", "train.accumulate=3 does not divide train.batch_size"),
         ("train.dtype=float16", "train.dtype='float16'; use 'float32' or 'bfloat16'"),
+        ("train.attention=flash", "train.attention='flash'; choose from"),
+        ("decode.attention=tpu", "decode.attention='tpu', target: head dimension 48: the kernel"),
         ("train.peak_lr=0", "train.peak_lr=0.0 must be above 0"),
         ("decode.k=0", "decode.k=0 must be above 0"),
         ("decode.top_p=0", "decode.top_p=0.0 must lie in (0, 1]"),
@@ -101,6 +103,13 @@ def test_bad_values_are_named(override, message):
     with pytest.raises(ConfigError) as error:
         load(override)
     assert message in str(error.value)
+
+
+def test_a_kernel_asked_for_by_name_must_take_a_round():
+    wide = "target.d_head=64", "decode.k=16"
+    load(*wide, "decode.attention=xla")
+    with pytest.raises(ConfigError, match=r"decode\.k=16 verifies more than the kernel's 16"):
+        load(*wide, "decode.attention=tpu")
 
 
 def test_snapkv_needs_more_than_what_it_observes():

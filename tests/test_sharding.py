@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
-from models import SINK, TINY, WINDOW, init, pair, ragged, texts
+from models import SINK, TINY, WINDOW, computed_by, init, pair, ragged, texts
 
 from spire_jax.config import ConfigError, DraftConfig, ExperimentConfig, MeshConfig, TrainConfig
 from spire_jax.decode import Weights, generate
-from spire_jax.models.attention import Compute
+from spire_jax.models.attention import Compute, attention
 from spire_jax.models.pruning import prune
 from spire_jax.models.transformer import Model, Transformer
 from spire_jax.sharding import check_mesh, constrain, make_mesh, shardings, spec
@@ -40,6 +40,7 @@ MESHES = {
     "all": MeshConfig(data=2, fsdp=2, tensor=2),
 }
 SMALL = dataclasses.replace(TINY, n_layers=2)  # few layers and depths: compiling takes the time
+WIDE = dataclasses.replace(SMALL, d_head=32)  # heads that the kernels take
 CONFIG = ExperimentConfig(
     target=SMALL,
     drafts=(("spire", DraftConfig(n_layers=1, window=WINDOW, sink=SINK)),),
@@ -109,8 +110,9 @@ def sharding_of(x: jax.Array) -> dict[str, object]:
     return {"spec": list(x.sharding.spec), "share": x.addressable_shards[0].data.size / x.size}
 
 
-def decode(mesh) -> tuple[list, dict]:
-    p = pair("spire", SMALL)
+def decode(mesh, kernels: bool = False) -> tuple[list, dict]:
+    p = pair("spire", WIDE if kernels else SMALL)
+    p = computed_by("interpret", p) if kernels else p
     weights = Weights(
         jax.device_put(p.target_params, shardings(mesh, p.target.axes())),
         jax.device_put(p.draft_params, shardings(mesh, p.strategy.model.axes())),
@@ -120,6 +122,19 @@ def decode(mesh) -> tuple[list, dict]:
     arrays = {"tokens": state.tokens, "keys": state.target_cache.keys[0],
               "ring": state.draft_cache.keys[0]}  # fmt: skip
     return np.asarray(state.tokens).tolist(), {n: sharding_of(x) for n, x in arrays.items()}
+
+
+def kernel_gradient() -> list:
+    """Of a windowed attention over four rows, by the kernels, on the mesh in force."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(4, 40, 2, 2, 32)), jnp.float32)
+    at, compute = np.arange(40), Compute(attention="interpret")
+
+    def loss(q):
+        out, lse = attention(q, q[..., 0, :], q[..., 1, :], at, at, window=9, compute=compute)
+        return jnp.sum(out**2) + jnp.sum(lse)
+
+    return np.asarray(jax.jit(jax.grad(loss))(q)).ravel().tolist()
 
 
 def shardings_kept(mesh) -> bool:
@@ -138,7 +153,13 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def main(path: str) -> None:
-    found: dict[str, Any] = {"gradients": {}, "decoding": {}, "sharding": {}, "errors": {}}
+    found: dict[str, Any] = {
+        "gradients": {},
+        "decoding": {},
+        "sharding": {},
+        "errors": {},
+        "kernels": {},
+    }
     one = {}
     for name, sizes in MESHES.items():
         devices = jax.devices()[:1] if name == "one" else jax.devices()
@@ -164,6 +185,8 @@ def main(path: str) -> None:
                 found["step keeps shardings"] = shardings_kept(mesh)
             tokens, placed = decode(mesh)
             found["decoding"][name] = {"tokens": tokens, "sharding": placed}
+            if name in ("one", "all"):
+                found["kernels"][name] = decode(mesh, kernels=True)[0], kernel_gradient()
     six = jax.devices()[:6]
     found["shapes"] = [list(make_mesh(sizes, six).shape.values()) for sizes, _ in SHAPES]
     narrow = dataclasses.replace(TINY, n_layers=1, d_model=16)
@@ -220,6 +243,14 @@ def test_decoding_gives_the_tokens_of_one_device(found, mesh):
     for row, length in enumerate(LENGTHS):
         np.testing.assert_array_equal(one[row, : length + BUDGET], other[row, : length + BUDGET])
         assert one[row, length : length + BUDGET].any()
+
+
+def test_kernels_on_a_mesh_are_those_of_one_device(found):
+    """Each device computes its own rows and heads: tokens, and a gradient."""
+    (one, one_gradient), (tokens, gradient) = (found["kernels"][name] for name in ("one", "all"))
+    for a, b, length in zip(one, tokens, LENGTHS, strict=True):
+        assert a[: length + BUDGET] == b[: length + BUDGET] and any(a[length:])
+    np.testing.assert_allclose(gradient, one_gradient, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["target", "spire"])

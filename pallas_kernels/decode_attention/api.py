@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.checks import (
+    MAX_TOKENS,
     check_implementation,
     check_types,
     check_window,
@@ -25,7 +26,6 @@ from pallas_kernels.decode_attention import reference, tpu
 from pallas_kernels.platform import cores_per_device, is_tpu
 
 IMPLEMENTATIONS = ("tpu", "interpret", "reference")
-MAX_TOKENS = 16
 
 
 def unsupported(head_dim: int, q_per_kv: int, tokens: int = 1) -> str:

@@ -22,7 +22,7 @@ from spire_jax.models.transformer import Model, Transformer
 def compute_for(section: TrainConfig | DecodeConfig, train: TrainConfig) -> Compute:
     """How models compute while training or decoding."""
     remat = train.remat and section is train
-    return Compute(section.dtype, train.attention_chunk, remat)
+    return Compute(section.dtype, train.attention_chunk, remat, section.attention)
 
 
 def target_model(config: ExperimentConfig, compute: Compute) -> Model:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.checks import unsupported_heads
+from pallas_kernels.checks import MAX_TOKENS, unsupported_heads
 from pallas_kernels.decode_attention import api as decode_kernel
 from pallas_kernels.platform import is_tpu
 from pallas_kernels.streaming_attention import api as streaming_kernel
@@ -146,7 +146,7 @@ def cached_attention(
     """
     keys, values = cache.keys[layer], cache.values[layer]
     kernel = compute.kernel(*q.shape[:2:-1])
-    if kernel and not cache.by_head and q.shape[1] <= decode_kernel.MAX_TOKENS:
+    if kernel and not cache.by_head and q.shape[1] <= MAX_TOKENS:
         # Position j is in a slot no later than j, so that later ones hold nothing to be seen.
         lengths = jnp.clip(positions[:, -1] + 1, 0, cache.live)
         call = functools.partial(

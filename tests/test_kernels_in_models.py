@@ -1,0 +1,106 @@
+"""Training and decoding with the kernels (interpreted) give what XLA's attention gives."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import SINK, TINY, WINDOW, computed_by, init, pair, ragged, texts
+
+from spire_jax.config import DraftConfig, ExperimentConfig, TrainConfig
+from spire_jax.decode import generate
+from spire_jax.sampling import Sampling
+from spire_jax.tasks import TrainBatch, draft_task, target_task, teach, teacher
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+WIDE = dataclasses.replace(TINY, n_layers=2, d_head=32)  # heads that the kernels take
+K = 3
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["spire", "ring", *(pytest.param(k, marks=slow) for k in ("vanilla", "magicdec", "snapkv"))],
+)
+def test_decoding(kind):
+    """Greedy tokens, and how many drafts each round kept: prompts of 1 to 20 tokens."""
+    prompts = ragged([1, 2, 7, 20])
+    states = []
+    for attention in ("xla", "interpret"):
+        p = computed_by(attention, pair(kind, WIDE))
+        states.append(generate(p.decoder(K, 0.0), p.weights, prompts, [12] * 4, range(4)))
+    for field in ("tokens", "kinds", "counts"):
+        np.testing.assert_array_equal(*(getattr(state, field) for state in states), err_msg=field)
+    assert int(states[0].counts[:, 1:].sum()) > 0
+
+
+@slow
+def test_sampled_decoding():
+    p = pair("spire", WIDE)
+    runs = [
+        generate(q.decoder(K), q.weights, ragged([3, 9]), [16] * 2, range(2))
+        for q in (computed_by("xla", p), computed_by("interpret", p))
+    ]
+    np.testing.assert_array_equal(*(run.tokens for run in runs))
+
+
+@pytest.mark.parametrize(
+    "name, remat",
+    [
+        ("target", False),
+        ("spire", True),
+        *(
+            pytest.param(*case, marks=slow)
+            for case in (("target", True), ("spire", False), ("vanilla", False))
+        ),
+    ],
+)
+def test_training(name, remat):
+    """Loss and gradients of a step, a rollout of every fourth token included."""
+    draft = DraftConfig(n_layers=1, window=WINDOW, sink=SINK)
+    drafts = (
+        ("spire", draft),
+        ("vanilla", dataclasses.replace(draft, kind="vanilla", loss="hard")),
+    )
+    rows = jnp.asarray(texts(2, 25))
+    batch = TrainBatch(rows[:, :-1], rows[:, 1:], jnp.ones((2, 24), bool))
+    found = []
+    for attention in ("xla", "interpret"):
+        train = TrainConfig(batch_size=2, seq_len=24, k=4, attention=attention, remat=remat)
+        config = ExperimentConfig(target=WIDE, drafts=drafts, train=train)
+        task = target_task(config) if name == "target" else draft_task(config, name)
+        lesson = None
+        if name == "spire":
+            params = pair("spire", WIDE).target_params
+            lesson = teach(teacher(config, [task]), params, batch)
+
+        def loss(params, task=task, lesson=lesson):
+            return task.loss(params, lesson, batch)[0].mean()
+
+        found.append(jax.jit(jax.value_and_grad(loss))(init(task.model, 1)))
+    (loss, grads), (kernel_loss, kernel_grads) = found
+    np.testing.assert_allclose(kernel_loss, loss, rtol=1e-5)
+    norm = np.sqrt(sum(float(jnp.sum(x * x)) for x in jax.tree.leaves(grads)))
+    for a, b in zip(jax.tree.leaves(kernel_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * norm, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "kind", ["spire", *(pytest.param(k, marks=slow) for k in ("magicdec", "vanilla"))]
+)
+def test_probabilities_along_a_text(kind):
+    """What the oracle reads: rollouts from every position."""
+    tokens, context = jnp.asarray(texts(2, 20)), 8
+    found = []
+    for attention in ("xla", "interpret"):
+        p = computed_by(attention, pair(kind, WIDE))
+        collect, read = p.strategy.collect, np.arange(20 - 1)
+        _, activations = p.target.bind(p.target_params).forward(tokens[:, :-1], collect)
+        found.append(p.strategy.probabilities_along(
+            p.draft_params, tokens, activations, read, np.arange(context, 20 - K), K, Sampling()
+        ))  # fmt: skip
+    np.testing.assert_allclose(*found, atol=1e-5)
