@@ -155,17 +155,20 @@ class _Serving:
         self.rows = at(jax.ShapeDtypeStruct((batch,), jnp.int32))
         fill = functools.partial(_prefill, self.decoder, capacity=self.capacity)
         self.caches = at(jax.eval_shape(fill, self.weights, self.prompts, self.rows))
-        keys = jax.eval_shape(jax.vmap(jax.random.key), jax.ShapeDtypeStruct((batch,), jnp.uint32))
 
-        def row(kind, *more):
-            return jax.ShapeDtypeStruct((batch, *more), kind)
+        def state(caches):
+            def row(kind, *more):
+                return jnp.zeros((batch, *more), kind)
 
-        self.state = at(DecodeState(
-            tokens=row(jnp.int32, self.capacity), kinds=row(jnp.int8, self.capacity),
-            lengths=row(jnp.int32), ends=row(jnp.int32), done=row(jnp.bool_),
-            rounds=row(jnp.int32), counts=row(jnp.int32, k + 1), seeds=keys,
-            target_cache=self.caches[0], draft_cache=self.caches[1],
-        ))  # fmt: skip
+            return DecodeState(
+                tokens=row(jnp.int32, self.capacity), kinds=row(jnp.int8, self.capacity),
+                lengths=row(jnp.int32), ends=row(jnp.int32), done=row(jnp.bool_),
+                rounds=row(jnp.int32), counts=row(jnp.int32, k + 1),
+                seeds=jax.vmap(jax.random.key)(row(jnp.uint32)),
+                target_cache=caches[0], draft_cache=caches[1],
+            )  # fmt: skip
+
+        self.state = at(jax.eval_shape(state, self.caches))
 
 
 def _cast(model) -> Any:

@@ -9,6 +9,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup.sh requirements-test.txt
+bash launch/setup_libtpu.sh ||
+  echo "test: no TPU compiler for this machine; the tests that compile for TPUs are skipped" >&2
 bin=.venv/bin
 
 "$bin/ruff" check .

@@ -8,6 +8,7 @@ shapes, casts, memory that overflows) appear here.
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -17,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 
 # The smallest topologies that can be described; programs for one chip use one device of them.
@@ -104,22 +104,21 @@ def vector_memory(hlo: str) -> list[int]:
 
 
 def copies(hlo: str) -> list[int]:
-    """Bytes of each array that a compiled program copies or transposes from HBM to HBM."""
-    # %copy.3 = bf16[64,8192,1024]{2,1,0:T(8,128)(2,1)} copy(...), and the asynchronous kind, whose
-    # result is a tuple that begins with the copy. S(1) in a layout: a prefetch into VMEM.
-    found = re.findall(
-        r"= \(?(\w+)\[([\d,]*)\](\{[^}]*\})?[^=]*? (?:copy|copy-start|transpose)\(", hlo
-    )
+    """Bytes of each array that a compiled program copies or transposes within HBM."""
+    # %copy.3 = bf16[64,8192,1024]{2,1,0:T(8,128)(2,1)} copy(...); the result of an asynchronous
+    # one is the tuple (copy, original, context). S(1) is VMEM: a prefetch, or a result's way back.
+    found = re.findall(r"= (\(?(\w+)\[([\d,]*)\][^=]*?) (?:copy|copy-start|transpose)\(", hlo)
     return [
-        int(np.prod([int(n) for n in shape.split(",") if n])) * _width(kind)
-        for kind, shape, layout in found
-        if "S(1)" not in layout
+        math.prod(int(n) for n in shape.split(",") if n) * _width(kind)
+        for result, kind, shape in found
+        if "S(1)" not in result
     ]
 
 
 def _width(kind: str) -> int:
-    bits = re.search(r"\d+", kind.split("e")[0] if kind.startswith("f8") else kind)
-    return max(int(bits.group()) // 8, 1) if bits else 1
+    """Bytes of a number of an HLO type: bf16, s32, pred, f8e4m3fn."""
+    bits = re.match(r"[a-z]+(\d+)", kind)
+    return max(int(bits.group(1)) // 8, 1) if bits else 1
 
 
 @contextlib.contextmanager
