@@ -20,5 +20,6 @@ stamp=.venv/libtpu/.installed
 
 echo "setup: installing $wanted into .venv/libtpu" >&2
 rm -rf .venv/libtpu
+mkdir .venv/libtpu
 "$python" -m pip install -qq --disable-pip-version-check --no-deps --target .venv/libtpu "$wanted"
 echo "$wanted" >"$stamp"

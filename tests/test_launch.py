@@ -289,7 +289,8 @@ def test_linter_types_and_tests_in_turn(place):
     tools(place)
     result = place.run("launch/test.sh", "--full", "-k", "sink", STUB_FAILS="none", STUB_STATUS="5")
     assert result.returncode == 5
-    *before, last = place.done()
+    libtpu, *before, last = place.done()
+    assert libtpu.startswith("pip libtpu==")
     assert before == ["ruff check .", "ruff format --check .", "mypy "]
     assert " pytest " in last
     assert last.endswith(" --full -k sink")
@@ -300,6 +301,19 @@ def test_what_fails_stops_the_rest(place, failing):
     tools(place)
     assert place.run("launch/test.sh", STUB_FAILS=failing).returncode == 1
     assert place.done()[-1].startswith(failing)
+
+
+def test_the_tpu_compiler_is_set_up_once_and_tests_run_without_it(place):
+    """What jax[tpu] requires of it, apart from the packages that jax looks for TPUs with."""
+    tools(place)
+    result = place.run("launch/test.sh", STUB_FAILS="none", STUB_PIP="fail")
+    assert result.returncode == 0 and "tests that compile for TPUs are skipped" in result.stderr
+    assert [line for line in place.done() if line.startswith("run")][-1]
+    assert place.run("launch/setup_libtpu.sh").returncode == 0
+    (installed,) = place.done()
+    assert installed.startswith("pip libtpu==") and (place.venv / "libtpu").is_dir()
+    assert place.run("launch/setup_libtpu.sh").returncode == 0
+    assert place.done() == []
 
 
 def test_ci_runs_the_fast_tier(place):
