@@ -92,6 +92,30 @@ def test_long_rows(window, sink, cores):
     assert all(np.array_equal(a, b) for a, b in zip(got, again, strict=True))
 
 
+@pytest.mark.parametrize("window", [None, 64])
+def test_slots_in_any_order(window):
+    """Blocks that are full, of positions before, in and after what the queries see."""
+    spec = specs.Spec("ring", batch=4, tokens=2, kv_heads=1, head_dim=64, slots=300, window=window,
+                      ring=True, dtype="float32")  # fmt: skip
+    q, k, v, lengths, first, _ = spec.arrays(jax.random.key(6), np.array([1000, 150, 300, 777]))
+    rng = np.random.default_rng(0)
+    shuffled = np.array([rng.permutation(k.shape[1]) for _ in range(4)]) + 100
+    first = jnp.array([200, 101, 350, 300], jnp.int32)
+    arrays = [q, k, v, lengths, first, jnp.asarray(shuffled, jnp.int32)]
+    got = tpu.decode_attention(*poisoned(arrays), **spec.options, block=128, interpret=True)
+    compare(spec, got, expected_of(spec, arrays))
+
+
+def test_blocks_at_the_window_s_edge():
+    """Every place of the edge around the beginning of a block that is otherwise seen whole."""
+    lengths = np.arange(272, 290)  # the second block of 128 falls out of the window
+    spec = specs.Spec("edge", batch=len(lengths), tokens=2, kv_heads=1, head_dim=64, slots=384,
+                      window=150, dtype="float32")  # fmt: skip
+    arrays = spec.arrays(jax.random.key(7), lengths)
+    got = tpu.decode_attention(*arrays, **spec.options, block=128, interpret=True)
+    compare(spec, got, expected_of(spec, arrays))
+
+
 @pytest.mark.parametrize("ring", [False, True])
 def test_blocks_that_no_query_sees_are_never_read(ring):
     """Beyond a row's length, and before its window: nan there, whole blocks of it."""
