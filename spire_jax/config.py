@@ -158,7 +158,7 @@ class DecodeConfig:
     verification: str = "token"  # "token" by token, or a "block" at once
     stop_at_eos: bool = False  # the paper's evaluation ignores the end of sequence
     dtype: str = "float32"
-    attention: str = _free("auto")  # as train.attention
+    attention: str = _free("auto")  # as train.attention; "gpu", the kernel for Hopper (bfloat16)
     rounds_per_call: int = _free(64)  # rounds before the loop returns to the host
 
 

@@ -89,9 +89,11 @@ def _validate_attention(config: ExperimentConfig) -> None:
     models += [(f"drafts.{name}", draft_model(config.target, d)) for name, d in config.trained]
     for section, choice in (("train", config.train.attention), ("decode", config.decode.attention)):
         key = f"{section}.attention"
-        _choice(key, choice, "auto xla tpu interpret")
+        _choice(key, choice, "auto xla tpu interpret" + " gpu" * (section == "decode"))
         if choice in ("auto", "xla"):
             continue
+        if choice == "gpu":
+            _check(config.decode.dtype == "bfloat16", f"{key}='gpu' takes decode.dtype='bfloat16'")
         for name, model in models:
             reason = unsupported_heads(model.d_head, model.q_per_kv)
             _check(not reason, f"{key}={choice!r}, {name}: {reason}; use 'auto' or 'xla'")

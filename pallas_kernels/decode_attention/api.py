@@ -4,7 +4,9 @@ Each row has its own length, and what lies beyond it is never used; key blocks w
 or before the window, are not even read.
 
     tpu        the Pallas kernel of `tpu.py`
-    interpret  the same kernel, interpreted on a CPU: for tests
+    gpu        the Mosaic GPU kernel of `gpu.py`, for Hopper; it has compiled for sm_90a and run
+               interpreted, but on no GPU yet, so that nothing chooses it by itself
+    interpret  the TPU's kernel, interpreted on a CPU: for tests
     reference  plain jnp, which reads everything and keeps all logits
 """
 
@@ -22,10 +24,10 @@ from pallas_kernels.checks import (
     check_window,
     unsupported_heads,
 )
-from pallas_kernels.decode_attention import reference, tpu
+from pallas_kernels.decode_attention import gpu, reference, tpu
 from pallas_kernels.platform import cores_per_device, is_tpu
 
-IMPLEMENTATIONS = ("tpu", "interpret", "reference")
+IMPLEMENTATIONS = ("tpu", "gpu", "interpret", "reference")
 
 
 def unsupported(head_dim: int, q_per_kv: int, tokens: int = 1) -> str:
@@ -92,6 +94,10 @@ def decode_attention(
         width = q.shape[2] * q.shape[4]
         arguments = q, k[..., :width], v[..., :width], *arguments[3:]
         return reference.decode_attention(*arguments, **options)
+    if implementation == "gpu":
+        if reason := gpu.unsupported(q.shape[4], k.shape[1], k.shape[2], str(k.dtype)):
+            raise ValueError(reason)
+        return gpu.decode_attention(*arguments, **options)
     interpret = implementation == "interpret"
     return tpu.decode_attention(
         *arguments, **options, cores=cores_per_device(), interpret=interpret

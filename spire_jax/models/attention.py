@@ -25,7 +25,7 @@ from spire_jax.sharding import RULES, spec
 Positions = Int[np.ndarray, " T"] | Int[Array, "B T"]
 
 XLA, AUTO = "xla", "auto"
-KERNELS = ("tpu", "interpret")  # Pallas on a TPU, and the same interpreted on a CPU, for tests
+TPU_KERNELS = ("tpu", "interpret")  # Pallas on a TPU; the same interpreted on a CPU, for tests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Compute:
     dtype: str = "float32"  # of matrix products and activations
     attention_chunk: int = 128  # queries (and keys) per block of the XLA attention
     remat: bool = False  # recompute each layer in the backward pass
-    attention: str = AUTO  # XLA, one of KERNELS, or AUTO: the kernels on a TPU that takes the heads
+    # XLA; one of TPU_KERNELS; "gpu": Hopper's kernel over caches, XLA elsewhere; AUTO: "tpu" on a
+    # TPU that takes the heads, else XLA (on GPUs too, where no kernel of ours was measured yet).
+    attention: str = AUTO
 
     def kernel(self, head_dim: int, q_per_kv: int) -> str:
         """Which implementation of the kernels these heads get; "" = XLA."""
@@ -96,7 +98,7 @@ def attention(
     """
     static = isinstance(q_pos, np.ndarray) and isinstance(k_pos, np.ndarray)
     kernel = compute.kernel(*q.shape[:2:-1]) if static and k.shape[1] else ""
-    if kernel:
+    if kernel in TPU_KERNELS:
         assert isinstance(q_pos, np.ndarray) and isinstance(k_pos, np.ndarray)
         assert limit is None or isinstance(limit, np.ndarray)
         call = functools.partial(
@@ -167,16 +169,16 @@ def cached_attention(
 
 
 def cache_shape(compute: Compute, slots: int, kv_heads: int, head_dim: int) -> tuple[int, int]:
-    """Slots to allocate, and numbers per slot: K * H, or what the kernel of a TPU reads best.
+    """Slots to allocate, and numbers per slot: K * H, or what a kernel reads best.
 
     Heads that are split over a mesh stay as they are: each device pads its own.
     """
-    kernel = compute.kernel(head_dim, 1)
+    kernel, exact = compute.kernel(head_dim, 1), kv_heads * head_dim
+    if not kernel:
+        return slots, exact
     whole = jax.sharding.get_abstract_mesh().shape.get(RULES["kv_heads"], 1) == 1
-    if kernel not in KERNELS:
-        return slots, kv_heads * head_dim
     slots, width = decode_kernel.cache_shape(slots, kv_heads, head_dim)
-    return slots, width if whole else kv_heads * head_dim
+    return slots, width if whole and kernel in TPU_KERNELS else exact
 
 
 def packed(x: Float[Array, "B T K H"], width: int) -> Float[Array, "B T W"]:

@@ -226,7 +226,7 @@ def unchecked_shapes():
         ({3: (3,)}, {}, r"lengths is int32\[3\]: expected int32\[2\]"),
         ({}, {"window": 0}, "window=0.*at least 1"),
         ({}, {"sink": 1}, "sink=1, window=None"),
-        ({}, {"implementation": "cuda"}, "'cuda'; there are tpu, interpret, reference"),
+        ({}, {"implementation": "cuda"}, "'cuda'; there are tpu, gpu, interpret, reference"),
     ],
 )
 def test_bad_input(change, options, message):
