@@ -154,7 +154,7 @@ def test_work_follows_the_lengths(lengths, window, sink, items):
 
 @pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize("ring", [False, True])
-def test_no_races_and_nothing_uninitialized(ring, cores):
+def test_no_races_and_nothing_uninitialized(ring, cores, capfd):
     spec = specs.Spec("races", batch=3, tokens=2, kv_heads=2, q_per_kv=2, head_dim=64,
                       slots=69 if ring else 300, window=64, sink=1, ring=ring)  # fmt: skip
     arrays = spec.arrays(jax.random.key(3), np.array([0, 200, 290]))
@@ -163,9 +163,7 @@ def test_no_races_and_nothing_uninitialized(ring, cores):
         *poisoned(arrays), **spec.options, block=128, cores=cores, interpret=interpret
     )
     compare(spec, got, expected_of(spec, arrays))
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as state
-
-    assert not state.races.races_found
+    assert "RACE" not in capfd.readouterr().out  # of any kernel; the state is the last one's
 
 
 @pytest.mark.parametrize("window, sink", [(None, 0), (1, 0), (64, 0), (64, 4)])

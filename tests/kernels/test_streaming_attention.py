@@ -171,16 +171,14 @@ def test_work_is_linear_in_the_length(window):
 
 
 @pytest.mark.parametrize("stride", [0, 4])
-def test_no_races_and_nothing_uninitialized(stride):
+def test_no_races_and_nothing_uninitialized(stride, capfd):
     spec = specs.Spec("races", batch=1, keys=300, stride=stride, depth=stride // 2, kv_heads=2,
                       q_per_kv=1, head_dim=64, window=64, sink=1)  # fmt: skip
     arrays = spec.arrays(jax.random.key(3))
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     kernel, expected = both(spec, blocks=(128, 128), interpret=interpret)
     compare(spec, kernel(*arrays), expected(*upcast(arrays)))
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as state
-
-    assert not state.races.races_found
+    assert "RACE" not in capfd.readouterr().out  # of any kernel; the state is the last one's
 
 
 @pytest.mark.parametrize("window, sink", [(None, 0), (1, 0), (64, 0), (64, 4)])
