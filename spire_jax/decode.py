@@ -18,7 +18,7 @@ from spire_jax.drafting import DraftCache, Strategy
 from spire_jax.models.kv_cache import FullCache, empty_full, full_cache
 from spire_jax.models.transformer import Model, Params
 from spire_jax.records import record
-from spire_jax.sampling import Sampling, probabilities, round_keys
+from spire_jax.sampling import Sampling, round_keys, transformed_logits
 from spire_jax.sharding import constrain, place_rows
 from spire_jax.verification import VERIFICATIONS
 
@@ -102,7 +102,7 @@ def speculation_round(decoder: Decoder, weights: Weights, state: DecodeState) ->
     logits, activations, target_cache = decoder.target.bind(weights.target).extend(
         state.target_cache, block, block_positions, collect
     )
-    p = probabilities(logits, decoder.sampling)
+    p = transformed_logits(logits, decoder.sampling)
     accepted, following = VERIFICATIONS[decoder.verification](keys, drafts, q, p)
     if decoder.strategy is not None:
         draft_cache = decoder.strategy.commit(

@@ -1,14 +1,15 @@
 """Verification: keep drafted tokens so that the output follows the target exactly.
 
 Token by token (Leviathan et al. 2023, Chen et al. 2023; method.md section 4), or a block at once
-(Sun et al. 2024, arXiv 2403.10444), which never keeps fewer in expectation.
+(Sun et al. 2024, arXiv 2403.10444), which never keeps fewer in expectation. Distributions come as
+transformed logits (`sampling.transformed_logits`).
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from spire_jax.sampling import sample, stream
+from spire_jax.sampling import sample, share_of, stream
 
 
 def verify_tokens(
@@ -25,15 +26,14 @@ def verify_tokens(
     Args:
         keys: one key per row for this round; streams "accept" and "next" of it are used.
         drafts: drafted tokens, each sampled from its row of `q`.
-        q: the draft's transformed distributions, as they were sampled, float32.
+        q: logits of the draft's transformed distributions, as they were sampled, float32.
         p: the target's, at the same depths and one beyond (k1 = k + 1), float32.
 
     Returns:
         Accepted counts in 0 .. k, and next tokens.
     """
     k = drafts.shape[1]
-    q_drafted = jnp.take_along_axis(q, drafts[..., None], axis=-1)[..., 0]
-    p_drafted = jnp.take_along_axis(p[:, :k], drafts[..., None], axis=-1)[..., 0]
+    q_drafted, p_drafted = share_of(q, drafts), share_of(p[:, :k], drafts)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (k,)))(stream(keys, "accept"))
     # u < p/q without the division; u lies in [0, 1), so p = 0 never passes and p = q always does.
     accept = uniform * q_drafted < p_drafted
@@ -66,11 +66,10 @@ def block_acceptance(
 
     b_0 = 1, b_i = min(1, b_{i-1} p(x_i) / q(x_i)); r_i = sum_v max(b_i p_i(v) - q_i(v), 0) of the
     distributions after x_i; h_i = r_i / (r_i + 1 - b_i), with 0 / 0 = 0, and h_k = b_k. The first
-    i drafted tokens are all kept with probability b_i.
+    i drafted tokens are all kept with probability b_i. `q` and `p` are logits.
     """
     k = drafts.shape[1]
-    q_drafted = jnp.take_along_axis(q, drafts[..., None], axis=-1)[..., 0]
-    p_drafted = jnp.take_along_axis(p[:, :k], drafts[..., None], axis=-1)[..., 0]
+    q_drafted, p_drafted = share_of(q, drafts), share_of(p[:, :k], drafts)
     b = [jnp.ones(drafts.shape[0], p.dtype)]
     for i in range(k):
         # A drafted token has q > 0. The quotient is taken only where it is below 1.
@@ -79,7 +78,8 @@ def block_acceptance(
         b.append(jnp.where(below, passed / jnp.where(below, q_drafted[:, i], 1.0), 1.0))
     h = []
     for i in range(1, k):
-        r = jnp.sum(jnp.maximum(b[i][:, None] * p[:, i] - q[:, i], 0.0), axis=-1)
+        p_i, q_i = jax.nn.softmax(p[:, i]), jax.nn.softmax(q[:, i])
+        r = jnp.sum(jnp.maximum(b[i][:, None] * p_i - q_i, 0.0), axis=-1)
         total = r + 1 - b[i]
         h.append(jnp.where(total > 0, r / jnp.where(total > 0, total, 1.0), 0.0))
     h += b[k:] if k else []
@@ -94,12 +94,20 @@ def _following(
     b: Float[Array, "B k1"],
 ) -> Int[Array, " B"]:
     """The token after the accepted ones, from normalize(max(b p - q, 0))."""
-    # Depth k + 1 has no draft: q = 0 there, so that the residual is p itself.
-    q_next = jnp.concatenate([q, jnp.zeros_like(p[:, :1])], axis=1)
-    at = accepted[:, None, None]
-    p_at, q_at = (jnp.take_along_axis(x, at, axis=1)[:, 0] for x in (p, q_next))
+    # Distributions at one depth a row, not at all. Depth k + 1 has no draft: q = 0 there, so that
+    # the residual is p itself.
+    k = q.shape[1]
+    p_at = jax.nn.softmax(_at(p, accepted))
+    q_at = jnp.zeros_like(p_at)
+    if k:
+        drafted = (accepted < k)[:, None]
+        q_at = jnp.where(drafted, jax.nn.softmax(_at(q, jnp.minimum(accepted, k - 1))), 0.0)
     b_at = jnp.take_along_axis(b, accepted[:, None], axis=1)
-    return sample(stream(keys, "next"), residual_distribution(p_at, q_at, b_at))
+    return sample(stream(keys, "next"), jnp.log(residual_distribution(p_at, q_at, b_at)))
+
+
+def _at(x: Float[Array, "B J V"], depth: Int[Array, " B"]) -> Float[Array, "B V"]:
+    return jnp.take_along_axis(x, depth[:, None, None], axis=1)[:, 0]
 
 
 VERIFICATIONS = {"token": verify_tokens, "block": verify_blocks}

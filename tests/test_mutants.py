@@ -152,13 +152,13 @@ def residual_turned_round(patch):
 
 
 def temperature_on_the_draft_only(patch):
-    original, warm = decode.probabilities, Sampling(temperature=1.0)
-    patch(decode, "probabilities", lambda logits, sampling: original(logits, warm))
+    original, warm = decode.transformed_logits, Sampling(temperature=1.0)
+    patch(decode, "transformed_logits", lambda logits, sampling: original(logits, warm))
 
 
 def sampled_from_another_q_than_reported(patch):
-    def flatter(keys, p):
-        return original(keys, jnp.sqrt(p) / jnp.sqrt(p).sum(axis=-1, keepdims=True))
+    def flatter(keys, logits):
+        return original(keys, logits / 2)
 
     original = spire_drafting.sample
     patch(spire_drafting, "sample", flatter)

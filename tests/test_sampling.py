@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 
 from spire_jax.sampling import (
     Sampling,
@@ -71,7 +73,7 @@ def test_padding_has_no_probability_and_is_never_drawn(options):
     assert np.isfinite(p).all() and not p[3:].any()
     np.testing.assert_allclose(p.sum(), 1, rtol=1e-6)
     keys = jax.random.split(jax.random.key(0), 5000)
-    drawn = sample(keys, jnp.broadcast_to(p, (5000, 5)))
+    drawn = sample(keys, jnp.broadcast_to(jnp.log(p), (5000, 5)))
     assert set(np.unique(drawn)) == set(np.flatnonzero(p))
 
 
@@ -106,11 +108,29 @@ def test_bfloat16_logits_are_transformed_in_float32():
     np.testing.assert_allclose(p, exact / exact.sum(), rtol=1e-6)
 
 
-def test_sample_follows_the_distribution():
-    p = transformed(HALVES)
-    keys = jax.random.split(jax.random.key(1), 20000)
-    counts = np.bincount(sample(keys, jnp.broadcast_to(p, (20000, 4))), minlength=4)
-    np.testing.assert_allclose(counts / 20000, p, atol=0.015)  # four standard deviations
+@pytest.mark.parametrize("size", [1, 2, 4, 17, 300])
+def test_sample_follows_the_distribution(size):
+    """Whatever the vocabulary is cut into; impossible tokens among the others."""
+    logits = np.random.default_rng(size).normal(0, 1.5, size)
+    logits[3::5] = -np.inf
+    p = scipy.special.softmax(logits)
+    keys = jax.random.split(jax.random.key(1), 200_000)
+    drawn = jax.jit(sample)(
+        keys, jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (200_000, size))
+    )
+    counts = np.bincount(drawn, minlength=size)
+    assert len(counts) == size and not counts[p == 0].any()
+    some = p > 0
+    if some.sum() > 1:
+        assert scipy.stats.chisquare(counts[some], p[some] * counts.sum()).pvalue > 1e-4
+
+
+def test_sampled_tokens_are_independent_of_the_run_they_are_in():
+    """Two draws of one key would tie a token's place in its run to the run."""
+    keys = jax.random.split(jax.random.key(2), 100_000)
+    drawn = np.asarray(jax.jit(sample)(keys, jnp.zeros((100_000, 9))))
+    table = np.bincount(drawn, minlength=9).reshape(3, 3)
+    assert scipy.stats.chi2_contingency(table).pvalue > 1e-4
 
 
 def bits(keys) -> np.ndarray:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from models import TINY, pair, ragged, texts
 
 from spire_jax import decode
@@ -93,6 +94,7 @@ def test_rounds_draft_from_what_was_kept(budget):
     compared = 0
     for _ in range(12):
         drafts, q = (np.asarray(x) for x in propose(state))
+        q = scipy.special.softmax(q, axis=-1)
         for row, prompt in enumerate(prompts):
             length = int(state.lengths[row])
             if bool(state.done[row]):

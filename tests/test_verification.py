@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 from flax import nnx
 
@@ -20,7 +21,7 @@ from spire_jax.drafting.vanilla import Vanilla
 from spire_jax.models.attention import Compute
 from spire_jax.models.kv_cache import empty_full
 from spire_jax.models.transformer import Model, Transformer
-from spire_jax.sampling import Sampling, probabilities
+from spire_jax.sampling import Sampling
 from spire_jax.verification import (
     block_acceptance,
     residual_distribution,
@@ -171,10 +172,10 @@ def test_the_test_can_tell():
 
 
 def distributions(rows: int, k: int, seed: int = 0):
-    """q (rows, k, V) and p (rows, k + 1, V), the same in every row."""
+    """Logits q (rows, k, V) and p (rows, k + 1, V), the same in every row."""
     rng = np.random.default_rng(seed)
     logits = jnp.asarray(rng.normal(0, 1.2, (2 * k + 1, V)), jnp.float32)
-    both = jnp.broadcast_to(probabilities(logits, Sampling()), (rows, 2 * k + 1, V))
+    both = jnp.broadcast_to(logits, (rows, 2 * k + 1, V))
     return both[:, :k], both[:, k:]
 
 
@@ -188,7 +189,7 @@ def test_accepted_counts_and_next_tokens_of_given_drafts():
     q, p = distributions(rows, k)
     drafts = jnp.broadcast_to(jnp.asarray([3, 7]), (rows, k))
     accepted, following = jax.jit(verify_tokens)(keys_of(rows), drafts, q, p)
-    q, p = np.asarray(q[0], np.float64), np.asarray(p[0], np.float64)
+    q, p = (scipy.special.softmax(np.asarray(x[0], np.float64), axis=-1) for x in (q, p))
     passes = [min(1.0, p[0, 3] / q[0, 3]), min(1.0, p[1, 7] / q[1, 7])]
     assert 0.05 < passes[0] < 0.95 and 0.05 < passes[1] < 0.95
     residuals = [np.maximum(p[i] - q[i], 0) for i in range(k)]
@@ -216,7 +217,7 @@ def test_equal_distributions_accept_everything(verify):
 @pytest.mark.parametrize("verify", [verify_tokens, verify_blocks])
 def test_a_token_that_the_target_never_emits_is_never_accepted(verify):
     q, p = distributions(5000, 1)
-    p = p.at[:, 0, 2].set(0.0)
+    p = p.at[:, 0, 2].set(-jnp.inf)
     accepted, following = verify(keys_of(5000), jnp.full((5000, 1), 2), q, p)
     assert not accepted.any() and not (following == 2).any()
 
@@ -224,12 +225,12 @@ def test_a_token_that_the_target_never_emits_is_never_accepted(verify):
 def test_block_acceptance_by_hand():
     q = jnp.asarray([[[0.5, 0.5], [0.8, 0.2]]])
     p = jnp.asarray([[[0.25, 0.75], [0.4, 0.6], [0.5, 0.5]]])
-    b, h = block_acceptance(jnp.asarray([[0, 1]]), q, p)
+    b, h = block_acceptance(jnp.asarray([[0, 1]]), jnp.log(q), jnp.log(p))
     # b_1 = 0.25 / 0.5; r_1 = max(0.5 * 0.4 - 0.8, 0) + max(0.5 * 0.6 - 0.2, 0) = 0.1;
     # h_1 = 0.1 / (0.1 + 0.5); b_2 = h_2 = min(1, 0.5 * 0.6 / 0.2).
-    np.testing.assert_allclose(b, [[1, 0.5, 1]])
+    np.testing.assert_allclose(b, [[1, 0.5, 1]], rtol=1e-6)
     np.testing.assert_allclose(h, [[1 / 6, 1]], rtol=1e-6)
-    equal, h = block_acceptance(jnp.asarray([[0, 1]]), p[:, :2], p)
+    equal, h = block_acceptance(jnp.asarray([[0, 1]]), jnp.log(p[:, :2]), jnp.log(p))
     np.testing.assert_array_equal(equal, [[1, 1, 1]])
     assert h[0, 0] == 0 and h[0, 1] == 1  # 0 / 0 = 0: nothing is left to draw after one token
 
@@ -237,8 +238,8 @@ def test_block_acceptance_by_hand():
 @pytest.mark.parametrize("verify", [verify_tokens, verify_blocks])
 def test_greedy_distributions_accept_exactly_the_argmax(verify):
     drafts = jnp.asarray([[1, 2, 3], [1, 2, 9], [1, 9, 3], [9, 2, 3], [1, 2, 3]])
-    p = jax.nn.one_hot(jnp.asarray([[1, 2, 3, 4]] * 5), V)
-    accepted, following = verify(keys_of(5), drafts, jax.nn.one_hot(drafts, V), p)
+    one_hot = [jnp.log(jax.nn.one_hot(x, V)) for x in (drafts, jnp.asarray([[1, 2, 3, 4]] * 5))]
+    accepted, following = verify(keys_of(5), drafts, *one_hot)
     np.testing.assert_array_equal(accepted, [3, 2, 1, 0, 3])
     np.testing.assert_array_equal(following, [4, 3, 2, 1, 4])
 
@@ -252,7 +253,8 @@ def test_without_drafts_the_token_is_the_targets(verify):
     )
     assert not accepted.any()
     counts = np.bincount(following, minlength=V)
-    assert chi_square(counts, np.asarray(p[0, 0], np.float64)) > SIGNIFICANCE
+    p = scipy.special.softmax(np.asarray(p[0, 0], np.float64))
+    assert chi_square(counts, p) > SIGNIFICANCE
 
 
 def test_residual_by_hand():

@@ -67,7 +67,7 @@ class Strategy(Protocol):
         k: int,
         sampling: Sampling,
     ) -> tuple[Int[Array, "B k"], Float[Array, "B k V"], DraftCache]:
-        """k drafted tokens, and the float32 distributions that they were sampled from.
+        """k drafted tokens, and the float32 logits that they were sampled from, transformed.
 
         `last` is the last emitted token, at `positions`; `previous` the one before it (any
         value where `positions` is 0). Streams "draft", depth by depth, of `keys` are used.

@@ -9,7 +9,7 @@ from spire_jax.drafting import depth_keys
 from spire_jax.models.kv_cache import empty_ring, ring_cache, ring_positions
 from spire_jax.models.spire import target_layers
 from spire_jax.models.transformer import Model
-from spire_jax.sampling import probabilities, probability_of, sample, stream
+from spire_jax.sampling import probability_of, sample, stream, transformed_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Spire:
         token, drafts, qs = last, [], []
         for depth in range(k):
             logits, cache = module.step(cache, token, positions + depth)
-            qs.append(probabilities(logits, sampling))
+            qs.append(transformed_logits(logits, sampling))
             token = sample(depth_keys(keys, depth), qs[-1])
             drafts.append(token)
         return jnp.stack(drafts, axis=1), jnp.stack(qs, axis=1), cache

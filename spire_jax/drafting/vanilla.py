@@ -8,7 +8,7 @@ import numpy as np
 from spire_jax.drafting import depth_keys
 from spire_jax.models.kv_cache import empty_full, empty_ring, full_cache, ring_cache, ring_positions
 from spire_jax.models.transformer import Model
-from spire_jax.sampling import probabilities, probability_of, sample, stream
+from spire_jax.sampling import probability_of, sample, stream, transformed_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Vanilla:
         drafts, qs = [], []
         for depth in range(k):
             logits, _, cache = module.extend(cache, tokens, pos)
-            qs.append(probabilities(logits[:, -1], sampling))
+            qs.append(transformed_logits(logits[:, -1], sampling))
             drafts.append(sample(depth_keys(keys, depth), qs[-1]))
             tokens, pos = drafts[-1][:, None], pos[:, -1:] + 1
         return jnp.stack(drafts, axis=1), jnp.stack(qs, axis=1), cache
