@@ -45,8 +45,8 @@ def find_libtpu() -> pathlib.Path:
 def describe(topology: str) -> list[Any]:
     """The devices of a topology such as "v5e:2x2", which need not exist."""
     # Set only here: libtpu reads them as it is loaded, and nothing asks for a machine's metadata.
+    os.environ["TPU_LIBRARY_PATH"] = str(find_libtpu())
     settings = {
-        "TPU_LIBRARY_PATH": str(find_libtpu()),
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",

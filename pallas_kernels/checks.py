@@ -1,6 +1,7 @@
 """What both kernels take, and the errors that say so."""
 
 HEAD_DIMS = (32, 64, 128, 256)
+GPU_HEAD_DIMS = (64, 128, 256)
 MAX_GROUP = 16
 MAX_TOKENS = 16  # new tokens of a row that decode attention takes
 DTYPES = ("bfloat16", "float32")

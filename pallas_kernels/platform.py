@@ -2,6 +2,9 @@
 
 import jax
 
+# Bytes of vector memory that a kernel may take: v5e and v6e have 128 MiB, a core of v7x 64, of v5p
+# about 48. What XLA gives unasked (16 MiB) is too little for the widest heads.
+VMEM_LIMIT = 40 * 2**20
 MEGACORE = ("TPU v4", "TPU v5", "TPU v5p")  # chips whose two cores run one program together
 
 

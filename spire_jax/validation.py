@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from pallas_kernels.checks import MAX_TOKENS, unsupported_heads
+from pallas_kernels.checks import GPU_HEAD_DIMS, MAX_TOKENS, unsupported_heads
 from spire_jax.config import (
     AUTOREGRESSIVE,
     BYTES,
@@ -97,6 +97,9 @@ def _validate_attention(config: ExperimentConfig) -> None:
         for name, model in models:
             reason = unsupported_heads(model.d_head, model.q_per_kv)
             _check(not reason, f"{key}={choice!r}, {name}: {reason}; use 'auto' or 'xla'")
+            _check(choice != "gpu" or model.d_head in GPU_HEAD_DIMS,
+                   f"{key}='gpu', {name}: head dimension {model.d_head}: the kernel takes "
+                   f"{', '.join(map(str, GPU_HEAD_DIMS))}")  # fmt: skip
         _check(section == "train" or config.decode.k < MAX_TOKENS,
                f"{key}={choice!r}: a round of decode.k={config.decode.k} verifies more than the "
                f"kernel's {MAX_TOKENS} tokens; use 'auto', 'xla' or a smaller k")  # fmt: skip

@@ -70,6 +70,8 @@ def test_caches_must_be_updated_in_place():
     assert _in_place(GOOD, caches) is GOOD
     with pytest.raises(Failed, match="99 bytes are aliased, but the caches have 100"):
         _in_place(dataclasses.replace(GOOD, aliased=99), caches)
+    with pytest.raises(Failed, match="temporaries of 100 bytes"):
+        _in_place(dataclasses.replace(GOOD, temporaries=100), caches)
     with pytest.raises(Failed, match="50 bytes is copied"):
         _in_place(dataclasses.replace(GOOD, largest_copy=50), caches)
 

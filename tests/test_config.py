@@ -89,6 +89,7 @@ def test_every_value_can_be_overridden():
         ("train.dtype=float16", "train.dtype='float16'; use 'float32' or 'bfloat16'"),
         ("train.attention=flash", "train.attention='flash'; choose from"),
         ("decode.attention=tpu", "decode.attention='tpu', target: head dimension 48: the kernel"),
+        ("decode.attention=interpret", "decode.attention='interpret', target: head dimension 48"),
         ("train.attention=gpu", "train.attention='gpu'; choose from"),
         ("decode.attention=gpu", "decode.attention='gpu' takes decode.dtype='bfloat16'"),
         ("train.peak_lr=0", "train.peak_lr=0.0 must be above 0"),

@@ -93,7 +93,7 @@ def drafts_follow_the_rollout(kind: str = "spire") -> None:
         for row, length in enumerate(lengths):
             texts[row, length : length + k] = drafts[row]
         wanted = np.asarray(teacher_forced(texts))[np.arange(8), lengths - 1]
-        worst = max(worst, float(np.abs(wanted - np.asarray(q)).max()))
+        worst = max(worst, float(np.abs(wanted - np.asarray(jax.nn.softmax(q))).max()))
         state = decode.decode_rounds(decoder, pair.weights, state, 1)
     counts = np.asarray(state.counts).sum(axis=0)
     assert counts.min() > 0, "no rejection at some depth: the check would miss it"

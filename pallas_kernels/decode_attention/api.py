@@ -63,6 +63,8 @@ def decode_attention(
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
     """Softmax attention of a row's T newest tokens over its cached keys, and its log-sum-exp.
 
+    Forward only: the kernels cannot be differentiated.
+
     Args:
         q: rotated queries, 1 to 16 tokens per row; G query heads share a KV head.
         k, v: the cache, a slot's heads side by side: head h in k[..., h * H : (h + 1) * H]. Wider

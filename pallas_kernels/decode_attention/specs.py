@@ -110,6 +110,7 @@ PRODUCTION = (
     Spec("smollm2 135M, SPIRe's draft step", batch=16, tokens=1, slots=69, window=64, sink=1,
          ring=True, include_self=False, **SMOLLM2),
     Spec("gemma 2B, verify k=4", slots=8192, **GEMMA_2B),
+    Spec("the widest: 16 tokens of 16 heads", slots=2048, tokens=16, kv_heads=16, q_per_kv=16),
     Spec("quickstart's heads of 32", batch=16, slots=1024, kv_heads=4, q_per_kv=1, head_dim=32,
          dtype="float32"),
 )  # fmt: skip

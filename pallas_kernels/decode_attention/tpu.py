@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.lanes import LANES, by_head, gather, spread
+from pallas_kernels.platform import VMEM_LIMIT
 
 MASKED = -1e30  # a logit that no softmax notices; finite, so that differences stay numbers
 BLOCK_BYTES = 2**20  # of keys (and of values) in one block: long enough to hide a step's overhead
@@ -111,6 +112,7 @@ def decode_attention(
     slots, width = k.shape[1:]  # wider than K * H where `cache_shape` rounds up
     block = block or block_size(slots, width * k.dtype.itemsize)
     ordered = k_positions is None
+    lengths = jnp.clip(lengths, 0, slots)
     work = work_list(
         lengths, q_positions, tokens=tokens, slots=slots, block=block, window=window, sink=sink,
         include_self=include_self, ordered=ordered, cores=cores,
@@ -176,7 +178,9 @@ def decode_attention(
             ],
         ),
         out_shape=[part, jax.ShapeDtypeStruct((cores, batch, rows, LANES), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
         cost_estimate=pl.CostEstimate(
             flops=4 * batch * tokens * kv_heads * group * h * min(slots, window or slots),
             transcendentals=batch * tokens * kv_heads * group * min(slots, window or slots),
@@ -202,11 +206,12 @@ def _kernel(
     *positions, out_NxRxW, lse_RxN, top_NxR, total_NxR, sum_NxRxW = refs
     step, steps = pl.program_id(1), bounds_ref[0]
     i = pl.program_id(0) * steps + step
-    row, block, edge = rows_ref[i], blocks_ref[i], edges_ref[i]
+    real = i < bounds_ref[1]
+    at = jnp.minimum(i, jnp.maximum(bounds_ref[1] - 1, 0))  # the last core may have fewer items
+    row, block, edge = rows_ref[at], blocks_ref[at], edges_ref[at]
     length, q_first = lengths_ref[row], q_positions_ref[row]
     size = k_SxKH.shape[1]
     begin = block * size
-    real = i < bounds_ref[1]
 
     @pl.when(real & ((step == 0) | (edge % 2 == 1)))
     def _():

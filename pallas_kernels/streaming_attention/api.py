@@ -88,8 +88,10 @@ def _check(q, k, v, q_positions, k_positions, window, sink, limits) -> None:
     ):
         if x is None:
             continue
-        known = isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.integer)
-        if not known or x.shape != (length,):
-            raise ValueError(f"{name} must be a NumPy array of {length} integers")
+        known = isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.signedinteger)
+        if not known or x.shape != (length,) or np.any(np.abs(x) >= 2**30):
+            raise ValueError(
+                f"{name} must be a NumPy array of {length} integers, signed and below 2**30"
+            )
     if np.any(np.diff(k_positions) < 0):
         raise ValueError("k_positions must ascend; sort keys and values by position")

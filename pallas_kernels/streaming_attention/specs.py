@@ -83,5 +83,8 @@ PRODUCTION = (
     Spec("smollm2 135M, rollout's pass, k=4", stride=4, **SMOLLM2,
          **SPIRE),
     Spec("gemma 2B, dense", **GEMMA_2B),
+    Spec("the widest: 16 heads of 32, float32", q_per_kv=16, head_dim=32, dtype="float32"),
+    Spec("the widest: 16 heads of 256, float32", keys=1024, q_per_kv=16, head_dim=256,
+         dtype="float32"),
     Spec("lengths that no block divides", keys=1234, **SPIRE, **LLAMA_8B),
 )  # fmt: skip

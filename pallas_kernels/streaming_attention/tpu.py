@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.lanes import LANES, by_head, gather, group_size, spread
+from pallas_kernels.platform import VMEM_LIMIT
 from pallas_kernels.streaming_attention import plan
 
 MASKED = -1e30  # a logit that no softmax notices; finite, so that differences stay numbers
@@ -172,7 +173,9 @@ def _backward(at: Setting, q, k, v, out, lse, d_out, d_lse):
     batch, length = q.shape[:2]
     d_out = d_out.astype(q.dtype)
     rows = batch, length, at.groups, at.heads, at.lanes
-    # d logits = p (d p - delta), where delta takes in the gradient of the log-sum-exp.
+    # d logits = p (d p - delta), where delta takes in the gradient of the log-sum-exp. Where that
+    # is -inf no weight depends on a key, whatever is asked of it.
+    d_lse = jnp.where(jnp.isfinite(lse), d_lse, 0.0)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).reshape(rows).sum(axis=-1)
     delta = jnp.moveaxis(delta, 1, -1) - d_lse
     # A query that sees nothing: exp(logit - lse) must be 0.
@@ -259,7 +262,8 @@ def _call(at: Setting, kernel, work: plan.Items, specs, static_specs, *,
             ),
             out_shape=out_shape,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary")
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=VMEM_LIMIT,
             ),
             cost_estimate=pl.CostEstimate(
                 flops=2 * products * calls * pairs * at.lanes,

@@ -101,7 +101,8 @@ def attention(
     if kernel in TPU_KERNELS:
         positions: dict[str, Any] = dict(q_positions=q_pos, k_positions=k_pos, limits=limit)
         call = functools.partial(
-            streaming_kernel.streaming_attention, **positions, window=window or None, sink=sink,
+            streaming_kernel.streaming_attention, **positions, window=window or None,
+            sink=sink if window else 0,
             scale=scale, implementation=kernel,
         )  # fmt: skip
         return _on_mesh(call, [_QUERIES, _KEYS, _KEYS])(q, k, v)
@@ -142,7 +143,8 @@ def cached_attention(
         # Position j is in a slot no later than j, so that later ones hold nothing to be seen.
         lengths = jnp.clip(positions[:, -1] + 1, 0, cache.live)
         call = functools.partial(
-            decode_kernel.decode_attention, window=window or None, sink=sink,
+            decode_kernel.decode_attention, window=window or None,
+            sink=sink if window else 0,
             include_self=include_self, scale=scale, implementation=kernel,
         )  # fmt: skip
         arguments = [q, keys, values, lengths, positions[:, 0]]
@@ -161,7 +163,8 @@ def cached_attention(
 def cache_shape(compute: Compute, slots: int, kv_heads: int, head_dim: int) -> tuple[int, int]:
     """Slots to allocate, and numbers per slot: K * H, or what a kernel reads best.
 
-    Heads that are split over a mesh stay as they are: each device pads its own.
+    Heads that are split over a mesh keep K * H: where a device's share of it is no multiple of 128,
+    a TPU lays the cache out anew for each call of the kernel.
     """
     kernel, exact = compute.kernel(head_dim, 1), kv_heads * head_dim
     if not kernel:

@@ -94,6 +94,7 @@ LONG = specs.Spec("long", batch=1, keys=1500, kv_heads=2, q_per_kv=2, head_dim=6
     [
         ({}, None),
         ({}, (128, 256)),
+        ({"keys": 768, "window": 255, "kv_heads": 1, "sink": 0}, (128, 128)),  # ends with blocks
         ({"stride": 4, "depth": 3}, (256, 128)),
         ({"stride": 4, "window": 1, "sink": 0}, None),
         ({"keys": 4500, "window": 4096, "sink": 4, "kv_heads": 1, "head_dim": 128}, (512, 512)),
@@ -135,12 +136,30 @@ def test_blocks_that_no_query_sees_are_never_read():
         np.testing.assert_allclose(a, b, rtol=3e-5, atol=3e-4)
 
 
-@pytest.mark.parametrize("window, sink, stride", [(None, 0, 0), (64, 1, 0), (64, 0, 4), (1, 4, 4)])
+def test_whatever_is_asked_of_a_log_sum_exp_of_nothing_no_key_hears_of_it():
+    """A gradient that is infinite there."""
+    spec = dataclasses.replace(LONG, keys=6, window=None, sink=0)
+    arrays = spec.arrays(jax.random.key(5))
+    limits = np.array([0, 0, 2, 3, 4, 5])
+
+    def loss(q, k, v):
+        _, lse = tpu.streaming_attention(
+            q, k, v, *spec.positions, limits=limits, scale=0.1, interpret=True
+        )
+        return jnp.sum(lse**2)
+
+    assert all(np.isfinite(x).all() for x in jax.grad(loss, (0, 1, 2))(*arrays))
+
+
+@pytest.mark.parametrize("window, sink, stride", [(None, 0, 0), (64, 1, 0), (64, 0, 4), (1, 4, 4),
+                                                  (255, 0, -1)])  # fmt: skip
 def test_plan_is_exact(window, sink, stride):
     """A pair of blocks is listed if and only if the mask has something in it."""
     rng = np.random.default_rng(0)
     k_pos = np.sort(rng.choice(3000, 1024, replace=False)).astype(np.int32)
     q_pos = np.sort(rng.choice(3000, 512, replace=False))
+    if stride < 0:  # a text's own
+        k_pos, q_pos, stride = np.arange(1024, dtype=np.int32), np.arange(512) + 256, 0
     limits = q_pos // stride * stride if stride else None
     seen = plan.bounds(q_pos, limits, window, sink)
     visited, whole = plan.pairs(seen, k_pos, 128, 128)
