@@ -114,11 +114,11 @@ def test_bad_input(capsys, monkeypatch):
 
 
 def spread(specs) -> list:
-    """Each spec on one of the chips in turn, every fourth in the fast tier; the rest is slow."""
+    """Each spec on one of the chips in turn, every sixth in the fast tier; the rest is slow."""
     chips, cases = list(CHIPS), []
     for i, spec in enumerate(specs):
         for j, chip in enumerate(chips):
-            fast = i % 4 == 0 and j == i // 4 % 4
+            fast = i % 6 == 0 and j == i // 6 % 4
             marks = () if fast else pytest.mark.slow
             cases.append(pytest.param(spec, chip, id=f"{spec.name}-{chip}", marks=marks))
     return cases

@@ -93,11 +93,15 @@ LONG = specs.Spec("long", batch=1, keys=1500, kv_heads=2, q_per_kv=2, head_dim=6
     "change, blocks",
     [
         ({}, None),
-        ({}, (128, 256)),
+        pytest.param({}, (128, 256), marks=pytest.mark.slow),
         ({"keys": 768, "window": 255, "kv_heads": 1, "sink": 0}, (128, 128)),  # ends with blocks
         ({"stride": 4, "depth": 3}, (256, 128)),
         ({"stride": 4, "window": 1, "sink": 0}, None),
-        ({"keys": 4500, "window": 4096, "sink": 4, "kv_heads": 1, "head_dim": 128}, (512, 512)),
+        pytest.param(
+            {"keys": 4500, "window": 4096, "sink": 4, "kv_heads": 1, "head_dim": 128},
+            (512, 512),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_long_texts_twice(change, blocks):
