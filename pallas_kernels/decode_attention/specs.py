@@ -99,7 +99,7 @@ PRODUCTION = (
          include_self=False, **LLAMA_8B),
     Spec("llama 8B, vanilla draft's first step", tokens=2, slots=69, window=64, sink=1, ring=True,
          **LLAMA_8B),
-    Spec("llama 70B, verify k=4, 64k", slots=65536, **LLAMA_70B),
+    Spec("llama 70B, verify k=4, 64k", batch=16, slots=65536, **LLAMA_70B),
     Spec("llama 70B, SPIRe's draft step", tokens=1, slots=69, window=64, sink=1, ring=True,
          include_self=False, **LLAMA_70B),
     Spec("paper 67M, verify k=4", slots=1024, **PAPER_67M),
