@@ -192,7 +192,7 @@ def _serving_step(at, config: ExperimentConfig, name: str, which: str) -> Report
 
         step = jax.jit(draft, donate_argnums=0)
         report = compile_for(step, serving.caches[1], weights.draft, serving.rows, serving.rows)
-        return _in_place(report, serving.caches[1])
+        return _in_place(report, serving.caches[1], small=True)
 
     def verify(cache, params, tokens, positions):
         return decoder.target.bind(params).extend(cache, tokens, positions)
@@ -211,12 +211,15 @@ def _round(at, config: ExperimentConfig, name: str | None) -> Report:
     return _in_place(report, serving.caches)
 
 
-def _in_place(report: Report, caches: Any) -> Report:
-    """Raise Failed unless the caches are updated where they lie."""
+def _in_place(report: Report, caches: Any, small: bool = False) -> Report:
+    """Raise Failed unless the caches are updated where they lie.
+
+    `small`: a draft's ring, which other temporaries may well outgrow.
+    """
     arrays = [x for x in jax.tree.leaves(caches) if x.ndim == 3]
     held = sum(x.size * x.dtype.itemsize for x in arrays)
     layer = max(x.size * x.dtype.itemsize for x in arrays)
-    if report.temporaries >= held:
+    if report.temporaries >= held and not small:
         raise Failed(f"temporaries of {report.temporaries} bytes; the caches have {held}")
     if report.aliased < held:
         raise Failed(f"{report.aliased} bytes are aliased, but the caches have {held}")
