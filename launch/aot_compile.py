@@ -45,7 +45,7 @@ class Failed(Exception):
 def compile_decode(spec: decode_specs.Spec, chip: str) -> Report:
     """Decode attention at one shape."""
     place = one_device(chip)
-    with jax.set_mesh(make_mesh(MeshConfig(), [place._device])):
+    with jax.set_mesh(make_mesh(MeshConfig(), [*place.device_set])):
         call = functools.partial(decode_attention, **spec.options, implementation="tpu")
         report = compile_for(jax.jit(call), *_at(place, spec.shapes))
     cache = spec.shapes[1].size * spec.shapes[1].dtype.itemsize
@@ -103,7 +103,7 @@ def steps(config: ExperimentConfig, chips: list[str]) -> Iterator[tuple[str, Cal
 
 def _on_chip(chip: str, compile_step, *arguments) -> Callable[[], Report]:
     def run() -> Report:
-        mesh = make_mesh(MeshConfig(), [one_device(chip)._device])
+        mesh = make_mesh(MeshConfig(), [*one_device(chip).device_set])
         with jax.set_mesh(mesh):
             report = compile_step(functools.partial(_at, replicated(mesh)), *arguments)
         if not report.kernels:

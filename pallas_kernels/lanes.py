@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 LANES = 128
+MASKED = -1e30  # a logit that no softmax notices; finite, so that differences stay numbers
 
 
 def group_size(head_dim: int) -> int:

@@ -18,10 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.lanes import LANES, by_head, gather, spread
+from pallas_kernels.lanes import LANES, MASKED, by_head, gather, spread
 from pallas_kernels.platform import VMEM_LIMIT
 
-MASKED = -1e30  # a logit that no softmax notices; finite, so that differences stay numbers
 BLOCK_BYTES = 2**20  # of keys (and of values) in one block: long enough to hide a step's overhead
 
 
@@ -224,8 +223,8 @@ def _kernel(
         precision = jax.lax.Precision.HIGHEST if k_SxKH.dtype == jnp.float32 else None
         if masked:
             # Row t * M + m of the queries is token t.
-            at = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-            q_pos = q_first + sum((at >= t * heads).astype(jnp.int32) for t in range(1, tokens))
+            query = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+            q_pos = q_first + sum((query >= t * heads).astype(jnp.int32) for t in range(1, tokens))
             slot = begin + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
             k_pos = slot if ordered else positions[0][0]
             visible = (slot < length) & (k_pos < q_pos + include_self)

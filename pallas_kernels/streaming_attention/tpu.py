@@ -15,11 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.lanes import LANES, by_head, gather, group_size, spread
+from pallas_kernels.lanes import LANES, MASKED, by_head, gather, group_size, spread
 from pallas_kernels.platform import VMEM_LIMIT
 from pallas_kernels.streaming_attention import plan
-
-MASKED = -1e30  # a logit that no softmax notices; finite, so that differences stay numbers
 
 # For the choice of blocks only: what an item costs besides its products, and their speed.
 STEP_SECONDS, FLOPS_PER_SECOND = 0.35e-6, 100e12

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
@@ -217,14 +216,6 @@ def test_reference_equals_jax(window):
 # --- bad input ---------------------------------------------------------------------------------
 
 GOOD = specs.Spec("good", batch=2, tokens=2, kv_heads=2, slots=64, dtype="float32")
-
-
-@pytest.fixture
-def unchecked_shapes():
-    """Without jaxtyping's own checks, as users run it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

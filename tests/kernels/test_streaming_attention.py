@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
@@ -229,14 +228,6 @@ def test_reference_equals_jax(window):
 
 
 # --- bad input ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def unchecked_shapes():
-    """Without jaxtyping's own checks, as users run it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
