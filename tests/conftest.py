@@ -40,6 +40,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in slow]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def released_programs():
+    """A file's compiled programs go when it is done.
+
+    XLA's CPU compiler maps memory for every function. A process may have 65,530 maps (Linux's
+    vm.max_map_count); without this one worker reaches them, and the compiler ends in a
+    segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For files that compile many small programs: half the time, the same values but rounding."""
