@@ -1,0 +1,147 @@
+"""Safetensors: one file, or the shards of a Hugging Face directory, read in parts.
+
+The header is parsed by the library `safetensors`, which checks it against the file before it
+gives anything out: sizes, dtypes, shapes, offsets without holes or overlaps.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+
+from spire_jax.pretrained import PretrainedError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+READABLE = {"F32": 4, "F16": 2, "BF16": 2}  # types of weights, and their bytes
+MAX_JSON = 1 << 27  # bytes of an index or a config; an index of 100,000 tensors takes a tenth
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor's place: the open file, and what that file's header says of it."""
+
+    file: Any  # a `safe_open`
+    path: pathlib.Path
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name, e.g. "BF16"
+
+
+@dataclasses.dataclass(frozen=True)
+class SafetensorsFiles:
+    """Tensors of one or more files by name; values are read when asked for."""
+
+    files: tuple[pathlib.Path, ...]
+    tensors: Mapping[str, Tensor]
+
+    def raw(self, name: str, *at: slice) -> np.ndarray:
+        """A tensor in its own dtype, or a part of it; KeyError for an unknown name."""
+        tensor = self.tensors[name]
+        try:
+            return tensor.file.get_slice(name)[at] if at else tensor.file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise PretrainedError(f"{tensor.path}: tensor {name!r}: {error}") from error
+
+    def read(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> Float[np.ndarray, "..."]:
+        """Float32 values of a tensor, of some `rows` (axis 0) and `columns` (the last axis).
+
+        A tensor of one axis has columns only. KeyError for an unknown name, PretrainedError for
+        a type that is no unquantized weight's.
+        """
+        tensor = self.tensors[name]
+        if tensor.dtype not in READABLE:
+            raise PretrainedError(
+                f"{tensor.path}: tensor {name!r} is of type {tensor.dtype}; weights of "
+                f"{', '.join(READABLE)} are supported: export the model unquantized, or as GGUF"
+            )
+        at = (rows, columns) if len(tensor.shape) > 1 else (columns,)
+        return self.raw(name, *at).astype(np.float32)
+
+
+def read_safetensors(*paths: pathlib.Path) -> SafetensorsFiles:
+    """The headers of files whose tensors make up one model.
+
+    PretrainedError, naming the file, if one is cut or contradicts itself, or if two hold a tensor
+    of the same name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        if not path.is_file():
+            raise PretrainedError(f"{path} does not exist; fetch the checkpoint again, whole")
+        try:
+            file = safe_open(path, "numpy")
+            names = list(file.keys())
+            described = [(name, file.get_slice(name)) for name in names]
+            found = {n: Tensor(file, path, tuple(s.get_shape()), s.get_dtype())
+                     for n, s in described}  # fmt: skip
+        except (SafetensorError, OSError, ValueError) as error:
+            raise PretrainedError(
+                f"{path} is no whole safetensors file: {error}; fetch it again"
+            ) from error
+        for name in found.keys() & tensors.keys():
+            raise PretrainedError(
+                f"{path} and {tensors[name].path} both hold {name!r}; keep one of them"
+            )
+        tensors |= found
+    return SafetensorsFiles(paths, tensors)
+
+
+def read_directory(directory: pathlib.Path) -> SafetensorsFiles:
+    """The weights of a Hugging Face directory: model.safetensors, or the shards of an index.
+
+    PretrainedError if there are none, or if index and shards do not agree.
+    """
+    if (directory / WEIGHTS).is_file():
+        return read_safetensors(directory / WEIGHTS)
+    if not (directory / INDEX).is_file():
+        others = sorted(p.name for p in directory.glob("*.bin")) + sorted(
+            p.name for p in directory.glob("*.pt*")
+        )
+        has = f"only {others[0]}, a pickle, which is never read" if others else "neither"
+        raise PretrainedError(
+            f"{directory}: there is {has}; {WEIGHTS} or {INDEX} is needed: convert to safetensors"
+        )
+    path = directory / INDEX
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise PretrainedError(f"{path}: weight_map must give a file for each tensor's name")
+    shards = sorted(set(places.values()))
+    for shard in shards:
+        if shard in ("", ".", "..") or {"/", "\\", "\0"} & set(shard):
+            raise PretrainedError(
+                f"{path}: {shard!r} is no plain file name; shards lie beside the index"
+            )
+    weights = read_safetensors(*(directory / shard for shard in shards))
+    held = {name: tensor.path.name for name, tensor in weights.tensors.items()}
+    wrong = sorted(n for n in held.keys() | places.keys() if held.get(n) != places.get(n))
+    if wrong:
+        first = wrong[0]
+        raise PretrainedError(
+            f"{path} puts {first!r} into {places.get(first, 'no file')}, and it is in "
+            f"{held.get(first, 'no shard')} ({len(wrong)} such tensors); fetch index and shards "
+            f"again, from one revision"
+        )
+    return weights
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A file of one JSON object; PretrainedError naming it for anything else."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise PretrainedError(f"{path} does not exist; fetch the checkpoint again, whole")
+    if path.stat().st_size > MAX_JSON:
+        raise PretrainedError(f"{path} is larger than {MAX_JSON} bytes, no file of this kind")
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise PretrainedError(f"{path} is not JSON ({error}); fetch it again") from error
+    if not isinstance(values, dict):
+        raise PretrainedError(f"{path} holds {type(values).__name__}, not a JSON object")
+    return values

@@ -1,0 +1,266 @@
+"""The tokenizer of a pretrained checkpoint, behind the library's `Tokenizer`, and its chats.
+
+Text that a user wrote never becomes a special token: `encode` and the contents of `chat`'s
+messages are ordinary text, whatever they spell. Only `encode_special` reads special tokens.
+"""
+
+import codecs
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int
+
+from spire_jax.pretrained import PretrainedError
+from spire_jax.pretrained.chat import render
+from spire_jax.pretrained.token_bytes import token_bytes
+from spire_jax.pretrained.tokenizer_sources import Description, describe, refusals
+
+SEPARATOR_MARK = "␞"  # U+241E, as in `spire_jax.data.tokenizer`
+# A model's rows beyond its tokens round the vocabulary up. Known models have a few per cent of
+# them; a tokenizer that leaves more is another model's.
+MIN_FILLED = 0.9
+# Code points that no text holds; one of them breaks up what only spells a special token.
+_MARKS = [chr(i) for i in range(0xFDD0, 0xFDF0)]
+
+
+class PretrainedTokenizer:
+    """Ids of a pretrained model. Satisfies `spire_jax.data.tokenizer.Tokenizer`.
+
+    `name` is a hash of the content, `n_tokens` the rows of the model's embedding (ids that no
+    token has stand for nothing), `separator` the tokenizer's end of text. Besides:
+    `eos`: all ids that end a generation; `bos` and whether the model wants it in front of a text,
+    `add_bos`; `special`: text -> id of special tokens; `chat_template`, or None.
+    """
+
+    def __init__(self, source: Description, n_tokens: int):
+        self._path, self.n_tokens = source.path, n_tokens
+        self._with_special = source.backend
+        with refusals(source.path):
+            self._plain = tokenizers.Tokenizer.from_str(source.backend.to_str())
+            self._plain.encode_special_tokens = True  # as text
+        self.bos, self.add_bos, self.eos = source.bos, source.add_bos, source.eos
+        self.chat_template, self._names = source.chat_template, dict(source.names)
+        added = source.backend.get_added_tokens_decoder()
+        self.special: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
+        with refusals(source.path):
+            self._check()
+        self.separator = self.eos[0]
+        facts = json.dumps([source.content, self.eos, self.bos, self.add_bos, n_tokens])
+        self.name = f"pretrained-{n_tokens}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+        self._bytes, self._strip = token_bytes(source.backend, n_tokens, str(source.path))
+        self._lengths = np.array([len(b) for b in self._bytes], np.int64)
+        self._lengths[[*self.special.values(), *self.eos]] = 0
+        self._spelled = re.compile(
+            "|".join(re.escape(t) for t in sorted(self.special, key=len, reverse=True)) or r"(?!)"
+        )
+
+    def _check(self) -> None:
+        size = self._with_special.get_vocab_size()
+        last = max(self._with_special.get_vocab().values(), default=-1)
+        if last >= self.n_tokens:
+            raise PretrainedError(
+                f"{self._path}: the tokenizer has ids up to {last}, the model {self.n_tokens} "
+                "rows; use the tokenizer that came with the model"
+            )
+        if size < MIN_FILLED * self.n_tokens:
+            raise PretrainedError(
+                f"{self._path}: the tokenizer has {size} tokens for {self.n_tokens} rows of the "
+                "model; use the tokenizer that came with the model"
+            )
+        if not self.eos:
+            raise PretrainedError(
+                f"{self._path}: no token is named that ends a text; put eos_token_id into "
+                "generation_config.json (GGUF: tokenizer.ggml.eos_token_id)"
+            )
+        for i in (*self.eos, *([] if self.bos is None else [self.bos])):
+            if i >= self.n_tokens or self._with_special.id_to_token(i) is None:
+                raise PretrainedError(
+                    f"{self._path}: the end or start of text is given as id {i}, which is no "
+                    "token; correct eos_token_id or bos_token_id"
+                )
+        ids = set(self.special.values())
+        for text in self.special:
+            if ids.intersection(self._plain.encode(text, add_special_tokens=False).ids):
+                raise PretrainedError(
+                    f"{self._path}: plain text can spell the special token {text!r}, so users "
+                    "could forge messages; correct tokenizer.json"
+                )
+
+    # --- text to ids -----------------------------------------------------------------------------
+
+    def encode(self, text: bytes | str) -> Int[np.ndarray, " n"]:
+        """Ids (int32) of plain text, nothing added; special tokens in it are text like any other.
+
+        PretrainedError for bytes that are no UTF-8, or a string with halves of surrogate pairs.
+        """
+        return _ids(self._plain.encode(_checked(text), add_special_tokens=False))
+
+    def encode_all(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, " n"]]:
+        """`encode` of each text, on all cores."""
+        checked = [_checked(text) for text in texts]
+        encodings = self._plain.encode_batch_fast(checked, add_special_tokens=False)
+        return [_ids(e) for e in encodings]
+
+    def encode_special(self, text: bytes | str) -> Int[np.ndarray, " n"]:
+        """Ids of text in which special tokens are recognised, as of a chat; nothing is added."""
+        return _ids(self._with_special.encode(_checked(text), add_special_tokens=False))
+
+    def encode_prompt(self, text: bytes | str) -> Int[np.ndarray, " n"]:
+        """`encode` of a text that the model shall continue: `bos` in front if it wants that."""
+        front = [self.bos] if self.add_bos else []
+        return np.concatenate([np.array(front, np.int32), self.encode(text)])
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **extra: Any,
+    ) -> str:
+        """The conversation as text by the model's own template; errors as of `chat.render`."""
+        if self.chat_template is None:
+            raise PretrainedError(
+                f"{self._path} has no chat template: the model was not trained on messages; give "
+                "the prompt as text"
+            )
+        return render(self.chat_template, messages, add_generation_prompt=add_generation_prompt,
+                      **(self._names | extra))  # fmt: skip
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **extra: Any,
+    ) -> Int[np.ndarray, " n"]:
+        """Ids of a conversation: the template's special tokens are special, the messages' are text.
+
+        Nothing is added: a template writes the start of text itself where the model wants it.
+        """
+        spelled = json.dumps([messages, extra], ensure_ascii=False, default=str)
+        mark = next((m for m in _MARKS if m not in spelled), None)
+        if mark is None:
+            raise PretrainedError("the messages hold all of U+FDD0 to U+FDEF; remove those")
+        text = self.render_chat(
+            [self._marked(m, mark) for m in messages],
+            add_generation_prompt=add_generation_prompt,
+            **self._marked(extra, mark),
+        )
+        if mark not in text:
+            return self.encode_special(text)
+        parts, at = [], 0
+        for found in self._spelled.finditer(text):
+            if text.startswith(mark, found.end()):
+                continue  # of one character, which a mark can only follow
+            parts.append(self.encode(text[at : found.start()].replace(mark, "")))
+            parts.append(np.array([self.special[found[0]]], np.int32))
+            at = found.end()
+        return np.concatenate([*parts, self.encode(text[at:].replace(mark, ""))])
+
+    def _marked(self, value: Any, mark: str) -> Any:
+        """`value` with `mark` inside all that spells a special token."""
+        if isinstance(value, str):
+            return self._spelled.sub(lambda m: m[0][0] + mark + m[0][1:], value)
+        if isinstance(value, Mapping):
+            return {k: self._marked(v, mark) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._marked(v, mark) for v in value]
+        return value
+
+    # --- ids to text -----------------------------------------------------------------------------
+
+    def decode(self, ids: Int[np.ndarray, " n"]) -> str:
+        """Text; invalid UTF-8 becomes U+FFFD, the separator U+241E, special tokens their names."""
+        parts = [
+            SEPARATOR_MARK.encode() if i == self.separator else self._bytes[i]
+            for i in self._checked_ids(ids)
+        ]
+        return self._stripped(b"".join(parts)).decode(errors="replace")
+
+    def count_bytes(self, ids: Int[np.ndarray, " n"]) -> int:
+        """Bytes of text that the ids stand for; special tokens stand for none."""
+        return int(self._lengths[self._checked_ids(ids)].sum())
+
+    def stream(self, continues: bool = True) -> "StreamDecoder":
+        """A decoder of ids that come piece by piece.
+
+        `continues`: they follow a text, so that a space in front of the first word is one;
+        otherwise they begin a text, as in `decode`.
+        """
+        return StreamDecoder(self, strip=self._strip and not continues)
+
+    def _stripped(self, text: bytes) -> bytes:
+        return text[1:] if self._strip and text.startswith(b" ") else text
+
+    def _checked_ids(self, ids: Int[np.ndarray, " n"] | Sequence[int]) -> list[int]:
+        ids = np.asarray(ids, np.int64)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.n_tokens:
+            bad = ids[(ids < 0) | (ids >= self.n_tokens)][0]
+            raise PretrainedError(
+                f"{self._path}: {bad} is no id; the model has rows 0 to {self.n_tokens - 1}"
+            )
+        return ids.tolist()
+
+
+class StreamDecoder:
+    """Text of ids that come piece by piece; special tokens, the end of text too, give none.
+
+    Bytes that may yet become a character are held back; all texts together are the text of all
+    ids together.
+    """
+
+    def __init__(self, tokenizer: PretrainedTokenizer, strip: bool):
+        self._tokenizer, self._strip = tokenizer, strip
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._special = frozenset((*tokenizer.special.values(), *tokenizer.eos))
+
+    def feed(self, ids: Int[np.ndarray, " n"] | Sequence[int]) -> str:
+        """What the ids complete of the text."""
+        known = self._tokenizer._bytes
+        text = b"".join(
+            known[i] for i in self._tokenizer._checked_ids(ids) if i not in self._special
+        )
+        if self._strip and text:
+            text, self._strip = text.removeprefix(b" "), False
+        return self._utf8.decode(text)
+
+    def finish(self) -> str:
+        """What is still held back: a character that was cut, as U+FFFD."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _checked(text: bytes | str) -> str:
+    """The text, if it is Unicode."""
+    try:
+        if isinstance(text, bytes):
+            return text.decode()
+        text.encode()
+    except UnicodeError as error:
+        raise PretrainedError(
+            f"the text is no UTF-8: {error}; give it in UTF-8, or decode it with errors='replace'"
+        ) from None
+    return text
+
+
+def _ids(encoding: tokenizers.Encoding) -> Int[np.ndarray, " n"]:
+    return np.array(encoding.ids, np.int32)
+
+
+def load_tokenizer(path: str | os.PathLike[str], n_tokens: int) -> PretrainedTokenizer:
+    """The tokenizer of a checkpoint whose embedding has `n_tokens` rows.
+
+    `path`: a GGUF file, a directory with tokenizer.json, or that file. PretrainedError if there
+    is none, if it is of a kind that is not supported, or if it is another model's.
+    """
+    return PretrainedTokenizer(describe(path), n_tokens)
+
+
+def tokenizer_size(path: str | os.PathLike[str]) -> int:
+    """Ids that the tokenizer at `path` has: its highest and one more."""
+    return max(describe(path).backend.get_vocab().values(), default=-1) + 1

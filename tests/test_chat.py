@@ -1,0 +1,121 @@
+"""Chat templates: rendered as transformers renders them, and harmless whoever wrote them."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from spire_jax.pretrained import PretrainedError, chat
+from spire_jax.pretrained.chat import choose_template, render
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 < 2 & 'é' 😀?"},
+]
+CHATML = (
+    "{% for message in messages %}\n"
+    "    {% if loop.first and message['role'] != 'system' %}\n"
+    "<|im_start|>system\nDefault<|im_end|>\n"
+    "    {% endif %}\n"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message.content | trim + '<|im_end|>\\n' }}"
+    "{% endfor %}\n"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_a_conversation_becomes_the_text_of_its_template():
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    user = "<|im_start|>user\n1 < 2 & 'é' 😀?<|im_end|>\n"
+    assert render(CHATML, MESSAGES) == system + user + "<|im_start|>assistant\n"
+    assert render(CHATML, MESSAGES, add_generation_prompt=False) == system + user
+    default = "<|im_start|>system\nDefault<|im_end|>\n"
+    assert render(CHATML, MESSAGES[1:], add_generation_prompt=False) == default + user
+
+
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ("{{ bos_token }}{{ messages[1].content }}", "<s>1 < 2 & 'é' 😀?"),
+        ("{{ messages[1]|tojson }}", '{"role": "user", "content": "1 < 2 & \'é\' 😀?"}'),
+        ("{{ {'b': 1, 'a': 2}|tojson(indent=1, sort_keys=true) }}", '{\n "a": 2,\n "b": 1\n}'),
+        ("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}x{% endfor %}", "x"),
+        ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+         "{% endfor %}{{ ns.n }}", "2"),
+        ("a{% generation %}b{% endgeneration %}c", "abc"),
+        ("{{ strftime_now('%Y')|int > 2000 }}{{ tools is defined }}", "TrueTrue"),
+    ],
+)  # fmt: skip
+def test_what_templates_may_use(template, text):
+    assert render(template, MESSAGES, bos_token="<s>", tools=[]) == text
+
+
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("x\n{% if %}", "line 2"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__.os }}", "unsafe"),
+        ("{{ namespace(__class__=1) }}", "underscore"),
+        ("{% set n = namespace() %}{% set n.__init__ = 1 %}", "underscore"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+        ("{{ 'a' * 10**10 }}", "MiB of memory"),
+        ("{{ 'a' * (2**24 + 1) }}", "more than 16777216 characters"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "without end"),
+        ("{{ nothing.at_all }}", "'nothing' is undefined"),
+    ],
+)
+def test_what_templates_may_not(template, words):
+    with pytest.raises(PretrainedError, match=words):
+        render(template, MESSAGES)
+    assert render("still {{ 'here' }}", MESSAGES) == "still here"
+
+
+def test_a_template_without_end_is_stopped(monkeypatch):
+    monkeypatch.setattr(chat, "SECONDS", 0.5)
+    loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    begin = time.monotonic()
+    with pytest.raises(PretrainedError, match=r"longer than 0\.5 s"):
+        render(loop, MESSAGES)
+    assert time.monotonic() - begin < 5
+    monkeypatch.undo()
+    assert render("{{ 'again' }}", MESSAGES) == "again"
+
+
+def test_no_file_is_opened_even_outside_the_sandbox():
+    """What a hole in the sandbox would reach: the process itself can open nothing."""
+    code = (
+        "import runpy, sys, io\n"
+        "worker = runpy.run_path(sys.argv[1])\n"
+        "sys.stdin = io.StringIO('')\n"
+        "worker['_main']()\n"
+        "try:\n    open('/etc/passwd')\nexcept OSError as error:\n    print(error)\n"
+    )
+    script = chat.__file__.replace("chat.py", "chat_worker.py")
+    run = subprocess.run([sys.executable, "-c", code, script], capture_output=True, text=True)
+    assert run.stdout.splitlines()[0] == "ready", run.stderr
+    assert "Too many open files" in run.stdout
+
+
+def test_messages_that_cannot_be_rendered_are_named():
+    with pytest.raises(PretrainedError, match="message 1 is 'hi'"):
+        render(CHATML, [MESSAGES[0], "hi"])
+    with pytest.raises(PretrainedError, match="message 0 is"):
+        render(CHATML, [{"content": "no role"}])
+    with pytest.raises(PretrainedError, match=r"no JSON: .*bytes"):
+        render(CHATML, [{"role": "user", "content": b"raw"}])
+    with pytest.raises(PretrainedError, match="1048577 characters"):
+        render(" " * (2**20 + 1), MESSAGES)
+
+
+def test_the_plain_one_of_several_templates():
+    assert choose_template(None, "f") is None
+    assert choose_template("x", "f") == "x"
+    both = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    assert choose_template(both, "f") == "d"
+    for bad in (both[:1], 3, [], {"default": 4}):
+        with pytest.raises(PretrainedError, match="f: the chat_template has none"):
+            choose_template(bad, "f")
