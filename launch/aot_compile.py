@@ -27,11 +27,11 @@ from pallas_kernels.streaming_attention import specs as streaming_specs
 from pallas_kernels.streaming_attention.api import streaming_attention
 from spire_jax.config import ExperimentConfig, MeshConfig
 from spire_jax.config_files import command_line, exit_with_error
-from spire_jax.decode import Decoder, DecodeState, Weights, _prefill, decode_rounds
+from spire_jax.decode.rounds import Decoder, DecodeState, Weights, _prefill, decode_rounds
 from spire_jax.drafting.build import compute_for, strategy, target_model
 from spire_jax.drafting.spire import Spire
 from spire_jax.sharding import make_mesh, replicated
-from spire_jax.tasks import TrainBatch, draft_task, target_task, teach, teacher
+from spire_jax.tasks import TrainBatch, draft_task, target_task, teach, teacher, trainable
 from spire_jax.train import make_optimizer, train_step
 
 
@@ -121,7 +121,7 @@ def _at(place: jax.sharding.Sharding, tree: Any) -> Any:
 def _train_step(at, config: ExperimentConfig, name: str) -> Report:
     task = target_task(config) if name == "target" else draft_task(config, name)
     optimizer = make_optimizer(config.train, task)
-    params = task.model.shapes()
+    params, fixed = trainable(task, task.model.shapes())
     state = {
         "params": params,
         "opt_state": jax.eval_shape(optimizer.init, params),
@@ -136,7 +136,9 @@ def _train_step(at, config: ExperimentConfig, name: str) -> Report:
         lesson = at(jax.eval_shape(
             functools.partial(teach, teaching), teaching.model.shapes(), batch
         ))  # fmt: skip
-    return compile_for(train_step, task, config.train, optimizer, at(state), lesson, batch)
+    return compile_for(
+        train_step, task, config.train, optimizer, at(state), lesson, batch, at(fixed)
+    )
 
 
 class _Serving:

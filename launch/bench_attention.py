@@ -26,7 +26,16 @@ from spire_jax.decode import Weights, generate
 from spire_jax.evaluate import make_decoder
 from spire_jax.hardware import describe
 from spire_jax.sharding import make_mesh
-from spire_jax.tasks import draft_task, init_params, initial_draft, target_task, teach, teacher
+from spire_jax.tasks import (
+    draft_task,
+    init_params,
+    initial_draft,
+    target_task,
+    teach,
+    teacher,
+    trainable,
+    with_shared,
+)
 from spire_jax.train import init_state, make_optimizer, to_device, train_step
 
 KERNELS = {"tpu": "tpu", "gpu": "gpu", "cpu": "interpret"}  # of each platform
@@ -86,18 +95,19 @@ def bench_training(config: ExperimentConfig, kernel: str, steps: int, repeats: i
             chosen = with_attention(config, attention)
             task = target_task(chosen) if name == "target" else draft_task(chosen, name)
             params = target if name == "target" else initial_draft(chosen, name, task, target, mesh)
+            params, fixed = trainable(task, with_shared(task, params, target))
             optimizer = make_optimizer(chosen.train, task)
             copied = jax.tree.map(lambda x: x.copy(), params)
             state = {"now": init_state(task, optimizer, copied, mesh)}
             losses[attention] = []
 
-            def run(task=task, chosen=chosen, optimizer=optimizer, state=state,
+            def run(task=task, chosen=chosen, optimizer=optimizer, state=state, fixed=fixed,
                     losses=losses[attention]):  # fmt: skip
                 lesson = None
                 if task.reads is not None:
                     lesson = teach(teacher(chosen, [task]), target, batch)
                 state["now"], metrics = train_step(
-                    task, chosen.train, optimizer, state["now"], lesson, batch
+                    task, chosen.train, optimizer, state["now"], lesson, batch, fixed
                 )
                 losses.append(float(metrics["loss"]))
 
@@ -126,7 +136,7 @@ def bench_decoding(config: ExperimentConfig, kernel: str, repeats: int) -> None:
             weights = Weights(decoder.target.cast(target))
             if decoder.strategy is not None:
                 task = draft_task(chosen, name)
-                draft = initial_draft(chosen, name, task, target, mesh)
+                draft = with_shared(task, initial_draft(chosen, name, task, target, mesh), target)
                 weights = weights._replace(draft=decoder.strategy.model.cast(draft))
             run = functools.partial(generate, decoder, weights, prompts, budgets, seeds)
 

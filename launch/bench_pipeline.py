@@ -43,6 +43,8 @@ from spire_jax.tasks import (
     target_task,
     teach,
     teacher,
+    trainable,
+    with_shared,
 )
 from spire_jax.train import init_state, make_optimizer, to_device, train_step
 
@@ -104,14 +106,17 @@ def bench_training(config: ExperimentConfig, repeats: int) -> None:
     work: dict[str, Callable[[], None]] = {}
     for name, (task, params, frozen) in tasks.items():
         optimizer = make_optimizer(train, task)
+        params, fixed = trainable(task, with_shared(task, params, frozen))
         copy = jax.tree.map(lambda x: x.copy(), params)
         state = {"now": init_state(task, optimizer, copy, mesh)}
 
-        def run(task=task, optimizer=optimizer, state=state, frozen=frozen):
+        def run(task=task, optimizer=optimizer, state=state, fixed=fixed, frozen=frozen):
             lesson = None
             if task.reads is not None:
                 lesson = teach(teacher(config, [task]), frozen, batch)
-            state["now"], metrics = train_step(task, train, optimizer, state["now"], lesson, batch)
+            state["now"], metrics = train_step(
+                task, train, optimizer, state["now"], lesson, batch, fixed
+            )
             jax.block_until_ready(metrics)
 
         work[name] = run

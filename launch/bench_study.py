@@ -101,7 +101,7 @@ def bench_together(config: ExperimentConfig, steps: int) -> None:
             kept = stack.enter_context(Checkpoints(folder / task.name, kept=1, identity={}))
             initial = functools.partial(initial_draft, full, task.name, task, frozen, mesh)
             metrics = folder / f"{task.name}.jsonl"
-            learner = Learner(task, settings, mesh, initial, kept, metrics)
+            learner = Learner(task, settings, mesh, initial, kept, metrics, frozen)
             learners.append(stack.enter_context(learner))
         train(learners, settings, mesh, taught_by, frozen, batches)
         together = shape[0] * shape[1] / json.loads(metrics.read_text())["tokens_per_s"]

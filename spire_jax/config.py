@@ -36,10 +36,17 @@ def _free(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"identity": False})
 
 
+def _added(default: Any) -> Any:
+    """A field that came later: at its default it is left out of hashes, so that what was trained
+    before it existed is still what the config asks for."""
+    return dataclasses.field(default=default, metadata={"added": True})
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     source: str = "stdlib"  # "stdlib": Python's own source files; otherwise a folder of text
-    tokenizer: str = BYTES  # bytes 0..255 and a separator, 256; or a file of `tokenizers`
+    tokenizer: str = BYTES  # bytes 0..255 and a separator, 256; a file of `tokenizers`; a GGUF
+    # file or a folder with tokenizer.json. With a pretrained target: the target's, whatever is here
     heldout_percent: int = 10  # share held out, by a hash of the relative path
     split: str = "file"  # what is held out: single files, or folders at the top as a whole
     workers: int = _free(0)  # threads that read ahead; 0 = Grain's default
@@ -61,6 +68,7 @@ class ModelConfig:
     window: int = 0  # visible keys, the query included; 0 = all earlier ones
     sink: int = 0  # first positions that stay visible beyond the window
     tied: bool = False  # unembedding = embedding transposed
+    head_tokens: int = _added(0)  # tokens that the unembedding covers; 0 = all (a draft's only)
     qkv_bias: bool = False
     qk_norm: bool = False
     scale_in_init: bool = True  # 1/sqrt(d_head) in the query's initializer, not in attention
@@ -70,6 +78,25 @@ class ModelConfig:
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_len: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedConfig:
+    """A target that somebody else trained; the section `target` and the tokenizer are then its."""
+
+    path: str = ""  # a GGUF file, or a folder with config.json and safetensors; "" = none
+    dtype: str = "float32"  # in which its matrices are held while drafts are trained
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinuationsConfig:
+    """Training rows that the target writes itself, from the beginnings of training documents."""
+
+    rows: int = 0  # of train.seq_len tokens; 0 = none
+    prompt: int = 64  # tokens at the start of each that are the document's own
+    share: float = 0.5  # of the rows that drafts see; the others are text
+    temperature: float = 1.0
+    batch_size: int = 16  # rows that are written at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +123,8 @@ class DraftConfig:
     memory_init: float = 0.95  # spire: initial softmax weight of the layer's own input
     k: int = 0  # spire: rollout depth in training; 0 = train.k
     seed: int = 0  # another order of the batches, and another random initialization
+    share_embedding: bool = _added(False)  # the frozen target's own: neither trained nor stored
+    head_tokens: int = _added(0)  # unembed these many most frequent tokens alone; 0 = all
     of: str = _free("")  # the draft that this one is an ablation of
     steps: int = 0  # 0 = train.steps
     peak_lr: float = 0.0  # 0 = train.peak_lr
@@ -160,6 +189,10 @@ class DecodeConfig:
     dtype: str = "float32"
     attention: str = _free("auto")  # as train.attention; "gpu", the kernel for Hopper (bfloat16)
     rounds_per_call: int = _free(64)  # rounds before the loop returns to the host
+    # python -m spire_jax.decode: depths to choose k among, round by round; () = k alone
+    depths: tuple[int, ...] = _free(())
+    chunk: int = _free(128)  # prompt tokens that are read at once
+    chunks_per_round: int = _free(1)  # ... between two rounds of the rows that decode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +243,8 @@ class MeshConfig:
 class ExperimentConfig:
     data: DataConfig = DataConfig()
     target: ModelConfig = ModelConfig()
+    pretrained: PretrainedConfig = PretrainedConfig()
+    continuations: ContinuationsConfig = ContinuationsConfig()
     drafts: tuple[tuple[str, DraftConfig], ...] = ()  # (name, draft), sorted by name
     magicdec: MagicDecConfig = MagicDecConfig()
     study: StudyConfig = StudyConfig()
@@ -238,13 +273,18 @@ class ExperimentConfig:
 
 
 def draft_model(target: ModelConfig, draft: DraftConfig) -> ModelConfig:
-    """The draft's transformer: the target's conventions, the draft's sizes and mask."""
+    """The draft's transformer: the target's conventions, the draft's sizes and mask.
+
+    A trimmed head is a matrix of its own, whether or not the target's is tied.
+    """
     sizes = ("d_model", "n_kv_heads", "q_per_kv", "d_head", "d_ff")
     return dataclasses.replace(
         target,
         n_layers=draft.n_layers,
         window=draft.window,
         sink=draft.sink if draft.window else 0,
+        tied=target.tied and not draft.head_tokens,
+        head_tokens=draft.head_tokens,
         **{s: getattr(draft, s) or getattr(target, s) for s in sizes},
     )
 
@@ -263,6 +303,11 @@ def self_drafting(config: ExperimentConfig) -> tuple[str, ...]:
 def trained_depth(config: ExperimentConfig, name: str) -> int:
     """Depths at which a draft (or the target itself, untrained) has learned to predict."""
     return (0 if name in (MAGICDEC, SNAPKV) else config.draft(name).k) or config.train.k
+
+
+def head_size(model: ModelConfig) -> int:
+    """Tokens that the unembedding computes logits of, padding included."""
+    return model.head_tokens or model.vocab_size
 
 
 def body_parameters(model: ModelConfig) -> int:
@@ -301,8 +346,12 @@ def identity(*parts: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for part in parts:
         if dataclasses.is_dataclass(part):
-            used = [f for f in dataclasses.fields(part) if f.metadata.get("identity", True)]
-            part = {f.name: getattr(part, f.name) for f in used}
+            part = {
+                f.name: value
+                for f in dataclasses.fields(part)
+                if f.metadata.get("identity", True)
+                and not ((value := getattr(part, f.name)) == f.default and "added" in f.metadata)
+            }
         values.update(part)
     return json.loads(json.dumps(values, sort_keys=True))
 

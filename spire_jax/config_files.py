@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 import ml_collections
 
 from spire_jax.ablations import variants
-from spire_jax.config import ConfigError, DraftConfig, ExperimentConfig, as_dict
+from spire_jax.config import ConfigError, DraftConfig, ExperimentConfig, ModelConfig, as_dict
+from spire_jax.pretrained import PretrainedError
 from spire_jax.validation import validate, with_vocabulary
 
 
@@ -82,12 +83,38 @@ def build(full: Mapping[str, Any] | ml_collections.ConfigDict) -> ExperimentConf
         for name, v in values.items()
     }
     config = ExperimentConfig(drafts=drafts, **sections)
+    if config.pretrained.path:
+        config = with_pretrained(config)
     config = dataclasses.replace(config, target=with_vocabulary(config))
     base = dict(config.drafts).get(config.study.of)
     if base is not None and base.kind == "spire":  # what else it may be, `validate` refuses
         config = dataclasses.replace(config, variants=variants(config.study, base))
     validate(config)
     return config
+
+
+def with_pretrained(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with a pretrained target's own sizes and tokenizer; only its header is read.
+
+    Raises:
+        ConfigError: a checkpoint that cannot be used, or sizes in `target` that are not its own.
+    """
+    from spire_jax.pretrained.checkpoint import open_checkpoint  # jax: only where it is needed
+
+    path = config.pretrained.path
+    try:
+        model = open_checkpoint(path).model
+    except PretrainedError as error:
+        raise ConfigError(f"pretrained.path={path!r}: {error}") from error
+    size = config.target.vocab_size or model.vocab_size
+    for field in dataclasses.fields(ModelConfig):
+        given, its = getattr(config.target, field.name), getattr(model, field.name)
+        if given not in (field.default, its) and field.name != "vocab_size":
+            raise ConfigError(f"target.{field.name}={given!r}, but the checkpoint {path!r} has "
+                              f"{its!r}; leave it out")  # fmt: skip
+    data = dataclasses.replace(config.data, tokenizer=path)
+    target = dataclasses.replace(model, vocab_size=size)
+    return dataclasses.replace(config, data=data, target=target)
 
 
 def command_line(

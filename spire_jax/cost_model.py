@@ -12,7 +12,7 @@ drops the assumptions that flatter speculation, one after another. No jax here.
 import dataclasses
 from collections.abc import Mapping
 
-from spire_jax.config import ModelConfig, body_parameters
+from spire_jax.config import ModelConfig, body_parameters, head_size
 
 # Each variant keeps what the one before it changed.
 VARIANTS: Mapping[str, str] = {
@@ -86,7 +86,7 @@ class Roofline:
         cost = max(flops, weight_reads) + cache_reads
         if self.variant == "per_operator":
             return cost
-        head = model.d_model * model.vocab_size
+        head = model.d_model * head_size(model)
         return cost + max(2 * head * batch * tokens, head * self.weight_bytes * self.hoi)
 
     def round(

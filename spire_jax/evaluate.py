@@ -72,12 +72,17 @@ def cache_width(config: ExperimentConfig) -> int:
     return max(config.eval.context_lengths) + config.eval.output_length + oracle_depth(config)
 
 
-def make_decoder(config: ExperimentConfig, name: str, eos: int = -1) -> Decoder:
-    """The decoder of a method: a draft's name, or `AUTOREGRESSIVE`."""
+def make_decoder(
+    config: ExperimentConfig, name: str, eos: int = -1, sampling: Sampling | None = None
+) -> Decoder:
+    """The decoder of a method: a draft's name, or `AUTOREGRESSIVE`.
+
+    `sampling` is the config's unless given.
+    """
     compute = compute_for(config.decode, config.train)
     target = target_model(config, compute)
     decode = config.decode
-    sampling = Sampling(decode.temperature, decode.top_k, decode.top_p)
+    sampling = sampling or Sampling(decode.temperature, decode.top_k, decode.top_p)
     if name == AUTOREGRESSIVE:
         return Decoder(target, None, 0, sampling, eos)
     drafting = strategy(config, name, compute)

@@ -22,8 +22,9 @@ def compare(
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
     """Distillation, -sum_v p_v log q_v in nats, and acceptance, alpha = sum_v min(p_v, q_v).
 
-    q is the softmax of `logits`, where padded vocabulary is -inf, and 0 in `p`. The gradient goes
-    to `logits` alone, in one pass over the vocabulary; automatic differentiation would keep five
+    q is the softmax of `logits`, where padded vocabulary is -inf, and 0 in `p`. The sums go over
+    the tokens given: a trimmed head's are not all, and p then sums to less than 1. The gradient
+    goes to `logits` alone, in one pass over them; automatic differentiation would keep five
     arrays of that size.
     """
     return _compare(p, logits)[0]
@@ -32,19 +33,21 @@ def compare(
 def _compare(p, logits):
     log_sum = jax.nn.logsumexp(logits, axis=-1)
     q = jnp.exp(logits - log_sum[..., None])
-    # p sums to 1, so that -sum p log q is log_sum - sum p x; 0 * -inf is no part of it.
-    distillation = log_sum - jnp.sum(jnp.where(p > 0, p * logits, 0.0), axis=-1)
+    # -sum p log q is (sum p) log_sum - sum p x; 0 * -inf is no part of it.
+    total = jnp.sum(p, axis=-1)
+    distillation = total * log_sum - jnp.sum(jnp.where(p > 0, p * logits, 0.0), axis=-1)
     alpha = jnp.sum(jnp.minimum(p, q), axis=-1)
-    return (distillation, alpha), (p, logits, log_sum)
+    return (distillation, alpha), (p, logits, log_sum, total)
 
 
 def _compare_backward(kept, cotangents):
-    """d distillation / d x = q - p; d alpha / d x_u = q_u ([q_u < p_u] - sum_v q_v [q_v < p_v])."""
-    p, logits, log_sum = kept
+    """With P = sum_v p_v, d distillation / d x = P q - p; d alpha / d x_u =
+    q_u ([q_u < p_u] - sum_v q_v [q_v < p_v])."""
+    p, logits, log_sum, total = kept
     of_distillation, of_alpha = (c[..., None] for c in cotangents)
     q = jnp.exp(logits - log_sum[..., None])
     under = jnp.where(q < p, q, 0.0)
-    gradient = of_distillation * (q - p)
+    gradient = of_distillation * (total[..., None] * q - p)
     gradient += of_alpha * (under - q * jnp.sum(under, axis=-1, keepdims=True))
     return jnp.zeros_like(p), gradient
 

@@ -1,52 +1,50 @@
-"""The whole pipeline: target -> drafts -> evaluate -> report -> study, each stage resumable.
+"""The whole pipeline: target -> (its continuations) -> drafts -> evaluate -> report -> study.
 
     python -m spire_jax.run --config=configs/quickstart.py --workdir=runs/quickstart
     python -m spire_jax.run --config=... --workdir=... --stages=evaluate,report --config.decode.k=8
 
-A stage is identified by the config values that it uses and by the stages before it. One that is
-complete is skipped, one that was interrupted goes on. Training that was made from other values
-is refused, with the values that differ; evaluations and reports made from other values are set
-aside under their own hash, since making them again is cheap.
+Every stage can be resumed. A stage is identified by the config values that it uses and by the
+stages before it. One that is complete is skipped, one that was interrupted goes on. Training that
+was made from other values is refused, with the values that differ; evaluations and reports made
+from other values are set aside under their own hash, since making them again is cheap.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import fcntl
 import functools
+import hashlib
 import json
 import logging
 import os
 import pathlib
 import shutil
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from spire_jax.checkpoints import CheckpointError, Checkpoints, load_params, save_params
 from spire_jax.config import (
     ConfigError,
-    DraftConfig,
     ExperimentConfig,
     digest,
-    draft_model,
-    identity,
-    oracle_depth,
-    self_drafting,
     to_dict,
-    trained_depth,
 )
 from spire_jax.config_files import command_line
-from spire_jax.data.pipeline import Dataset, train_batches
+from spire_jax.continuations import read_continuations, write_continuations, written
+from spire_jax.data.pipeline import Dataset, WrittenRows, most_frequent, train_batches
 from spire_jax.data.sources import Corpus, DataError, load_corpus
 from spire_jax.decode import DecodeError
-from spire_jax.evaluate import choose_contexts, evaluate
+from spire_jax.evaluate import choose_contexts, evaluate, for_decoding
 from spire_jax.metrics import MetricsError, write_whole
 from spire_jax.models.transformer import Params
+from spire_jax.plan import batch_seed, differences, plan
+from spire_jax.pretrained import PretrainedError
+from spire_jax.pretrained.checkpoint import open_checkpoint
 from spire_jax.report import print_table, write_report
 from spire_jax.report_records import ReportError
 from spire_jax.sharding import check_mesh, make_mesh, shardings
@@ -61,87 +59,15 @@ from spire_jax.tasks import (
     stream_key,
     target_task,
     teacher,
+    with_shared,
 )
 from spire_jax.train import Learner, TrainingError, train
 
 ERRORS = (  # what a user can mend: shown without a traceback
     ConfigError, DataError, CheckpointError, MetricsError, TrainingError, DecodeError, ReportError,
-    OSError,
+    PretrainedError, OSError,
 )  # fmt: skip
-STAGES = ("target", "drafts", "evaluate", "report", "study")
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What every stage is made from; the hash of each entry identifies that stage."""
-
-    stages: dict[str, dict[str, Any]]  # stage or "draft <name>" -> the values that it uses
-
-    @property
-    def hashes(self) -> dict[str, str]:
-        return {name: digest(values) for name, values in self.stages.items()}
-
-
-def plan(config: ExperimentConfig, corpus_sha256: str) -> Plan:
-    """The identity of every stage of `config` on a corpus."""
-    train_values = identity(config.train)
-    train_values.pop("k")
-    data = {"corpus": corpus_sha256, "seed": config.seed}
-    stages = {"target": {**data, "target": identity(config.target), "train": train_values}}
-    made = {"target": digest(stages["target"])}
-    for name, draft in config.trained:
-        stage = f"draft {name}"
-        rollout = {"k": trained_depth(config, name)} if draft.kind == "spire" else {}
-        stages[stage] = {
-            **data,
-            "draft": _used(draft),
-            "sizes": identity(draft_model(config.target, draft)),
-            "train": train_values | rollout,
-            "made_from": {"target": made["target"]},
-        }
-        made[stage] = digest(stages[stage])
-    evaluation = {
-        "eval": identity(config.eval),
-        "decode": identity(config.decode),
-        "depth": oracle_depth(config),
-        "made_from": {n: h for n, h in made.items()
-                      if n.removeprefix("draft ") not in dict(config.variants)},
-    }  # fmt: skip
-    if self_drafting(config):
-        evaluation["magicdec"] = identity(config.magicdec)
-    stages["evaluate"] = evaluation
-    stages["report"] = {
-        "throughput": identity(config.throughput),
-        "magicdec": identity(config.magicdec),
-        "made_from": {"evaluate": digest(evaluation)},
-    }
-    if config.study.of:
-        stages["study"] = {
-            "study": identity(config.study),
-            "eval": {"output_length": config.eval.output_length,
-                     "batch_size": config.eval.batch_size, "bootstrap": config.eval.bootstrap},
-            "decode": identity(config.decode),
-            "magicdec": identity(config.magicdec),
-            "throughput": identity(config.throughput),
-            "made_from": made,
-        }  # fmt: skip
-    return Plan(stages)
-
-
-def _used(draft: DraftConfig) -> dict[str, Any]:
-    """The values of a draft that its training reads."""
-    values = identity(draft)
-    unused = ["k"] if draft.steps or draft.peak_lr else ["k", "steps", "peak_lr"]
-    if draft.kind == "vanilla":
-        unused += ["attend_self", "feedback", "memory", "memory_init"]
-    if draft.loss != "mixed":
-        unused.append("omega")
-    return {key: value for key, value in values.items() if key not in unused}
-
-
-def batch_seed(seed: int, draft_seed: int) -> int:
-    """The order of a draft's batches; by default the target's."""
-    return zlib.crc32(f"{seed}/{draft_seed}".encode()) if draft_seed else seed
+STAGES = ("target", "continuations", "drafts", "evaluate", "report", "study")
 
 
 class Pipeline:
@@ -155,7 +81,9 @@ class Pipeline:
         check_mesh(self.mesh, config)
         self.corpus: Corpus = load_corpus(config.data, self.workdir)
         self.dataset = Dataset(self.corpus, config.train.seq_len)
-        self.plan = plan(config, self.corpus.sha256)
+        self.pretrained = open_checkpoint(path) if (path := config.pretrained.path) else None
+        of_target = self.target_sha256 if self.pretrained else ""
+        self.plan = plan(config, self.corpus.sha256, of_target)
 
     def run(self, stages: Sequence[str]) -> dict[str, Any] | None:
         """Run the stages named, in order; returns the report's summary if it was among them."""
@@ -177,6 +105,8 @@ class Pipeline:
         with jax.set_mesh(self.mesh):
             if "target" in stages:
                 self.train_target()
+            if "continuations" in stages:
+                self.write_continuations()
             self.train_drafts(chosen)
             if "evaluate" in stages:
                 self.evaluate()
@@ -189,22 +119,44 @@ class Pipeline:
     # --- training ------------------------------------------------------------------------------
 
     def train_target(self) -> None:
-        """Train the target, unless it is complete."""
+        """Train the target, unless it is complete, or pretrained."""
         task = target_task(self.config)
         key = stream_key(self.config.seed, "init target")
         jobs = {"target": (task, lambda: init_params(task.model, key, self.mesh))}
         self._train(jobs, self.config.seed, None, None)
 
+    def write_continuations(self) -> None:
+        """Let the target write the rows that drafts are trained on besides text."""
+        stage, folder = "continuations", self.workdir / "continuations"
+        if not self.config.continuations.rows or self._continuations_left() == 0:
+            return
+        target, _ = for_decoding(self.config, self.params("target"), {})
+        write_continuations(self.config, target, self.corpus, folder, self.plan.stages[stage])
+
+    def _continuations_left(self) -> int:
+        """Rows that are still to be written."""
+        if not self.config.continuations.rows:
+            return 0
+        folder, values = self.workdir / "continuations", self.plan.stages["continuations"]
+        return self.config.continuations.rows - written(folder, values)
+
     def train_drafts(self, names: Sequence[str]) -> None:
         """Train drafts on the frozen target, those of the same batches together."""
         names = [name for name in names if not self._complete(f"draft {name}")]
+        if names and (left := self._continuations_left()):
+            raise ConfigError(
+                f"{left} of continuations.rows={self.config.continuations.rows} are not written in "
+                f"{self.workdir}; run --stages=continuations first"
+            )
         target = self.params("target") if names else None
+        rows, n_tokens = self.written_rows(), self.config.target.n_tokens
+        frequent = functools.partial(most_frequent, self.dataset, rows, n_tokens)
         for seed in sorted({self.config.draft(name).seed for name in names}):
             tasks = {name: draft_task(self.config, name)
                      for name in names if self.config.draft(name).seed == seed}  # fmt: skip
             jobs = {
                 f"draft {name}": (task, functools.partial(
-                    initial_draft, self.config, name, task, target, self.mesh))
+                    initial_draft, self.config, name, task, target, self.mesh, frequent))
                 for name, task in tasks.items()
             }  # fmt: skip
             order = batch_seed(self.config.seed, seed)
@@ -223,6 +175,12 @@ class Pipeline:
             return
         config, metrics = self.config.train, self.workdir / "metrics"
         metrics.mkdir(exist_ok=True)
+        rows = self.written_rows() if frozen is not None else None
+
+        def describe(example: int) -> str:
+            if rows is not None and example >= rows.first_example:
+                return rows.describe(example)
+            return self.dataset.describe(example)
 
         def batches(examples: int):
             return train_batches(
@@ -233,6 +191,8 @@ class Pipeline:
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
                 workers=self.config.data.workers,
+                written=rows,
+                written_share=self.config.continuations.share,
             )
 
         with contextlib.ExitStack() as stack:
@@ -243,16 +203,23 @@ class Pipeline:
                                 identity=self.plan.stages[stage])
                 )  # fmt: skip
                 path = metrics / f"{task.name}.jsonl"
-                learner = Learner(task, config, self.mesh, initial, checkpoints, path)
+                learner = Learner(task, config, self.mesh, initial, checkpoints, path, frozen)
                 learners.append(stack.enter_context(learner))
-            train(learners, config, self.mesh, taught_by, frozen, batches, self.dataset.describe)
+            train(learners, config, self.mesh, taught_by, frozen, batches, describe)
         for stage, learner in zip(jobs, learners, strict=True):
-            save_params(
-                self._folder(stage) / "params", learner.state["params"], self.plan.stages[stage]
-            )
+            save_params(self._folder(stage) / "params", learner.params, self.plan.stages[stage])
 
-    def params(self, stage: str) -> Params:
-        """The parameters of a finished stage, on the mesh; an error says what to run first."""
+    def written_rows(self) -> WrittenRows | None:
+        """The target's continuations, where the config asks for them."""
+        if not self.config.continuations.rows:
+            return None
+        return read_continuations(self.workdir / "continuations", len(self.dataset))
+
+    def params(self, stage: str, target: Params = None) -> Params:
+        """The parameters of a finished stage, on the mesh; an error says what to run first.
+
+        `target` lends a draft what it shares with the target; it is loaded unless given.
+        """
         task = (
             target_task(self.config)
             if stage == "target"
@@ -263,12 +230,29 @@ class Pipeline:
             raise ConfigError(
                 f"{stage} is not trained in {self.workdir}; run --stages={name} first"
             )
+        if stage == "target" and self.pretrained is not None:
+            return self.pretrained.load(task.model, self.mesh, self.config.pretrained.dtype)
         abstract = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             task.model.shapes(),
             shardings(self.mesh, task.model.axes()),
         )
-        return load_params(self._folder(stage) / "params", abstract, self.plan.stages[stage])
+        own = {name: value for name, value in abstract.items() if name not in task.shared}
+        params = load_params(self._folder(stage) / "params", own, self.plan.stages[stage])
+        if not task.shared:
+            return params
+        return with_shared(task, params, self.params("target") if target is None else target)
+
+    @functools.cached_property
+    def target_sha256(self) -> str:
+        """The hash of the target's weights: of its checkpoint, or of what was trained here."""
+        if self.pretrained is not None:
+            return self.pretrained.cached_sha256(self.workdir)
+        content = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params("target")):
+            content.update(jax.tree_util.keystr(path).encode())
+            content.update(np.ascontiguousarray(leaf).tobytes())
+        return content.hexdigest()
 
     # --- evaluation and report -----------------------------------------------------------------
 
@@ -278,7 +262,7 @@ class Pipeline:
         if self._current(folder, "evaluate"):
             return
         target = self.params("target")
-        drafts = {name: self.params(f"draft {name}") for name, _ in self.config.drafts}
+        drafts = {name: self.params(f"draft {name}", target) for name, _ in self.config.drafts}
         self._set_aside(folder, "evaluate")
         evaluate(self.config, target, drafts, self.dataset, folder)
         self._stamp(folder, "evaluate")
@@ -300,7 +284,8 @@ class Pipeline:
         folder = self.workdir / "study"
         if not self._current(folder, "study"):
             target = self.params("target")
-            drafts = {name: self.params(f"draft {name}") for name, _ in self.config.trained}
+            drafts = {name: self.params(f"draft {name}", target)
+                      for name, _ in self.config.trained}  # fmt: skip
             self._set_aside(folder, "study")
             evaluate_study(self.config, target, drafts, self.dataset, folder)
             write_study(self.config, folder)
@@ -315,6 +300,8 @@ class Pipeline:
 
     def _complete(self, stage: str) -> bool:
         """Whether a training stage is finished; CheckpointError if it is another config's."""
+        if stage == "target" and self.pretrained is not None:
+            return True
         folder = self._folder(stage) / "params"
         if not folder.exists():
             return False
@@ -338,7 +325,7 @@ class Pipeline:
         if kept.exists():
             shutil.rmtree(kept)  # the same values: the same results
         folder.rename(kept)
-        changed = _differences(old, self.plan.stages[stage])
+        changed = differences(old, self.plan.stages[stage])
         self.console.print(f"{folder.name}/ was made with {changed}; kept as {kept.name}/")
 
     def _check_workdir(self, with_target: bool, drafts: Sequence[str]) -> None:
@@ -364,18 +351,6 @@ class Pipeline:
                 f"--workdir={self.workdir} has {free / 1e9:.2f} GB free, but checkpoints need "
                 f"about {need / 1e9:.2f} GB; free some, or lower train.checkpoints_kept"
             )
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> str:
-    parts = []
-    for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            if a != b:
-                parts.append(_differences(a, b, f"{path}{key}."))
-        elif a != b:
-            parts.append(f"{path}{key}={a!r} (now {b!r})")
-    return ", ".join(parts)
 
 
 @contextlib.contextmanager

@@ -63,6 +63,7 @@ def check_mesh(mesh: Mesh, config: ExperimentConfig) -> None:
             ("n_kv_heads", model.n_kv_heads, "tensor"),
             ("d_ff", model.d_ff, "tensor"),
             ("vocab_size", model.vocab_size, "tensor"),
+            ("head_tokens", model.head_tokens, "tensor"),
         ):
             if size % mesh.shape[axis]:
                 raise ConfigError(

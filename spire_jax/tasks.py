@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from spire_jax import losses
-from spire_jax.config import ExperimentConfig, trained_depth
+from spire_jax.config import ExperimentConfig, head_size, trained_depth
 from spire_jax.drafting.build import compute_for, strategy, target_model
 from spire_jax.models.pruning import prune
 from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Model, Params
 from spire_jax.sampling import stream
-from spire_jax.sharding import constrain, shardings
+from spire_jax.sharding import constrain, replicated, shardings
 
 
 class TrainBatch(NamedTuple):
@@ -39,6 +39,8 @@ class Lesson(NamedTuple):
     activations: dict[int, Float[Array, "B T D"]]  # y^l by l
 
 
+FIXED = ("head_ids",)  # a model's own parameters that no gradient reaches
+
 # Per-token loss in nats, and acceptance alpha where the target's distribution is at hand.
 LossFn = Callable[[Params, Lesson | None, TrainBatch], tuple[Float[Array, "B T"], Any]]
 
@@ -53,8 +55,21 @@ class Task:
     steps: int
     peak_lr: float
     flops_per_token: float  # of one training step, forward and backward, without the target's
+    shared: tuple[str, ...] = ()  # top-level parameters that are the target's own, frozen
     k: int = 1  # tokens t, t + k, ... of a sequence share a depth; 1 = no depths
     reads: tuple[int, ...] | None = None  # the y^l of its lessons; None: it needs no lesson
+
+
+def trainable(task: Task, params: Params) -> tuple[Params, Params]:
+    """A model's parameters as those that are trained, and the others: fixed or the target's."""
+    others = {*task.shared, *FIXED}
+    return ({name: value for name, value in params.items() if name not in others},
+            {name: value for name, value in params.items() if name in others})  # fmt: skip
+
+
+def with_shared(task: Task, params: Params, target: Params) -> Params:
+    """A draft's own parameters and those of the target that it shares (the same arrays)."""
+    return {**params, **{name: target[name] for name in task.shared}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +113,7 @@ def draft_task(config: ExperimentConfig, name: str) -> Task:
         draft.steps or train.steps,
         draft.peak_lr or train.peak_lr,
         3 * forward_flops(drafting.model, train.seq_len),
+        shared=("embedding",) if draft.share_embedding else (),
         k=k if rollout else 1,
         reads=drafting.collect if taught else None,
     )
@@ -118,11 +134,13 @@ class LossOf:
         if self.rollout:
             activations = tuple(lesson.activations[y] for y in self.collect) if lesson else ()
             starts = np.arange(0, batch.tokens.shape[1], self.rollout)
-            logits = module.rollout(batch.tokens, activations, starts, self.rollout)
+            logits = module.rollout(batch.tokens, activations, starts, self.rollout, in_head=True)
             logits = logits.reshape(*batch.tokens.shape, -1)
         else:
-            logits, _ = module.forward(batch.tokens)
+            logits, _ = module.forward(batch.tokens, in_head=True)
         p = None if lesson is None else lesson.p
+        if p is not None and self.model.config.head_tokens:
+            p = p[..., params["head_ids"]]
         return losses.draft_loss(self.kind, self.omega, p, logits, batch.targets)
 
 
@@ -141,14 +159,27 @@ def teach(teacher: Teacher, params: Params, batch: TrainBatch) -> Lesson:
 
 
 def initial_draft(
-    config: ExperimentConfig, name: str, task: Task, target_params: Params, mesh: Mesh
+    config: ExperimentConfig,
+    name: str,
+    task: Task,
+    target_params: Params,
+    mesh: Mesh,
+    frequent: Callable[[int], np.ndarray] = np.arange,
 ) -> Params:
-    """A draft's parameters before training: random, or pruned from the target."""
+    """A draft's parameters before training: random, or pruned from the target.
+
+    Those that it shares with the target are left out. Where the head is trimmed, `frequent` says
+    which n tokens it keeps, ascending.
+    """
     params = init_params(task.model, stream_key(config.seed, f"init {name}"), mesh)
+    if task.model.config.head_tokens:
+        ids = frequent(task.model.config.head_tokens).astype(np.int32)
+        params["head_ids"] = jax.device_put(ids, replicated(mesh))
+    own = {name: value for name, value in params.items() if name not in task.shared}
     if config.draft(name).init == "random":
-        return params
-    placed = jax.jit(prune, out_shardings=shardings(mesh, task.model.axes()))
-    return placed(target_params, params)
+        return own
+    axes = {name: value for name, value in task.model.axes().items() if name in own}
+    return jax.jit(prune, out_shardings=shardings(mesh, axes))(target_params, own)
 
 
 def stream_key(seed: int, name: str) -> jax.Array:
@@ -171,4 +202,4 @@ def forward_flops(model: Model, seq_len: int) -> float:
     if c.window:
         visible = min(visible, float(c.window + c.sink))
     attention = 4 * c.n_layers * c.n_kv_heads * c.q_per_kv * c.d_head * visible
-    return 2 * (weights + c.d_model * c.vocab_size) + attention
+    return 2 * (weights + c.d_model * head_size(c)) + attention

@@ -27,6 +27,7 @@ from spire_jax.config import (
     ExperimentConfig,
     body_parameters,
     draft_model,
+    head_size,
 )
 from spire_jax.config_files import command_line, exit_with_error
 from spire_jax.cost_model import VARIANTS, Draft, Roofline, RoundCost, cache_row, visible_rows
@@ -109,14 +110,18 @@ def tokens_per_s_per_chip(
 def memory_bytes(config: ExperimentConfig, method: str, *, batch: int, context: int) -> float:
     """Bytes of all weights, embeddings included, and of the caches at `context` tokens."""
     at, draft = config.throughput, _draft(config, method)
-    resident = [(config.target, visible_rows(config.target, float(context)))]
+    target = config.target
+    rows_of_target = visible_rows(target, float(context))
+    resident = [(target, rows_of_target, (1 if target.tied else 2) * target.vocab_size)]
     # The target as its own draft reads its own weights and cache.
     if draft and method not in (MAGICDEC, SNAPKV):
-        resident.append((draft.model, float(draft.rows(context, "fixed_window"))))
+        own = not config.draft(method).share_embedding
+        tables = own * draft.model.vocab_size + (not draft.model.tied) * head_size(draft.model)
+        resident.append((draft.model, float(draft.rows(context, "fixed_window")), tables))
     return sum(
-        at.weight_bytes * (body_parameters(m) + (1 if m.tied else 2) * m.d_model * m.vocab_size)
+        at.weight_bytes * (body_parameters(m) + m.d_model * table)
         + at.cache_bytes * batch * rows * cache_row(m)
-        for m, rows in resident
+        for m, rows, table in resident
     )
 
 

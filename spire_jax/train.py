@@ -26,7 +26,7 @@ from spire_jax.hardware import peak_flops
 from spire_jax.metrics import MetricsLog, Progress
 from spire_jax.models.transformer import Params
 from spire_jax.sharding import batch_sharding, constrain, replicated, shardings
-from spire_jax.tasks import Lesson, Task, Teacher, TrainBatch, teach
+from spire_jax.tasks import Lesson, Task, Teacher, TrainBatch, teach, trainable, with_shared
 
 
 class TrainingError(RuntimeError):
@@ -70,8 +70,8 @@ def make_optimizer(train: TrainConfig, task: Task) -> optax.GradientTransformati
 
 
 def init_state(task: Task, optimizer: optax.GradientTransformation, params: Params, mesh: Mesh):
-    """Parameters, optimizer state and step, sharded alike."""
-    of_params = shardings(mesh, task.model.axes())
+    """Trained parameters, optimizer state and step, sharded alike."""
+    of_params = shardings(mesh, trainable(task, task.model.axes())[0])
     whole = replicated(mesh)
     of_optimizer = optax.tree_map_params(
         optimizer,
@@ -103,13 +103,25 @@ def loss_and_metrics(task: Task, params: Params, lesson: Lesson | None, batch: T
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def train_step(
-    task: Task, train: TrainConfig, optimizer, state, lesson: Lesson | None, batch: TrainBatch
+    task: Task,
+    train: TrainConfig,
+    optimizer,
+    state,
+    lesson: Lesson | None,
+    batch: TrainBatch,
+    fixed: Params = None,
 ):
-    """One optimizer step over `train.accumulate` micro-batches; `state` is donated."""
+    """One optimizer step over `train.accumulate` micro-batches; `state` is donated.
+
+    `fixed` are the model's parameters that are not trained, if there are any.
+    """
+    fixed = fixed or {}
     batch = TrainBatch(*(constrain(x, "batch", None) for x in batch))
     count = jnp.maximum(jnp.sum(batch.mask), 1)
     gradient = jax.grad(
-        lambda params, *micro: loss_and_metrics(task, params, micro[0], micro[1], count),
+        lambda params, *micro: loss_and_metrics(
+            task, {**params, **fixed}, micro[0], micro[1], count
+        ),
         has_aux=True,
     )
     if train.accumulate == 1:
@@ -176,7 +188,8 @@ class Learner:
     """One model in training: its state, its place in the data, its metrics and checkpoints.
 
     Args:
-        initial: makes the parameters before step 1.
+        initial: makes the parameters before step 1, without those shared with the target.
+        shared: the target's parameters by name; those of `task.shared` are used.
         checkpoints: holds the newest checkpoint, from which training goes on.
 
     Raises:
@@ -191,10 +204,13 @@ class Learner:
         initial: Callable[[], Params],
         checkpoints: Checkpoints,
         metrics_path: str | pathlib.Path,
+        shared: Params = None,
     ):
         self.task, self._config, self._checkpoints = task, config, checkpoints
         self._optimizer = make_optimizer(config, task)
-        self.state = init_state(task, self._optimizer, initial(), mesh)
+        params, self._own_fixed = trainable(task, initial())
+        self._fixed = with_shared(task, self._own_fixed, shared)
+        self.state = init_state(task, self._optimizer, params, mesh)
         self.done = logged = 0  # logged: step of the last record of the metrics
         counts = {"examples": np.int64(0), "logged": np.int64(0)}
         restored = checkpoints.restore({**self.state, **counts})
@@ -214,6 +230,11 @@ class Learner:
         self._log.__exit__(*error)
 
     @property
+    def params(self) -> Params:
+        """The model's own parameters, trained and fixed, without those of the target."""
+        return {**self.state["params"], **self._own_fixed}
+
+    @property
     def finished(self) -> bool:
         return self.done >= self.task.steps
 
@@ -226,12 +247,13 @@ class Learner:
         task, monitored = self.task, {}
         if task.reads is None:
             if logged and lesson is not None:  # acceptance, which its own loss does not tell
-                monitored = evaluate_batch(task, self.state["params"], lesson, device_batch)
+                params = {**self.state["params"], **self._fixed}
+                monitored = evaluate_batch(task, params, lesson, device_batch)
             lesson = None
         elif lesson is not None:  # others' layers are no argument of this one's compiled step
             lesson = Lesson(lesson.p, {y: lesson.activations[y] for y in task.reads})
         self.state, metrics = train_step(
-            task, self._config, self._optimizer, self.state, lesson, device_batch
+            task, self._config, self._optimizer, self.state, lesson, device_batch, self._fixed
         )
         self.done += 1
         self._pending.append((self.done, batch, {**monitored, **metrics}))

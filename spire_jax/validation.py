@@ -22,11 +22,21 @@ from spire_jax.config import (
 )
 
 
+def is_checkpoint(tokenizer: str) -> bool:
+    """Whether `data.tokenizer` names a pretrained checkpoint, whose tokenizer it means."""
+    path = pathlib.Path(tokenizer)
+    return path.suffix == ".gguf" or path.is_dir()
+
+
 def tokenizer_size(tokenizer: str) -> int:
     """Number of tokens, the separator included, known before any data is read."""
     if tokenizer == BYTES:
         return 257
     path, at = pathlib.Path(tokenizer), f"data.tokenizer={tokenizer!r}"
+    if is_checkpoint(tokenizer):
+        from spire_jax.pretrained.checkpoint import open_checkpoint  # jax: only where it is needed
+
+        return open_checkpoint(path).model.n_tokens
     make = f"use {BYTES!r}, or make a file with python -m launch.train_tokenizer"
     _check(path.is_file(), f"{at} does not exist; {make}")
     try:
@@ -42,7 +52,9 @@ def validate(config: ExperimentConfig) -> None:
     _positive(t, "target", "n_layers d_model n_kv_heads q_per_kv d_head d_ff")
     _positive(train, "train", "steps batch_size seq_len k accumulate log_every attention_chunk")
     _positive(train, "train", "checkpoint_every checkpoints_kept peak_lr")
-    _positive(decode, "decode", "k rounds_per_call")
+    _positive(decode, "decode", "k rounds_per_call chunk chunks_per_round")
+    _check(all(k >= 1 for k in decode.depths),
+           f"decode.depths={decode.depths} must all be 1 or more; () = decode.k alone")  # fmt: skip
     _positive(ev, "eval", "contexts output_length batch_size bootstrap timing_repeats heldout_rows")
     for key, value in (("target.max_len", t.max_len), ("target.window", t.window),
                        ("target.sink", t.sink), ("eval.examples", ev.examples),
@@ -66,6 +78,7 @@ def validate(config: ExperimentConfig) -> None:
            f"train.batch_size={train.batch_size}")  # fmt: skip
     _check(bool(ev.context_lengths), "eval.context_lengths is empty; give at least one")
     _check(all(n >= 1 for n in ev.context_lengths), "eval.context_lengths must all be 1 or more")
+    _validate_continuations(config)
     _validate_study(config)
     for name, draft in config.trained:
         _validate_draft(name, draft, config)
@@ -100,9 +113,28 @@ def _validate_attention(config: ExperimentConfig) -> None:
             _check(choice != "gpu" or model.d_head in GPU_HEAD_DIMS,
                    f"{key}='gpu', {name}: head dimension {model.d_head}: the kernel takes "
                    f"{', '.join(map(str, GPU_HEAD_DIMS))}")  # fmt: skip
-        _check(section == "train" or config.decode.k < MAX_TOKENS,
-               f"{key}={choice!r}: a round of decode.k={config.decode.k} verifies more than the "
+        deepest = max(config.decode.k, *config.decode.depths, 0)
+        _check(section == "train" or deepest < MAX_TOKENS,
+               f"{key}={choice!r}: a round of decode.k={deepest} verifies more than the "
                f"kernel's {MAX_TOKENS} tokens; use 'auto', 'xla' or a smaller k")  # fmt: skip
+
+
+def _validate_continuations(config: ExperimentConfig) -> None:
+    at = config.continuations
+    _check(config.pretrained.dtype in ("float32", "bfloat16"),
+           f"pretrained.dtype={config.pretrained.dtype!r}: 'float32' or 'bfloat16'")  # fmt: skip
+    _check(at.rows >= 0, f"continuations.rows={at.rows} is negative; use 0 for none")
+    _positive(at, "continuations", "prompt batch_size")
+    _check(at.temperature >= 0, f"continuations.temperature={at.temperature} is negative")
+    _check(0 < at.share < 1, f"continuations.share={at.share} must lie between 0 and 1, both "
+                             f"excluded")  # fmt: skip
+    _check(not at.rows or at.prompt < config.train.seq_len,
+           f"continuations.prompt={at.prompt} leaves nothing of train.seq_len="
+           f"{config.train.seq_len} to the target; lower it")  # fmt: skip
+    longest = config.target.max_len
+    _check(not (at.rows and longest) or config.train.seq_len + 1 <= longest,
+           f"continuations of train.seq_len + 1 = {config.train.seq_len + 1} tokens go beyond "
+           f"target.max_len={longest}")  # fmt: skip
 
 
 def _validate_draft(name: str, draft: DraftConfig, config: ExperimentConfig) -> None:
@@ -126,6 +158,15 @@ def _validate_draft(name: str, draft: DraftConfig, config: ExperimentConfig) -> 
            f"{at}.sink={draft.sink} is longer than the shortest context "
            f"(eval.context_lengths: {shortest})")  # fmt: skip
     model = draft_model(target, draft)
+    _check(0 <= draft.head_tokens < target.n_tokens,
+           f"{at}.head_tokens={draft.head_tokens} must lie between 1 and the target's "
+           f"{target.n_tokens} tokens, or be 0 (all of them)")  # fmt: skip
+    _check(not draft.head_tokens or draft.loss != "hard",
+           f"{at}: a head of {draft.head_tokens} tokens cannot learn the hard target, which may be "
+           f"any token; use loss='mixed' or 'distillation'")  # fmt: skip
+    _check(not draft.share_embedding or model.d_model == target.d_model,
+           f"{at}.share_embedding: the draft's d_model={model.d_model} is not the target's "
+           f"{target.d_model}")  # fmt: skip
     if draft.init == "pruned" or draft.kind == "spire":
         why = "reads the target's activations" if draft.kind == "spire" else "is pruned from it"
         _check(draft.n_layers <= target.n_layers,
@@ -157,7 +198,8 @@ def _validate_magicdec(config: ExperimentConfig) -> None:
     _check(not at.snapkv or at.sink + at.window > SNAPKV_OBSERVED,
            f"{MAGICDEC}.snapkv keeps the last {SNAPKV_OBSERVED} tokens anyway: sink + window = "
            f"{at.sink + at.window} must be more")  # fmt: skip
-    k, longest = oracle_depth(config), max(config.eval.context_lengths)
+    k = max(oracle_depth(config), *config.decode.depths, 0)
+    longest = max(config.eval.context_lengths)
     _check(at.window > k, f"{MAGICDEC}.window={at.window} must be above k = {k}: the drafted "
                           f"tokens stay visible")  # fmt: skip
     _check(at.sink + at.window <= longest,

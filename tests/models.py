@@ -24,6 +24,7 @@ TINY = ModelConfig(
     n_layers=3, d_model=32, n_kv_heads=2, q_per_kv=2, d_head=8, d_ff=48, vocab_size=24, n_tokens=21
 )
 WINDOW, SINK = 6, 1
+HEAD_IDS = (0, 1, 2, 4, 5, 7, 10, 11, 12, 16, 18, 20)  # of TINY's 21 tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,8 @@ def init(model: Model, seed: int, sharpness: float = 1.0) -> Params:
             value = np.ones(leaf.shape)
         elif name.endswith("_bias"):
             value = np.zeros(leaf.shape)
+        elif name == "head_ids":
+            value = np.arange(leaf.size)
         elif name == "memory_mix":
             memory, own = options.get("memory", "layers"), options.get("memory_init", 0.95)
             value = initial_mix(sizes.n_layers, memory, own)
@@ -85,7 +88,8 @@ def target(config: ModelConfig = TINY, seed: int = 0) -> tuple[Model, Params]:
 @functools.cache
 def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     """kind: "spire", "spire_strict" (attend_self=False), "spire_plain" (no feedback),
-    "spire_final" and "spire_embedding" (other memories), "spire_dense" (no window), "vanilla"
+    "spire_final" and "spire_embedding" (other memories), "spire_dense" (no window),
+    "spire_trimmed" (an unembedding of HEAD_IDS alone), "vanilla"
     (another small model), "ring" (pruned, windowed, no activations), "self" (the target),
     "magicdec" (the target with a sparse cache), "snapkv" (... that attention selected)."""
     model, params = target(config)
@@ -96,8 +100,13 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
                        kind, "layers")}  # fmt: skip
         if kind == "spire_dense":
             windowed = dataclasses.replace(windowed, window=0, sink=0)
+        if kind == "spire_trimmed":
+            windowed = dataclasses.replace(windowed, head_tokens=len(HEAD_IDS), tied=False)
         draft = Model(SpireDraft, windowed, Compute(), tuple(options.items()))
-        draft_params = prune(params, init(draft, 1))
+        fresh = init(draft, 1)
+        if kind == "spire_trimmed":
+            fresh["head_ids"] = jnp.asarray(HEAD_IDS, jnp.int32)
+        draft_params = prune(params, fresh)
         return Pair(model, params, Spire(draft, config.n_layers), draft_params)
     if kind == "magicdec":
         return Pair(model, params, magicdec(config, WINDOW, SINK, Compute()), params)

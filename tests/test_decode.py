@@ -420,6 +420,9 @@ class Scripted:
     def prefill(self, params, tokens, lengths, activations, k, capacity):
         return jnp.zeros(tokens.shape[0], jnp.int32)
 
+    def prefill_chunk(self, params, cache, rows, tokens, activations, positions):
+        raise NotImplementedError("a script is prefilled at once")
+
     def propose(self, params, cache, previous, last, positions, keys, k, sampling):
         right = jnp.take_along_axis(params, positions[:, None] + 1 + jnp.arange(k), axis=1)
         depth = depth_of(cache, jnp.arange(len(cache)), k)

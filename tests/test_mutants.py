@@ -17,7 +17,7 @@ import pytest
 from end_to_end.test_lossless import SMALL, chi_square, joint_of_three, sampled_joint
 from test_verification import decoded, tables, transformed
 
-import spire_jax.decode as decode
+import spire_jax.decode.rounds as decode
 import spire_jax.drafting.spire as spire_drafting
 import spire_jax.drafting.vanilla as vanilla_drafting
 import spire_jax.models.attention as attention

@@ -189,6 +189,7 @@ CASES: list[tuple] = [
     for kind in (
         "spire",
         "spire_strict",
+        "spire_trimmed",
         "spire_plain",
         "vanilla",
         "ring",

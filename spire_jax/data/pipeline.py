@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Integer
 
 from spire_jax.data.sources import Corpus, DataError, Document
 
@@ -66,6 +66,47 @@ class Dataset:
         return 1 - used / (len(self) * self.seq_len)
 
 
+@dataclasses.dataclass(frozen=True)
+class WrittenRows:
+    """Rows of T + 1 tokens that are already there (the target's continuations); random access."""
+
+    tokens: Integer[np.ndarray, "rows T1"]
+    lengths: Int[np.ndarray, " rows"]  # tokens of each row that count
+    first_example: int  # the number of row 0 among all examples
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        row = self.tokens[index].astype(np.int32)
+        mask = np.arange(1, len(row)) < self.lengths[index]
+        example = np.asarray(self.first_example + index)
+        return {"tokens": row[:-1], "targets": row[1:], "mask": mask, "example": example}
+
+    def describe(self, example: int) -> str:
+        """Where a row is from."""
+        return f"continuation {example - self.first_example}"
+
+
+def most_frequent(
+    dataset: Dataset, written: WrittenRows | None, n_tokens: int, n: int
+) -> Int[np.ndarray, " n"]:
+    """The n most frequent of `n_tokens` tokens in what drafts are trained on, ascending.
+
+    The separator is always among them. Of equally frequent ones the lower ids are.
+    """
+    corpus = dataset.corpus
+    counts = np.zeros(n_tokens, np.int64)
+    for document in corpus.split(False):
+        piece = corpus.tokens[document.begin : document.end]
+        counts += np.bincount(piece, minlength=n_tokens)
+    if written is not None:
+        used = np.arange(written.tokens.shape[1]) < written.lengths[:, None]
+        counts += np.bincount(written.tokens[used], minlength=n_tokens)
+    counts[corpus.tokenizer.separator] = counts.sum() + 1
+    return np.sort(np.argsort(-counts, kind="stable")[:n]).astype(np.int32)
+
+
 def train_batches(
     dataset: Dataset,
     *,
@@ -75,6 +116,8 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
+    written: WrittenRows | None = None,
+    written_share: float = 0.0,
 ) -> Iterator[Batch]:
     """This process's batches, without end, after `start_example` examples of the global order.
 
@@ -85,6 +128,7 @@ def train_batches(
         batch_size: rows per step over all processes; `process_count` divides it.
         start_example: any count; a later start only skips, at no cost.
         workers: threads that read ahead; 0 = Grain's default.
+        written, written_share: rows besides the data set's, and their share of the order.
 
     Raises:
         DataError: a batch that cannot be split evenly over the processes.
@@ -93,6 +137,9 @@ def train_batches(
         raise DataError(f"train.batch_size={batch_size} is not a multiple of {process_count} "
                         f"processes")  # fmt: skip
     order = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat()
+    if written is not None:
+        others = grain.MapDataset.source(written).seed(seed).shuffle().repeat()
+        order = grain.MapDataset.mix([order, others], [1 - written_share, written_share])
     mine = order[start_example + process_index :: process_count]
     threads = workers or grain.ReadOptions().num_threads
     options = grain.ReadOptions(threads, prefetch_buffer_size=max(BATCHES_AHEAD, threads))

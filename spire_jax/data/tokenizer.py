@@ -1,4 +1,5 @@
-"""Tokenizers: text to ids and back: bytes, or byte-level BPE from a file of `tokenizers`."""
+"""Tokenizers: text to ids and back: bytes, byte-level BPE from a file of `tokenizers`, or that of a
+pretrained checkpoint."""
 
 import hashlib
 import pathlib
@@ -11,7 +12,8 @@ from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from spire_jax.config import BYTES
-from spire_jax.validation import tokenizer_size
+from spire_jax.pretrained.tokenizer import load_tokenizer
+from spire_jax.validation import is_checkpoint, tokenizer_size
 
 
 @runtime_checkable
@@ -119,4 +121,6 @@ def make_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names."""
     if name == BYTES:
         return ByteTokenizer()
+    if is_checkpoint(name):
+        return load_tokenizer(name, tokenizer_size(name))
     return BpeTokenizer(pathlib.Path(name))

@@ -56,6 +56,24 @@ class Strategy(Protocol):
         """
         ...
 
+    def prefill_chunk(
+        self,
+        params: Params,
+        cache: DraftCache,
+        rows: Int[Array, " R"],
+        tokens: Int[Array, "R T"],
+        activations: Activations,
+        positions: Int[Array, "R T"],
+    ) -> DraftCache:
+        """Take in the next T prompt tokens of some rows, on top of those before them.
+
+        Positions are in sequence, -1 after a prompt's end; `activations` are the target's over
+        the same tokens. Rows beyond the batch are none. After the last chunk a row is as
+        `prefill` leaves it; entries of a request before it are dead, as they lie after all that
+        it has written. A strategy that cannot do so raises ValueError.
+        """
+        ...
+
     def propose(
         self,
         params: Params,

@@ -72,6 +72,11 @@ class SnapKv(Spire):
         used = jnp.minimum(lengths, kept)
         return SelectedCache(tuple(keys), tuple(values), tuple(positions), lengths, used)
 
+    def prefill_chunk(self, params, cache, rows, tokens, activations, positions):
+        # What a prompt's last tokens select among all of it is known only when all of it is there.
+        raise ValueError("SnapKV selects over the whole prompt at once, which cannot be prefilled "
+                         "in chunks; decode with another method")  # fmt: skip
+
     def probabilities_along(self, params, tokens, activations, read, starts, k, sampling):
         module, prompt = self.model.bind(params), int(starts.min())
         selected = None

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spire_jax.drafting import depth_keys
-from spire_jax.models.kv_cache import empty_ring, ring_cache, ring_positions
+from spire_jax.models.kv_cache import empty_ring, ring_cache, ring_positions, write_rows
 from spire_jax.models.spire import target_layers
 from spire_jax.models.transformer import Model
 from spire_jax.sampling import probability_of, sample, stream, transformed_logits
@@ -40,6 +40,10 @@ class Spire:
         read = jnp.take_along_axis(tokens, gather, axis=1)
         keys_values = self.model.bind(params).read_target(read, held, gather)
         return ring_cache(keys_values, positions, config.sink, ring, self.model.compute)
+
+    def prefill_chunk(self, params, cache, rows, tokens, activations, positions):
+        keys_values = self.model.bind(params).read_target(tokens, activations, positions)
+        return write_rows(cache, rows, positions, keys_values)
 
     def propose(self, params, cache, previous, last, positions, keys, k, sampling):
         module = self.model.bind(params)

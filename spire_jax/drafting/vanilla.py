@@ -7,6 +7,7 @@ import numpy as np
 
 from spire_jax.drafting import depth_keys
 from spire_jax.models.kv_cache import empty_full, empty_ring, full_cache, ring_cache, ring_positions
+from spire_jax.models.prompt import extend_prompt
 from spire_jax.models.transformer import Model
 from spire_jax.sampling import probability_of, sample, stream, transformed_logits
 
@@ -43,6 +44,9 @@ class Vanilla:
             for key, value in keys_values
         ]
         return ring_cache(held, positions, config.sink, ring, compute)
+
+    def prefill_chunk(self, params, cache, rows, tokens, activations, positions):
+        return extend_prompt(self.model.bind(params), cache, rows, tokens, positions)[1]
 
     def propose(self, params, cache, previous, last, positions, keys, k, sampling):
         module = self.model.bind(params)

@@ -20,6 +20,7 @@ from pallas_kernels.decode_attention import api as decode_kernel
 from pallas_kernels.platform import is_tpu
 from pallas_kernels.streaming_attention import api as streaming_kernel
 from spire_jax.masks import may_attend
+from spire_jax.models.on_cpu import reads_slots, slot_logits, slot_sums
 from spire_jax.sharding import RULES, spec
 
 Positions = Int[np.ndarray, " T"] | Int[Array, "B T"]
@@ -153,11 +154,20 @@ def cached_attention(
             arguments.append(cache.layer_positions(layer))
             axes.append(("batch", None))
         return _on_mesh(call, axes)(*arguments)
-    keys, values = (unpacked(x, *q.shape[2::2]).astype(q.dtype) for x in (keys, values))
+    k_pos, limit = cache.layer_positions(layer), None if include_self else positions
+    _, tokens, kv_heads, q_per_kv, head_dim = q.shape
+    whole = jax.sharding.get_abstract_mesh().shape.get(RULES["kv_heads"], 1) == 1
+    if whole and reads_slots(kv_heads, q_per_kv, tokens):
+        # Were the write that comes before fused into these reads, XLA would copy the cache for it.
+        keys, values = jax.lax.optimization_barrier((keys, values))
+        keys, values = (x[..., : kv_heads * head_dim].astype(q.dtype) for x in (keys, values))
+        mask = _mask(positions, k_pos, limit, window, sink)
+        out, lse = _attend(jnp.moveaxis(q, 1, 3), keys, values, mask, scale, slot_logits, slot_sums)
+        return jnp.moveaxis(out, 3, 1), jnp.moveaxis(lse, 3, 1)
+    keys, values = (unpacked(x, kv_heads, head_dim).astype(q.dtype) for x in (keys, values))
     return attention(
-        q, keys, values, positions, cache.layer_positions(layer),
-        window=window, sink=sink, limit=None if include_self else positions, scale=scale,
-    )  # fmt: skip
+        q, keys, values, positions, k_pos, window=window, sink=sink, limit=limit, scale=scale
+    )
 
 
 def cache_shape(compute: Compute, slots: int, kv_heads: int, head_dim: int) -> tuple[int, int]:
@@ -273,11 +283,19 @@ def _visible_runs(
     return runs, np.concatenate(masks, axis=2)
 
 
-def _attend(q, k, v, mask, scale):
+def _logits(q: Float[Array, "B K M H"], k: Float[Array, "B K S H"]) -> Float[Array, "B K M S"]:
+    return jnp.einsum("BKMH,BKSH->BKMS", q, k, preferred_element_type=jnp.float32)
+
+
+def _sums(weight: Float[Array, "B K M S"], v: Float[Array, "B K S H"]) -> Float[Array, "B K M H"]:
+    return jnp.einsum("BKMS,BKSH->BKMH", weight, v, preferred_element_type=jnp.float32)
+
+
+def _attend(q, k, v, mask, scale, logits_of=_logits, sums_of=_sums):
     # Query heads of one KV head are folded into the tokens: a plain batched matrix product.
     b, kv_heads, group, t, h = q.shape
     q = q.reshape(b, kv_heads, group * t, h)
-    logits = jnp.einsum("BKTH,BKSH->BKTS", q, k, preferred_element_type=jnp.float32)
+    logits = logits_of(q, k)
     logits = logits * scale if scale != 1.0 else logits
     if not (isinstance(mask, np.ndarray) and mask.all()):
         logits = logits.reshape(b, kv_heads, group, t, -1)
@@ -290,9 +308,7 @@ def _attend(q, k, v, mask, scale):
     total = jnp.sum(weight, axis=-1, keepdims=True)
     some = total > 0
     total = jnp.where(some, total, 1.0)
-    out = jnp.einsum(
-        "BKTS,BKSH->BKTH", weight.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    out = sums_of(weight.astype(v.dtype), v)
     out = (out / total).astype(q.dtype).reshape(b, kv_heads, group, t, h)
     lse = jnp.where(some, jnp.log(total) + top, -jnp.inf)
     return out, lse.reshape(b, kv_heads, group, t)

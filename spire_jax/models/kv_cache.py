@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from spire_jax.config import ModelConfig
 from spire_jax.masks import EMPTY
 from spire_jax.models.attention import Compute, cache_shape, packed
+from spire_jax.models.on_cpu import on_cpu
 from spire_jax.records import record
 from spire_jax.sharding import constrain
 
@@ -41,9 +42,18 @@ class _Cache:
         slots: Int[Array, "B T"],
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
+        rows: Int[Array, " B"] | None = None,
     ):
-        """The cache with new entries of one layer; slots outside the cache are dropped."""
-        rows = jnp.arange(slots.shape[0])[:, None]
+        """The cache with new entries of one layer; slots outside the cache are dropped.
+
+        They are those of the cache's rows in order, or of the `rows` given.
+        """
+        if slots.size == 1 and on_cpu():
+            # A write of one entry XLA's CPU merges with what reads the cache, and copies the layer
+            # for it; a second entry, dropped, makes it a loop.
+            slots = jnp.pad(slots, ((0, 0), (0, 1)), constant_values=self.keys[0].shape[1])
+            k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (k, v))
+        rows = _each(slots, rows)
 
         def put(layers, new):
             old = layers[layer]
@@ -71,8 +81,10 @@ class FullCache(_Cache):
         """Where positions go; those before the text (-1) or past the end go nowhere."""
         return jnp.where(positions < 0, self.keys[0].shape[1], positions)
 
-    def place(self, positions: Int[Array, "B T"]) -> "FullCache":
-        """The cache, told that `positions` are about to be written."""
+    def place(
+        self, positions: Int[Array, "B T"], rows: Int[Array, " B"] | None = None
+    ) -> "FullCache":
+        """The cache, told that `positions` are about to be written (in `rows`)."""
         return self
 
 
@@ -101,11 +113,23 @@ class RingCache(_Cache):
         slots = jnp.where(positions < self.sink, positions, ring)
         return jnp.where(positions < 0, self.keys[0].shape[1], slots)
 
-    def place(self, positions: Int[Array, "B T"]) -> "RingCache":
-        """The cache with the positions stored whose entries are about to be written."""
-        rows = jnp.arange(positions.shape[0])[:, None]
-        stored = self.positions.at[rows, self.slots(positions)].set(positions, mode="drop")
-        return dataclasses.replace(self, positions=stored)
+    def place(
+        self, positions: Int[Array, "B T"], rows: Int[Array, " B"] | None = None
+    ) -> "RingCache":
+        """The cache with the positions stored whose entries are about to be written (in `rows`)."""
+        at = _each(positions, rows), self.slots(positions)
+        return dataclasses.replace(
+            self, positions=self.positions.at[at].set(positions, mode="drop")
+        )
+
+    def lasting(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """Of positions in sequence, what the ring still holds after the last; -1 for the others.
+
+        No two of them share a slot.
+        """
+        last = jnp.max(positions, axis=1, keepdims=True)
+        held = (positions < self.sink) | (positions > last - self.ring)
+        return jnp.where(held, positions, -1)
 
 
 @record()
@@ -145,6 +169,27 @@ class SelectedCache(_Cache):
             return layer.at[rows, :, slots].set(for_all_heads, mode="drop")
 
         return dataclasses.replace(self, positions=tuple(map(stored, self.positions)))
+
+
+def write_rows(
+    cache: FullCache | RingCache,
+    rows: Int[Array, " R"],
+    positions: Int[Array, "R T"],
+    keys_values: list[KeysValues],
+) -> FullCache | RingCache:
+    """The cache with entries of every layer at the positions of some rows, written in place.
+
+    Positions of -1 and rows beyond the batch are written nowhere. T may be more than a ring holds.
+    """
+    positions = cache.lasting(positions) if isinstance(cache, RingCache) else positions
+    slots, cache = cache.slots(positions), cache.place(positions, rows)
+    for layer, (k, v) in enumerate(keys_values):
+        cache = cache.write(layer, slots, k, v, rows)
+    return cache
+
+
+def _each(slots: Int[Array, "B T"], rows: Int[Array, " B"] | None) -> Int[Array, "B 1"]:
+    return (jnp.arange(slots.shape[0]) if rows is None else rows)[:, None]
 
 
 def ring_positions(

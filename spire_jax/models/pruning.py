@@ -8,14 +8,18 @@ from spire_jax.models.transformer import Params
 def prune(target: Params, draft: Params) -> Params:
     """`draft` with the target's embedding, last n blocks, final norm and unembedding copied in.
 
-    What the target does not have (memory weights) stays as it is in `draft`. Copies, so that
-    the draft's arrays can be donated while the target lives on.
+    What the target does not have (memory weights) stays as it is in `draft`, and what `draft`
+    does not have (a shared embedding) is left out. A trimmed head takes the columns of its
+    `head_ids`. Copies, so that the draft's arrays can be donated while the target lives on.
     """
     n_target, n_draft = len(target["blocks"]), len(draft["blocks"])
     if n_draft > n_target:
         raise ValueError(f"a draft of {n_draft} blocks cannot be pruned from {n_target}")
     pruned = {name: _copy(target[name]) if name in target else value
               for name, value in draft.items() if name != "blocks"}  # fmt: skip
+    if "head_ids" in draft:
+        whole = target["unembedding"] if "unembedding" in target else target["embedding"].T
+        pruned["unembedding"] = whole[:, draft["head_ids"]]
     pruned["blocks"] = {i: _copy(target["blocks"][n_target - n_draft + i]) for i in range(n_draft)}
     return pruned
 

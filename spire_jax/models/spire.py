@@ -74,7 +74,9 @@ class SpireDraft(Transformer):
         k: int,
         read: Int[np.ndarray, " M"] | None = None,
         selected: Sequence[Bool[Array, "B K M"]] | None = None,
-    ) -> Float[Array, "B R k V"]:
+        *,
+        in_head: bool = False,
+    ) -> Float[Array, "B R k V"] | Float[Array, "B R k Vh"]:
         """Logits of k teacher-forced draft steps from every start, all starts in parallel.
 
         Step j (0-based) from start s processes token s + j, which predicts token s + j + 1. It
@@ -87,6 +89,7 @@ class SpireDraft(Transformer):
             starts: static start positions, with s + k <= T.
             read: static; all of 0 .. T - 1 unless given. A window sees fewer.
             selected: layer by layer, which of `read` each KV head keeps; all unless given.
+            in_head: logits of `unembed_head`.
         """
         read = np.arange(tokens.shape[1]) if read is None else read
         target_memory = self.read_target(tokens[:, read], activations, read)
@@ -101,7 +104,7 @@ class SpireDraft(Transformer):
             hidden.append(x)
             for layer, kv in zip(own, memory, strict=False):
                 layer.append(kv)
-        return self.unembed(jnp.stack(hidden, axis=2))
+        return (self.unembed_head if in_head else self.unembed)(jnp.stack(hidden, axis=2))
 
     def _pass(self, at: "_Static", tokens, target_memory, own, keep_memory, selected):
         starts, j = at.starts, at.j

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from spire_jax.config import ModelConfig
+from spire_jax.config import ModelConfig, head_size
 from spire_jax.models.attention import Compute, attention, cached_attention
 from spire_jax.models.kv_cache import FullCache, KeysValues, RingCache
 from spire_jax.models.layers import Block, RMSNorm, parameter, product, truncated_normal
@@ -33,8 +33,11 @@ class Transformer(nnx.Module):
         self.norm_final = RMSNorm(c.d_model, c.norm_eps, rngs=rngs)
         if not c.tied:
             self.unembedding = parameter(
-                rngs, (c.d_model, c.vocab_size), ("embed", "vocab"), truncated_normal(c.d_model)
+                rngs, (c.d_model, head_size(c)), ("embed", "vocab"), truncated_normal(c.d_model)
             )
+        if c.head_tokens:
+            # Which tokens the columns of the unembedding stand for, in order; never trained.
+            self.head_ids = nnx.Param(jnp.arange(c.head_tokens, dtype=jnp.int32), axes=(None,))
 
     def embed(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
         """x^0: the embeddings of tokens."""
@@ -45,26 +48,44 @@ class Transformer(nnx.Module):
         return constrain(x, "batch", *(None,) * (x.ndim - 1))
 
     def unembed(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        """Float32 logits of final activations; -inf for the padding of the vocabulary."""
+        """Float32 logits of final activations; -inf for what cannot be drawn.
+
+        That is the padding of the vocabulary, and all that a trimmed head leaves out.
+        """
+        logits = self.unembed_head(x)
+        if not self.config.head_tokens:
+            return logits
+        whole = jnp.full((*x.shape[:-1], self.config.vocab_size), -jnp.inf)
+        return whole.at[..., self.head_ids[...]].set(logits, unique_indices=True)
+
+    def unembed_head(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows Vh"]:
+        """`unembed`, of the tokens in `head_ids` alone where the head is trimmed."""
         x = self.norm_final(x)
-        w = self.embedding[...].T if self.config.tied else self.unembedding[...]
-        logits = product(x, w.astype(x.dtype), dtype="float32")
+        tied = self.config.tied
+        w = (self.embedding if tied else self.unembedding)[...].astype(x.dtype)
+        logits = product(x, w, dtype="float32", transposed=tied)
         logits = constrain(logits, "batch", *(None,) * (x.ndim - 2), "vocab")
-        if self.config.n_tokens < self.config.vocab_size:
+        if not self.config.head_tokens and self.config.n_tokens < self.config.vocab_size:
             valid = np.arange(self.config.vocab_size) < self.config.n_tokens
             logits = jnp.where(valid, logits, -jnp.inf)
         return logits
 
     def forward(
-        self, tokens: Int[Array, "B T"], collect: tuple[int, ...] = (), *, logits_from: int = 0
-    ) -> tuple[Float[Array, "B T1 V"], Activations]:
+        self,
+        tokens: Int[Array, "B T"],
+        collect: tuple[int, ...] = (),
+        *,
+        logits_from: int = 0,
+        in_head: bool = False,
+    ) -> tuple[Float[Array, "B T1 V"] | Float[Array, "B T1 Vh"], Activations]:
         """Logits over a whole text from position 0, and y^l for each l in `collect`.
 
         y^l is the residual stream after layer l; y^0 is the embedding. Logits of the positions
-        before `logits_from` are left out.
+        before `logits_from` are left out; with `in_head` they are those of `unembed_head`.
         """
         x, activations, _ = self._run(tokens, collect, keep_keys=False)
-        return self.unembed(x[:, logits_from:]), activations
+        unembed = self.unembed_head if in_head else self.unembed
+        return unembed(x[:, logits_from:]), activations
 
     def prefill(
         self, tokens: Int[Array, "B T"], collect: tuple[int, ...] = ()

@@ -22,7 +22,7 @@ from spire_jax.train import init_state, make_optimizer, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-DRAFTS = ("spire", "spire_strict", "spire_plain", "vanilla", "ring", "self")
+DRAFTS = ("spire", "spire_strict", "spire_plain", "spire_trimmed", "vanilla", "ring", "self")
 # From one token to beyond window + sink + k of every test (6 + 1 + 8).
 CONTEXTS = (1, 2, 5, 7, 8, 12, 16, 30)
 OUTPUT = 40  # wraps the ring several times

@@ -38,12 +38,18 @@ class Decoder:
     strategy: Strategy | None = None  # None: autoregressive
     k: int = 0  # drafted tokens per round; 0 without a strategy
     sampling: Sampling = Sampling()
-    eos: int = -1  # token that ends a row; -1 = none
+    eos: int | tuple[int, ...] = ()  # the token, or tokens, that end a row; -1 = none
     verification: str = "token"  # a key of VERIFICATIONS
 
     def __post_init__(self):
         if (self.strategy is None) != (self.k == 0):
             raise DecodeError(f"k={self.k}: use 1 or more with a draft, 0 without one")
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a row."""
+        eos = (self.eos,) if isinstance(self.eos, int) else self.eos
+        return tuple(token for token in eos if token >= 0)
 
 
 class Weights(NamedTuple):
@@ -126,8 +132,8 @@ def _emit(
     new = jnp.where(at_following, following[:, None], jnp.pad(drafts, ((0, 0), (0, 1))))
     kinds = jnp.where(at_following, jnp.where(depth == k, BONUS, CORRECTION), ACCEPTED)
     emitted = depth <= accepted[:, None]
-    if decoder.eos >= 0:
-        is_end = emitted & (new == decoder.eos)
+    if decoder.ends:
+        is_end = emitted & jnp.isin(new, jnp.array(decoder.ends))
         emitted &= jnp.cumsum(is_end, axis=1) - is_end == 0  # up to and with the first
         ended = jnp.any(is_end & emitted, axis=1)
     else:
@@ -145,7 +151,8 @@ def _emit(
         lengths=lengths,
         done=state.done | (active & ended) | (lengths >= state.ends),
         rounds=state.rounds + active,
-        counts=state.counts + (at_following & active[:, None]),
+        # The record may have room for deeper rounds than this one.
+        counts=state.counts.at[:, : k + 1].add(at_following & active[:, None]),
     )
 
 

@@ -1,0 +1,214 @@
+"""Decode prompts with a trained target and one of its drafts.
+
+    python -m spire_jax.decode --config=configs/quickstart.py --workdir=runs/quickstart \\
+        --method=spire --prompts=prompts.jsonl --out=outputs.jsonl
+    echo "def main():" | python -m spire_jax.decode --config=... --workdir=... --prompts=- --out=-
+    python -m spire_jax.decode --config=... --workdir=... --interactive
+    python -m spire_jax.decode --config=configs/smollm2_135m.py --draft=FOLDER --interactive
+
+A line of a JSONL file has one of prompt (text), tokens (ids) and messages (for a chat model), and
+may have id, max_tokens, seed and stop. Each request's output is a JSON line, written when it is
+finished. A seed reproduces a request's output whatever the other requests are, for the same
+method, k and shapes (batch, width and chunk: they are printed). With decode.depths it does not:
+depths are chosen by the clock. Status: 0, 1 if a request failed, 2 if nothing could be served.
+"""
+
+import argparse
+import logging
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from spire_jax.config import ConfigError, ExperimentConfig
+from spire_jax.config_files import command_line
+from spire_jax.decode.batching import Inbox, Server, Serving
+from spire_jax.decode.interactive import converse
+from spire_jax.decode.loading import Loaded, load_for_decoding
+from spire_jax.decode.requests import (
+    FORMATS,
+    Defaults,
+    Failure,
+    Request,
+    RequestError,
+    read_requests,
+)
+from spire_jax.decode.results import Results, open_results
+from spire_jax.run import ERRORS
+
+WIDTH = 2048  # positions of a row where the requests are not known beforehand
+STEP = 256  # a width that follows from the requests is a multiple of it
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command's own flags."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m spire_jax.decode", None, __doc__,
+                                     formatter_class=raw)  # fmt: skip
+    add = parser.add_argument
+    add("--workdir", help="where the weights are; not needed for a pretrained target by itself, or "
+        "with a --draft")  # fmt: skip
+    add("--draft", metavar="FOLDER", help="a draft that python -m spire_jax.export has written")
+    add("--method", default="spire", help="a draft's name, or its kind where that is plain; "
+        "magicdec, autoregressive")  # fmt: skip
+    add("--prompts", metavar="FILE", help="prompts; - reads stdin")
+    add("--format", choices=FORMATS, help="jsonl (also where the name ends so), text (all of it "
+        "one prompt; otherwise), or lines (one prompt a line)")  # fmt: skip
+    add("--out", default="-", metavar="FILE", help="JSON lines; - writes to stdout")
+    add("--resume", action="store_true", help="append to --out, leave out the ids in it")
+    add(
+        "--interactive", action="store_true", help="prompts from the keyboard, answers as they come"
+    )
+    add("--batch-size", type=int, help="requests side by side; by default 8, for one prompt 1")
+    add("--width", type=int, help="positions of a request: prompt + output + k; by default what "
+        "the requests need")  # fmt: skip
+    add("--chunk", type=int, help="prompt tokens read at once (decode.chunk)")
+    add("--max-tokens", type=int, default=128, help="tokens to generate, unless a line says")
+    add("--temperature", type=float, help="0 = greedy (decode.temperature)")
+    add("--top-k", type=int, help="0 = off (decode.top_k)")
+    add("--top-p", type=float, help="1 = off (decode.top_p)")
+    add("--seed", type=int, default=0, help="each request's own is derived from it")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end an output before this "
+        "text; may be given more than once")  # fmt: skip
+    add("--ignore-eos", action="store_true", help="go on after an end of sequence")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, config = command_line(arguments(), argv)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    compiled = _CompileClock()
+    try:
+        return _run(args, config, compiled)
+    except (*ERRORS, RequestError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is written", file=sys.stderr)
+        return 130
+
+
+def _run(args: argparse.Namespace, config: ExperimentConfig, compiled: "_CompileClock") -> int:
+    _check(args)
+    defaults = Defaults(args.max_tokens, args.seed, tuple(args.stop))
+    if args.interactive:
+        loaded = load_for_decoding(args, config)
+        with jax.set_mesh(loaded.mesh):
+            converse(_server(args, config, loaded, 1, args.width or WIDTH), defaults, Console())
+        return 0
+    form = args.format or ("jsonl" if args.prompts.endswith(".jsonl") else "text")
+    with open_results(args.out, args.resume) as results, _lines(args.prompts) as lines:
+        if args.prompts != "-" and not os.fstat(lines.fileno()).st_size:
+            raise RequestError(f"--prompts={args.prompts} is empty")
+        loaded = load_for_decoding(args, config)
+        source = read_requests(lines, form, loaded.tokenizer, defaults)
+        source = (item for item in source if item.id not in results.done)
+        requests: Iterable[Request | Failure] = source
+        if args.prompts == "-" and form != "text":
+            requests, width = Inbox(source), args.width or WIDTH
+        else:
+            requests = list(source)
+            width = args.width or _needed(requests, loaded)
+            if not requests and not results.done:
+                raise RequestError(f"--prompts={args.prompts} holds no prompt")
+            if not requests:
+                print(f"all of {args.prompts} is in {args.out}", file=sys.stderr)
+                return 0
+        with jax.set_mesh(loaded.mesh):
+            batch = args.batch_size or (1 if form == "text" else 8)
+            server = _server(args, config, loaded, batch, width)
+            return _serve(server, requests, results, compiled)
+
+
+def _serve(
+    server: Server, requests: Iterable[Request | Failure], results: Results,
+    compiled: "_CompileClock",
+) -> int:  # fmt: skip
+    """Serve, write, sum up on stderr; the command's status."""
+    served = failed = tokens = emitted = rounds = 0
+    seconds = time.perf_counter()
+    try:
+        for found in server.serve(requests):
+            results.write(found)
+            if isinstance(found, Failure):
+                failed += 1
+                print(f"error: {found.error}", file=sys.stderr)
+                continue
+            served, tokens = served + 1, tokens + len(found.tokens)
+            emitted += sum(found.generation_lengths)
+            rounds += len(found.generation_lengths)
+    finally:
+        seconds = time.perf_counter() - seconds
+        s, by_depth = server.serving, {k: n for k, n in server.rounds.items() if n}
+        print(
+            f"{served} requests, {failed} failed; {tokens} tokens in {seconds:.2f} s, "
+            f"{tokens / max(seconds, 1e-9):.1f} tokens/s; tau {emitted / max(rounds, 1):.3f}; "
+            f"rounds by depth {by_depth}\n"
+            f"batch {s.batch}, width {s.width}, chunk {s.chunk}; {server.compilations} programs "
+            f"for serving, {compiled.count} compilations in all, {compiled.seconds:.1f} s",
+            file=sys.stderr,
+        )
+    if not served and not failed and not results.done:
+        raise RequestError("stdin held no prompt")
+    return 1 if failed else 0
+
+
+def _server(
+    args: argparse.Namespace, config: ExperimentConfig, loaded: Loaded, batch: int, width: int
+) -> Server:
+    decode, model = config.decode, loaded.decoder.target.config
+    width = min(width, model.max_len) if model.max_len else width
+    chunk_rows = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
+    if batch % chunk_rows:
+        raise ConfigError(f"--batch-size={batch} is not a multiple of mesh data x fsdp = "
+                          f"{chunk_rows}")  # fmt: skip
+    serving = Serving(batch, width, min(args.chunk or decode.chunk, width), chunk_rows,
+                      decode.chunks_per_round,
+                      1 if args.interactive else min(decode.rounds_per_call, 8))  # fmt: skip
+    return Server(loaded.decoder, loaded.weights, loaded.tokenizer, serving, loaded.depths)
+
+
+def _needed(requests: Sequence[Request | Failure], loaded: Loaded) -> int:
+    """Positions for the longest of requests, in steps."""
+    k = max(loaded.decoder.k, *loaded.depths, 0)
+    most = loaded.decoder.target.config.max_len or sys.maxsize
+    needs = [len(r.tokens) + r.max_tokens + k for r in requests if isinstance(r, Request)]
+    return -(-max([n for n in needs if n <= most], default=1) // STEP) * STEP
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.interactive == bool(args.prompts):
+        raise RequestError("give --prompts=FILE (or -), or --interactive")
+    for name in ("batch_size", "width", "chunk", "max_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise RequestError(f"--{name.replace('_', '-')}={value}: use 1 or more")
+    if "" in args.stop:
+        raise RequestError("--stop is empty; give the text that ends an output")
+    if args.resume and args.out == "-":
+        raise RequestError("--resume needs --out=FILE")
+
+
+def _lines(path: str) -> Any:
+    return sys.stdin.buffer if path == "-" else pathlib.Path(path).open("rb")
+
+
+class _CompileClock:
+    """Compilations of this process, and the time; listens to JAX's own events."""
+
+    def __init__(self) -> None:
+        self.count, self.seconds = 0, 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.count, self.seconds = self.count + 1, self.seconds + duration_secs
+
+
+if __name__ == "__main__":
+    sys.exit(main())

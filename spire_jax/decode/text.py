@@ -1,0 +1,65 @@
+"""Text as tokens arrive: what is complete so far, and where a stop string cuts it."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+Decode = Callable[[Int[np.ndarray, " n"]], str]
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # at the end: of a character some bytes may be to come
+LONGEST = 4  # tokens that one character's bytes may be spread over
+
+
+class TextStream:
+    """The text of a growing list of tokens, piece by piece.
+
+    A piece is the difference of two decoded windows that begin at the same token, so that a
+    tokenizer whose first token is written differently (a leading space left out) does no harm,
+    and long texts are not decoded again and again. Bytes of an unfinished character wait.
+    """
+
+    def __init__(self, decode: Decode):
+        self._decode = decode
+        self._tokens: list[int] = []
+        self._window = self._shown = 0  # the window's first token; tokens whose text is out
+
+    def feed(self, tokens: Sequence[int]) -> str:
+        """The text that these tokens complete."""
+        self._tokens += tokens
+        return self._piece(final=False)
+
+    def end(self) -> str:
+        """What is left, complete or not."""
+        return self._piece(final=True)
+
+    def _piece(self, final: bool) -> str:
+        everything = len(self._tokens)
+        # At most the last few tokens are an unfinished character; more are no text anyway.
+        for end in (everything,) if final else range(everything, everything - LONGEST, -1):
+            if end <= self._shown:
+                return ""
+            text = self._text(self._window, end)
+            if not text.endswith(UNFINISHED):
+                break
+        else:
+            end, text = everything, self._text(self._window, everything)
+        before = self._text(self._window, self._shown)
+        self._window, self._shown = self._shown, end
+        return text[len(before) :]
+
+    def _text(self, begin: int, end: int) -> str:
+        return self._decode(np.array(self._tokens[begin:end], np.int32))
+
+
+def first_stop(text: str, stops: Sequence[str], begin: int = 0) -> int:
+    """Where the earliest stop string at or after `begin` starts; -1 if there is none."""
+    found = [at for stop in stops if (at := text.find(stop, max(begin, 0))) >= 0]
+    return min(found, default=-1)
+
+
+def tokens_of_text(tokens: Sequence[int], text: str, decode: Decode) -> int:
+    """How many of the first tokens it takes to write `text`, a beginning of their text."""
+    n = len(tokens)
+    while n and decode(np.array(tokens[: n - 1], np.int32)).startswith(text):
+        n -= 1
+    return n

@@ -1,0 +1,63 @@
+"""Export a trained draft as a folder to pass on: config.json and model.safetensors.
+
+    python -m spire_jax.export --config=configs/smollm2_135m.py --workdir=runs/smollm2 \\
+        --draft=quarter --out=smollm2-quarter
+
+The folder names the hash of the target's weights, and serves that target alone:
+
+    python -m spire_jax.decode --config=configs/smollm2_135m.py --draft=smollm2-quarter ...
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from spire_jax.config import ExperimentConfig, identity, trained_depth
+from spire_jax.config_files import command_line
+from spire_jax.exported_draft import export_draft
+from spire_jax.run import ERRORS, Pipeline
+from spire_jax.tasks import draft_task
+
+
+def export(config: ExperimentConfig, workdir: str, name: str, out: str) -> str:
+    """Export the draft `name` of a work directory to the folder `out`; what was exported, in words.
+
+    Raises:
+        ConfigError: no such draft, or one that is not trained.
+        PretrainedError: `out` holds something else.
+    """
+    draft, pipeline = config.draft(name), Pipeline(config, workdir)
+    task, params = draft_task(config, name), pipeline.params(f"draft {name}")
+    own = {key: value for key, value in params.items() if key not in task.shared}
+    trained_on = {
+        "steps": task.steps,
+        "k": trained_depth(config, name),
+        "tokens": task.steps * config.train.batch_size * config.train.seq_len,
+        "train": identity(config.train),
+        "continuations": identity(config.continuations),
+        "corpus": pipeline.corpus.summary(),
+    }
+    made = export_draft(out, own, draft, config.target, pipeline.target_sha256, trained_on)
+    return f"{made}: {name}, for the target {pipeline.target_sha256[:16]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m spire_jax.export", None, __doc__,
+                                     formatter_class=raw)  # fmt: skip
+    parser.add_argument("--workdir", required=True, help="where the draft was trained")
+    parser.add_argument("--draft", required=True, help="its name in the config")
+    parser.add_argument("--out", required=True, help="the folder to write")
+    args, config = command_line(parser, argv)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        print(export(config, args.workdir, args.draft, args.out))
+    except ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""`python -m spire_jax.decode` as it is typed: what it prints, writes and returns."""
+
+import argparse
+import dataclasses
+import io
+import json
+import types
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from models import TINY, pair
+from rich.console import Console
+
+from spire_jax.config import ConfigError, DraftConfig, ExperimentConfig, MagicDecConfig, ModelConfig
+from spire_jax.data.tokenizer import ByteTokenizer
+from spire_jax.decode import __main__ as command
+from spire_jax.decode.batching import Server, Serving
+from spire_jax.decode.interactive import Printer, converse, visible
+from spire_jax.decode.loading import Loaded, load_for_decoding, method_name
+from spire_jax.decode.requests import Defaults, Request
+from spire_jax.decode.results import Result
+from spire_jax.sharding import make_mesh
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+BYTES = dataclasses.replace(TINY, n_layers=2, vocab_size=264, n_tokens=257, max_len=120)
+LINES = [
+    {"prompt": "abc", "id": "a", "max_tokens": 5},
+    {"prompt": "x" * 30},
+    {"prompt": "y" * 200},
+    {"tokens": [1, 2], "max_tokens": 3, "seed": 9},
+]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """The command with a tiny model in place of a trained one: status, stdout, stderr."""
+
+    def loaded(args, config):
+        p = pair("spire", BYTES)
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        return Loaded(p.decoder(2), p.weights, ByteTokenizer(), mesh, ())
+
+    monkeypatch.setattr(command, "load_for_decoding", loaded)
+
+    def call(*argv: str, stdin: bytes | None = None):
+        if stdin is not None:
+            monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=open_bytes(stdin)))
+        fixed = ("--config=configs/quickstart.py", f"--workdir={tmp_path}", "--batch-size=2",
+                 "--max-tokens=4", "--chunk=16", "--width=120")  # fmt: skip
+        try:
+            status: Any = command.main([*fixed, *argv])
+        except SystemExit as end:
+            status = end.code
+        out = capsys.readouterr()
+        return status, [json.loads(line) for line in out.out.splitlines()], out.err
+
+    def open_bytes(content: bytes):
+        path = tmp_path / "stdin"
+        path.write_bytes(content)
+        return path.open("rb")
+
+    return call
+
+
+def prompts(tmp_path, lines=LINES) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return f"--prompts={path}"
+
+
+def test_a_file_of_prompts(run, tmp_path):
+    """One is too long: it fails alone, with status 1 at the end; --resume does not repeat it."""
+    out = tmp_path / "out.jsonl"
+    status, _, err = run(prompts(tmp_path), f"--out={out}")
+    found = {r["id"]: r for r in map(json.loads, out.read_text().splitlines())}
+    assert status == 1 and set(found) == {"a", 1, 2, 3}
+    assert [len(found[i]["tokens"]) for i in ("a", 1, 3)] == [5, 4, 3]
+    assert found[1]["text"] == ByteTokenizer().decode(np.array(found[1]["tokens"]))
+    assert found[2]["line"] == 3 and "goes beyond the model's context of 120" in found[2]["error"]
+    assert "3 requests, 1 failed; 12 tokens" in err and "programs for serving" in err
+    assert "batch 2, width 120, chunk 16" in err and "tau" in err
+
+    before = out.read_bytes()
+    status, _, err = run(prompts(tmp_path), f"--out={out}")
+    assert status == 2 and "exists" in err and out.read_bytes() == before
+    status, _, err = run(prompts(tmp_path), f"--out={out}", "--resume")
+    assert status == 0 and "all of" in err and out.read_bytes() == before
+    more = prompts(tmp_path, [*LINES, {"prompt": "z", "id": "new"}])
+    status, _, err = run(more, f"--out={out}", "--resume")
+    assert status == 0 and out.read_bytes().startswith(before)
+    assert json.loads(out.read_text().splitlines()[-1])["id"] == "new"
+
+
+def test_stdin_and_the_seed(run):
+    """The same seed, the same output; another, another; lines and one text."""
+    first, again, other = (
+        run("--prompts=-", "--format=lines", f"--seed={seed}", stdin=b"abc\n\nde\n")
+        for seed in (1, 1, 2)
+    )
+    tokens = [[r["tokens"] for r in sorted(of[1], key=lambda r: r["id"])]
+              for of in (first, again, other)]  # fmt: skip
+    assert first[0] == 0 and len(tokens[0]) == 2
+    assert tokens[0] == tokens[1] != tokens[2]
+    status, [record], _ = run("--prompts=-", stdin=b"abc\n\nde\n")
+    assert status == 0 and record["prompt_tokens"] == 8
+
+
+@pytest.mark.parametrize(
+    "argv, stdin, message",
+    [
+        (["--prompts=-"], b"", "holds no prompt"),
+        (["--prompts=-", "--format=lines"], b"\n", "stdin held no prompt"),
+        (["--prompts=missing.jsonl"], None, "missing.jsonl"),
+        ([], None, "give --prompts=FILE"),
+        (["--prompts=-", "--interactive"], None, "or --interactive"),
+        (["--prompts=-", "--max-tokens=0"], None, "--max-tokens=0: use 1 or more"),
+        (["--prompts=-", "--stop="], None, "--stop is empty"),
+        (["--prompts=-", "--resume"], None, "--resume needs --out=FILE"),
+        (["--prompts=-", "--nonsense"], None, "unknown argument '--nonsense'"),
+    ],
+)
+def test_what_cannot_be_started(run, argv, stdin, message):
+    status, records, err = run(*argv, stdin=stdin)
+    assert status == 2 and message in err and not records
+
+
+def test_an_empty_file(run, tmp_path):
+    status, _, err = run(prompts(tmp_path, []))
+    assert status == 2 and "is empty" in err
+
+
+def test_ctrl_c_keeps_what_is_finished(run, tmp_path, monkeypatch):
+    out, write = tmp_path / "out.jsonl", command.Results.write
+
+    def interrupted(self, result):
+        write(self, result)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.Results, "write", interrupted)
+    status, _, err = run(prompts(tmp_path), f"--out={out}")
+    assert status == 130 and "interrupted" in err and "requests" in err
+    assert len(out.read_text().splitlines()) == 1
+
+
+# --- methods and their weights -----------------------------------------------------------------
+
+CONFIG = ExperimentConfig(
+    target=ModelConfig(vocab_size=264, n_tokens=257),
+    drafts=(("long", DraftConfig()), ("plain", DraftConfig(kind="vanilla", window=0))),
+    magicdec=MagicDecConfig(window=4),
+)
+
+
+def test_methods_by_name_and_by_kind():
+    assert [method_name(CONFIG, m) for m in ("long", "plain", "spire", "vanilla")] == [
+        "long", "plain", "long", "plain",
+    ]  # fmt: skip
+    for own in ("autoregressive", "magicdec"):
+        assert method_name(CONFIG, own) == own
+    two = dataclasses.replace(CONFIG, drafts=(*CONFIG.drafts, ("wide", DraftConfig())))
+    with pytest.raises(ConfigError, match="--method=spire: the config has 2 drafts of this kind"):
+        method_name(two, "spire")
+    with pytest.raises(ConfigError, match=r"--method=eagle: unknown; choose from \['long'"):
+        method_name(CONFIG, "eagle")
+
+
+@pytest.mark.parametrize(
+    "method, options, message",
+    [
+        ("snapkv", {}, "it selects over a whole prompt"),
+        ("magicdec", {}, "magicdec.window=4 must be above k"),
+        ("spire", {"top_p": 1.5}, "decode.top_p=1.5 must lie"),
+        ("spire", {"temperature": -1.0}, "decode.temperature=-1.0 is negative"),
+    ],
+)
+def test_what_is_refused_before_anything_is_read(method, options, message):
+    sampling = {"temperature": None, "top_k": None, "top_p": None} | options
+    args = argparse.Namespace(method=method, workdir="nowhere", ignore_eos=False, **sampling)
+    with pytest.raises(ConfigError, match=message):
+        load_for_decoding(args, CONFIG)
+
+
+# --- interactive -------------------------------------------------------------------------------
+
+
+class Asked:
+    """What a person types."""
+
+    def __init__(self, *lines):
+        self.lines = iter(lines)
+
+    def __call__(self, prompt: str) -> str:
+        line = next(self.lines, EOFError)
+        if not isinstance(line, str):
+            raise line
+        return line
+
+
+def test_answers_are_streamed_and_summed_up():
+    p, file = pair("spire", BYTES), io.StringIO()
+    server = Server(p.decoder(2), p.weights, ByteTokenizer(),
+                    Serving(batch=2, width=120, chunk=16, rounds_per_call=8))  # fmt: skip
+    console = Console(file=file, force_terminal=True, color_system="standard", width=10)
+    bad = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad")
+    converse(server, Defaults(20, 0), console, Asked("", bad, "ab", "x" * 130, "ab"))
+    shown = file.getvalue()
+    assert shown.count("drafted and accepted") == 1 and "\x1b[32m" in shown
+    assert shown.count("20 tokens in") == 2 and shown.count("tokens/s, tau") == 2
+    assert "not UTF-8" in shown and "goes beyond the model's context" in shown
+
+
+def test_a_stop_string_is_not_shown():
+    """Neither in parts nor where one round brings all of it; colours follow the tokens."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, color_system="standard")
+    printer = Printer(ByteTokenizer(), (256,), ("END",), console)
+    request = Request(0, np.array([1], np.int32), 9, 0, ("END",))
+    printer.watch(request, list(b"abcE"), 3, 3)
+    assert "ab" in file.getvalue() and "E" not in file.getvalue()
+    printer.watch(request, list(b"dEND"), 2, 3)
+    printer.end(Result(request, [], "abcEd", [4, 3], [3, 3], "stop", 0.0, 0.0, 0.0))
+    text = file.getvalue()
+    for style, letters in (("32", "ab"), ("36", "E"), ("32", "d")):
+        assert f"\x1b[{style}m{letters}" in text
+    assert "N" not in text
+
+
+def test_output_cannot_steer_the_terminal():
+    assert visible("a\x1b[2J\r\tb\n\x7fé") == "a␛[2J␍\tb\n\N{REPLACEMENT CHARACTER}é"

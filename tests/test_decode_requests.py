@@ -1,0 +1,159 @@
+"""Prompt files line by line, good and bad; output files written, refused and resumed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from spire_jax.data.tokenizer import ByteTokenizer
+from spire_jax.decode.requests import Defaults, Failure, Request, derived_seed, read_requests
+from spire_jax.decode.results import RequestError, Result, open_results
+
+DEFAULTS = Defaults(max_tokens=9, seed=3, stop=("END",))
+
+
+def read(content: bytes, form: str = "jsonl", tokenizer=None) -> list:
+    lines = content.splitlines(keepends=True)
+    return list(read_requests(lines, form, tokenizer or ByteTokenizer(), DEFAULTS))
+
+
+def one(**values) -> Request | Failure:
+    return read(json.dumps(values).encode())[0]
+
+
+def test_a_line_says_what_it_wants():
+    found = one(prompt="héllo", id="a", max_tokens=4, seed=7, stop=["x", "yz"])
+    assert found.tokens.tolist() == list("héllo".encode())
+    assert (found.id, found.max_tokens, found.seed, found.stop) == ("a", 4, 7, ("x", "yz"))
+    assert one(tokens=[1, 256], stop="x").tokens.tolist() == [1, 256]
+    assert one(tokens=[1], stop="x").stop == ("x",) and one(tokens=[1], stop=[]).stop == ()
+
+
+def test_what_it_does_not_say_follows_from_its_place():
+    """Blank lines are none; the index counts requests, the line the file's lines."""
+    found = read(b'{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    assert [(r.id, r.line) for r in found] == [(0, 1), (1, 3)]
+    assert [r.max_tokens for r in found] == [9, 9] and found[0].stop == ("END",)
+    assert [r.seed for r in found] == [derived_seed(3, 0), derived_seed(3, 1)]
+    assert len({derived_seed(s, i) for s in range(4) for i in range(50)}) == 200
+
+
+def test_text_and_lines():
+    assert [bytes(r.tokens.tolist()) for r in read(b"a b\n\nc\n", "text")] == [b"a b\n\nc\n"]
+    found = read(b"a b\r\n\n c\nd", "lines")
+    assert [bytes(r.tokens.tolist()) for r in found] == [b"a b", b" c", b"d"]
+    assert read(b"", "text") == read(b" \n", "text") == read(b"\n\n", "lines") == []
+
+
+BAD = [
+    (b"not json", "line 1 is not JSON: Expecting value at column 1"),
+    (b'{"prompt": "a"', "line 1 is not JSON"),
+    (b'{"prompt": "\xff"}', "line 1 is not UTF-8: byte 12 is 0xff"),
+    (b'["a"]', "line 1: not a JSON object"),
+    (b'{"prompt": "a", "max_token": 3}', "unknown field 'max_token'; there are prompt, tokens"),
+    (b"{}", "give one of prompt, tokens and messages; found none"),
+    (b'{"prompt": "a", "tokens": [1]}', "found prompt and tokens"),
+    (b'{"prompt": ""}', "the prompt is empty"),
+    (b'{"prompt": 3}', "prompt=3 must be a string"),
+    (b'{"prompt": "\\ud800"}', "half a surrogate pair"),
+    (b'{"tokens": []}', "the prompt is empty"),
+    (b'{"tokens": [257]}', "ids below 257"),
+    (b'{"tokens": [-1]}', "ids below 257"),
+    (b'{"tokens": [true]}', "ids below 257"),
+    (b'{"tokens": "abc"}', "ids below 257"),
+    (b'{"prompt": "a", "max_tokens": 0}', "max_tokens=0 must be a whole number from 1"),
+    (b'{"prompt": "a", "max_tokens": 2.5}', "max_tokens=2.5 must be"),
+    (b'{"prompt": "a", "max_tokens": true}', "max_tokens=True must be"),
+    (b'{"prompt": "a", "seed": -1}', "seed=-1 must be a whole number from 0 to 4294967295"),
+    (b'{"prompt": "a", "seed": 4294967296}', "seed=4294967296 must be"),
+    (b'{"prompt": "a", "stop": [""]}', "none empty"),
+    (b'{"prompt": "a", "stop": 3}', "stop=3 must be"),
+    (b'{"prompt": "a", "id": [1]}', "id=.1. must be a string or a whole number"),
+    (b'{"messages": [{"role": "user", "content": "hi"}]}', "bytes has no chat template"),
+    (b"[" * 100_000, "nested too deeply"),
+]
+
+
+@pytest.mark.parametrize("line, message", BAD, ids=lambda v: str(v)[:40])
+def test_a_bad_line_fails_alone(line, message):
+    found = read(line + b'\n{"prompt": "b"}\n')
+    assert isinstance(found[0], Failure) and found[0].line == 1 and found[0].id == 0
+    with pytest.raises(RequestError, match=message):
+        raise RequestError(found[0].error)
+    assert found[1].tokens.tolist() == [98] and found[1].id == 1
+    record = json.loads(json.dumps(found[0].record()))
+    assert record == {"id": 0, "line": 1, "error": found[0].error}
+
+
+def test_an_id_names_one_request():
+    found = read(b'{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}\n{"prompt": "c"}\n')
+    assert [type(r) for r in found] == [Request, Failure, Request]
+    assert found[1].error == "the id 'x' is that of line 1 too; rename one"
+
+
+class Chatty(ByteTokenizer):
+    add_bos, bos = True, 7
+
+    def chat(self, messages):
+        if messages[0]["role"] == "robot":
+            raise ValueError("the template knows no robots")
+        return np.array([len(messages)], np.int32)
+
+
+def test_messages_and_a_first_token_are_the_tokenizers_business():
+    def of(line: bytes):
+        return read(line, tokenizer=Chatty())[0]
+
+    assert of(b'{"messages": [{"role": "user", "content": "hi"}]}').tokens.tolist() == [1]
+    assert of(b'{"prompt": "a"}').tokens.tolist() == [7, 97]
+    assert "no robots" in of(b'{"messages": [{"role": "robot", "content": ""}]}').error
+    for bad in (b"[]", b'"hi"', b'[{"content": "hi"}]', b'[{"role": 3}]'):
+        assert "must be a list of" in of(b'{"messages": ' + bad + b"}").error
+
+
+# --- output files ------------------------------------------------------------------------------
+
+
+def result(name) -> Result:
+    request = Request(name, np.array([1], np.int32), 3, 0)
+    return Result(request, [65, 66], "AB\u2028ü", [3], [2], "length", 0.5, 0.25, 0.5)
+
+
+def test_results_are_lines_that_are_there_at_once(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with open_results(str(path), False) as results:
+        results.write(result("a"))
+        record = json.loads(path.read_text())  # before the file is closed
+        results.write(Failure(4, "too long", 9))
+    assert record["text"] == "AB\u2028ü" and record["tokens"] == [65, 66]
+    assert record["timing"] == {
+        "queued": 0.5, "prefill": 0.25, "decode": 0.5, "tokens_per_s": 4.0,
+    }  # fmt: skip
+    assert [json.loads(line)["id"] for line in path.read_bytes().splitlines()] == ["a", 4]
+
+
+def test_an_existing_file_is_never_overwritten(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("precious")
+    with pytest.raises(RequestError, match=r"exists; name another file, or go on with --resume"):
+        with open_results(str(path), False):
+            pass
+    with pytest.raises(RequestError, match="line 1 is no result"):
+        path.write_text("precious\n")
+        with open_results(str(path), True):
+            pass
+    assert path.read_text() == "precious\n"
+
+
+def test_resuming_goes_on_after_the_last_whole_line(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with open_results(str(path), True) as results:  # nothing is there yet
+        assert results.done == frozenset()
+        results.write(result("a"))
+        results.write(result(1))
+    torn = path.read_bytes() + b'{"id": "b", "te'
+    path.write_bytes(torn)
+    with open_results(str(path), True) as results:
+        assert results.done == {"a", 1}
+        results.write(result("b"))
+    assert [json.loads(line)["id"] for line in path.read_bytes().splitlines()] == ["a", 1, "b"]

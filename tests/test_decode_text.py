@@ -1,0 +1,62 @@
+"""Text of growing tokens, and where stop strings cut it."""
+
+import numpy as np
+import pytest
+
+from spire_jax.data.tokenizer import ByteTokenizer
+from spire_jax.decode.text import TextStream, first_stop, tokens_of_text
+
+TEXT = "naïve 日本語 👩‍💻 plain\n"
+
+
+def in_steps(data: bytes, size: int, decode) -> list[str]:
+    stream = TextStream(decode)
+    pieces = [stream.feed(data[i : i + size]) for i in range(0, len(data), size)]
+    return [*pieces, stream.end()]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_pieces_are_the_text_whole_characters_at_a_time(size):
+    pieces = in_steps(TEXT.encode(), size, ByteTokenizer().decode)
+    assert "".join(pieces) == TEXT
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+
+
+def test_bytes_that_are_no_text_come_out_at_last():
+    decode = ByteTokenizer().decode
+    for data in (b"a\xff\xfe\xffbc\xe6\x97", b"\xf0\x9f", b"\xff" * 9 + b"x"):
+        pieces = in_steps(data, 1, decode)
+        assert "".join(pieces) == decode(np.frombuffer(data, np.uint8).astype(np.int32))
+    assert "".join(in_steps(b"\xff" * 9, 1, decode)[:-1])  # not only at the end
+
+
+def test_a_tokenizer_that_drops_the_first_space():
+    words = ["the", "cat", "sat", "on", "it"]
+    decode = lambda ids: " ".join(words[i] for i in np.asarray(ids).tolist())  # noqa: E731
+    stream = TextStream(decode)
+    assert [stream.feed([i]) for i in range(5)] == ["the", " cat", " sat", " on", " it"]
+
+
+def test_long_texts_are_not_decoded_again():
+    decoded = []
+
+    def decode(ids):
+        decoded.append(len(ids))
+        return ByteTokenizer().decode(ids)
+
+    in_steps(b"x" * 500, 1, decode)
+    assert max(decoded) <= 8
+
+
+def test_the_earliest_stop_string():
+    assert first_stop("a fox, a dog", ("dog", "fox")) == 2
+    assert first_stop("a fox, a dog", ("dog", "fox"), 3) == 9
+    assert first_stop("a fox", ("fox",), -7) == 2
+    assert first_stop("a fox", ("wolf",)) == -1 == first_stop("a fox", ())
+
+
+def test_tokens_behind_a_text():
+    data, decode = list("日本x".encode()), ByteTokenizer().decode
+    assert tokens_of_text(data, "日本x", decode) == 7
+    assert tokens_of_text(data, "日", decode) == 3
+    assert tokens_of_text(data, "", decode) == 0
