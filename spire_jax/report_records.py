@@ -66,7 +66,8 @@ def read_inputs(workdir: pathlib.Path, config: config_lib.ExperimentConfig) -> I
     names += sorted(set(evaluation["timing"]) - set(names))  # what needs no draft: MagicDec
     counts = read_counts(workdir / "eval", names, config)
     metrics = {}
-    for name in ["target", *(name for name, _ in config.drafts)]:
+    trained = ["target"] * (not config.pretrained.path) + [name for name, _ in config.drafts]
+    for name in trained:
         path = workdir / "metrics" / f"{name}.jsonl"
         rows = _rows(path, f"train {name} again")
         for number, row in rows:

@@ -178,7 +178,9 @@ def test_methods_by_name_and_by_kind():
 )
 def test_what_is_refused_before_anything_is_read(method, options, message):
     sampling = {"temperature": None, "top_k": None, "top_p": None} | options
-    args = argparse.Namespace(method=method, workdir="nowhere", ignore_eos=False, **sampling)
+    args = argparse.Namespace(
+        method=method, workdir="nowhere", draft=None, ignore_eos=False, **sampling
+    )
     with pytest.raises(ConfigError, match=message):
         load_for_decoding(args, CONFIG)
 

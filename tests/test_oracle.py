@@ -189,11 +189,11 @@ CASES: list[tuple] = [
     for kind in (
         "spire",
         "spire_strict",
-        "spire_trimmed",
         "spire_plain",
         "vanilla",
         "ring",
         "self",
+        "spire_trimmed",
         "magicdec",
         "snapkv",
     )

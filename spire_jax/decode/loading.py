@@ -82,8 +82,8 @@ def _check_method(config: ExperimentConfig, args: argparse.Namespace) -> None:
         on = dataclasses.replace(config.magicdec, evaluate=True)
         validate(dataclasses.replace(config, magicdec=on))
     elif name != AUTOREGRESSIVE and args.workdir is None and args.draft is None:
-        raise ConfigError(f"--method={name}: give the --workdir where the draft was trained, or the "
-                          f"folder of an exported --draft")  # fmt: skip
+        raise ConfigError(f"--method={name}: give the --workdir where it was trained, or --draft, "
+                          f"the folder it was exported to")  # fmt: skip
 
 
 def _placed(
