@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from launch.command_line import sizes
 from launch.round_pieces import normal, random_like, random_params
 from spire_jax.config import ModelConfig
 from spire_jax.models.attention import Compute
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     for name, default in (("batch", (1,)), ("context", (256,)), ("tokens", (1, 2, 5, 9))):
-        parser.add_argument(f"--{name}", type=_sizes, default=default, help="such as 1,4")
+        parser.add_argument(f"--{name}", type=sizes, default=default, help="such as 1,4")
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args(argv)
     report(SMOLLM2_135M, args)
@@ -145,13 +146,6 @@ def report(config: ModelConfig, args: argparse.Namespace) -> None:
         rates = (f"{name} {read / seconds[name] / 1e9:.1f}" for name, (_, read) in pieces.items())
         print(f"{rows} rows, GB/s: {', '.join(rates)}; "
               f"read {reader_bytes / seconds['read'] / 1e9:.1f}", flush=True)  # fmt: skip
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(part) for part in text.split(","))
-    if min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: sizes must be 1 or more")
-    return sizes
 
 
 if __name__ == "__main__":

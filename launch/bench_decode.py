@@ -23,6 +23,7 @@ import os
 import pathlib
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ import numpy as np
 import rich.console
 import rich.table
 
+from launch.command_line import sizes
 from spire_jax.config import AUTOREGRESSIVE, MAGICDEC, ConfigError, ExperimentConfig
 from spire_jax.config_files import command_line, exit_with_error
 from spire_jax.data.pipeline import cut_contexts
@@ -192,6 +194,9 @@ def peers(
         done = subprocess.run(
             [str(PEERS_PYTHON), "launch/peers.py", str(path)], stdout=subprocess.PIPE, text=True
         )
+    if done.returncode:
+        print(f"launch/peers.py ended with status {done.returncode}: what it had not printed is "
+              f"missing", file=sys.stderr)  # fmt: skip
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return [dataclasses.asdict(point) | describe() | {"k": 0} | line for line in lines]
 
@@ -240,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", help="comma-separated; by default autoregressive, every "
                         "draft and magicdec")  # fmt: skip
     for name, default in (("batch", "1,4,16"), ("context", "128,1024,4096"), ("k", "4")):
-        parser.add_argument(f"--{name}", type=_sizes, default=_sizes(default))
+        parser.add_argument(f"--{name}", type=sizes, default=sizes(default))
     parser.add_argument("--dtype", default="float32,bfloat16", help="comma-separated")
     parser.add_argument("--tokens", type=int, default=32, help="per row and run, about")
     parser.add_argument("--repeats", type=int, default=5)
@@ -290,13 +295,6 @@ def run(args: argparse.Namespace, config: ExperimentConfig) -> None:
                 records = add(args.out, found)
     print_table(records)
     print(f"{args.out}: decode.json")
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(part) for part in text.split(","))
-    if min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: sizes must be 1 or more")
-    return sizes
 
 
 if __name__ == "__main__":

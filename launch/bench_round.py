@@ -40,6 +40,7 @@ import numpy as np
 
 from launch import round_report
 from launch.bench_pipeline import interleaved
+from launch.command_line import sizes
 from launch.round_pieces import (
     Buffers,
     normal,
@@ -316,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="a small shape in float32; the default on a CPU")  # fmt: skip
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/round"))
     for name in ("batch", "context", "k"):
-        parser.add_argument(f"--{name}", type=_sizes, help="such as 8,32; default: by shape")
+        parser.add_argument(f"--{name}", type=sizes, help="such as 8,32; default: by shape")
     parser.add_argument("--repeats", type=int, default=5, help="timed loops of each piece")
     parser.add_argument(
         "--operators",
@@ -338,13 +339,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         round_report.write(args.out, bench.describe(), left_out)
     except ConfigError as error:
         exit_with_error(error)
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(part) for part in text.split(","))
-    if min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: sizes must be 1 or more")
-    return sizes
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from spire_jax.metrics import Progress, write_whole
 from spire_jax.models.transformer import Params
 from spire_jax.run import ERRORS, Pipeline
 from spire_jax.study import tau_by_depth
-from spire_jax.tasks import FIXED, draft_task, initial_draft, with_shared
+from spire_jax.tasks import draft_task, initial_draft, with_shared
 
 
 def stages_of(pipeline: Pipeline, name: str, target: Params) -> Iterator[tuple[int, Params]]:
@@ -46,11 +46,13 @@ def stages_of(pipeline: Pipeline, name: str, target: Params) -> Iterator[tuple[i
 
     fresh = initial_draft(config, name, task, target, pipeline.mesh, frequent)
     yield 0, with_shared(task, fresh, target)
-    fixed = {key: value for key, value in fresh.items() if key in FIXED}
     folder = pipeline.workdir / "drafts" / name / "checkpoints"
     for path in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name)):
         state = read(path, abstract_tree_of(read_metadata(path)["leaves"]))
-        yield int(path.name), with_shared(task, {**state["params"], **fixed}, target)
+        yield (
+            int(path.name),
+            with_shared(task, {**state["params"], **state.get("fixed", {})}, target),
+        )
 
 
 def evaluate(pipeline: Pipeline, names: Sequence[str]) -> list[dict[str, Any]]:

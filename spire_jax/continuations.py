@@ -2,8 +2,8 @@
 
 A draft is to predict what the target writes, and a pretrained target writes other text than the
 corpus at hand. The rows are written once, to a token array in the work directory; every row has a
-prompt and a random seed of its own, so that an interrupted run goes on with the rows that are
-missing and ends with the same array.
+prompt and a random seed of its own, so that an interrupted run goes on after the last whole batch
+of rows and ends with the same array.
 """
 
 import json
@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from spire_jax.config import AUTOREGRESSIVE, ConfigError, ExperimentConfig
 from spire_jax.data.pipeline import WrittenRows
-from spire_jax.data.sources import Corpus
+from spire_jax.data.sources import Corpus, Document
 from spire_jax.decode import Weights, generate
 from spire_jax.evaluate import make_decoder
 from spire_jax.metrics import Progress, write_whole
@@ -53,7 +53,8 @@ def write_continuations(
         np.lib.format.open_memmap(folder / LENGTHS, "w+", np.int32, (at.rows,)).flush()
     tokens = np.load(folder / TOKENS, mmap_mode="r+")
     lengths = np.load(folder / LENGTHS, mmap_mode="r+")
-    eos = corpus.tokenizer.separator
+    eos = tuple(getattr(corpus.tokenizer, "eos", (corpus.tokenizer.separator,)))
+    starts = fitting(corpus, at.prompt)
     decoder = make_decoder(config, AUTOREGRESSIVE, eos, Sampling(temperature=at.temperature))
     with Progress("continuations", total=at.rows, start=done) as progress:
         while done < at.rows:
@@ -62,7 +63,7 @@ def write_continuations(
             state = generate(
                 decoder,
                 Weights(target),
-                [prompt(corpus, at.prompt, config.seed, int(row)) for row in rows],
+                [prompt(corpus, starts, at.prompt, config.seed, int(row)) for row in rows],
                 [width - at.prompt] * len(rows),
                 [zlib.crc32(f"{config.seed}/continuation/{row}".encode()) for row in rows],
                 width=width,
@@ -96,12 +97,19 @@ def read_continuations(folder: pathlib.Path, first_example: int) -> WrittenRows:
     return WrittenRows(tokens, np.load(folder / LENGTHS), first_example)
 
 
-def prompt(corpus: Corpus, length: int, seed: int, row: int) -> Int[np.ndarray, " length"]:
-    """The first tokens of a row: a piece of a training document, from anywhere."""
-    fitting = [d for d in corpus.split(False) if d.end - 1 - d.begin >= length]
-    if not fitting:
+def fitting(corpus: Corpus, length: int) -> list[Document]:
+    """Training documents of at least `length` tokens; ConfigError if there are none."""
+    found = [d for d in corpus.split(False) if d.end - 1 - d.begin >= length]
+    if not found:
         raise ConfigError(f"continuations.prompt={length}: no training document has as many tokens")
+    return found
+
+
+def prompt(
+    corpus: Corpus, documents: list[Document], length: int, seed: int, row: int
+) -> Int[np.ndarray, " length"]:
+    """The first tokens of a row: a piece of one of the documents, from anywhere."""
     rng = np.random.default_rng([seed, zlib.crc32(b"continuations"), row])
-    document = fitting[rng.integers(len(fitting))]
+    document = documents[rng.integers(len(documents))]
     begin = rng.integers(document.begin, document.end - length)
     return corpus.tokens[begin : begin + length].astype(np.int32)

@@ -73,7 +73,10 @@ def cache_width(config: ExperimentConfig) -> int:
 
 
 def make_decoder(
-    config: ExperimentConfig, name: str, eos: int = -1, sampling: Sampling | None = None
+    config: ExperimentConfig,
+    name: str,
+    eos: int | tuple[int, ...] = -1,
+    sampling: Sampling | None = None,
 ) -> Decoder:
     """The decoder of a method: a draft's name, or `AUTOREGRESSIVE`.
 

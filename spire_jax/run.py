@@ -95,6 +95,7 @@ class Pipeline:
             raise ConfigError("--stages=study: the config names no study; set study.of to a draft")
         chosen = [name for name in names if "drafts" in stages or name in stages]
         self._check_workdir("target" in stages, chosen)
+        self._check_continuations("continuations" in stages, chosen)
         study = "study" in stages and self.config.study.of
         # What would fail after hours of training fails now.
         if "evaluate" in stages:
@@ -140,15 +141,22 @@ class Pipeline:
         folder, values = self.workdir / "continuations", self.plan.stages["continuations"]
         return self.config.continuations.rows - written(folder, values)
 
-    def train_drafts(self, names: Sequence[str]) -> None:
-        """Train drafts on the frozen target, those of the same batches together."""
-        names = [name for name in names if not self._complete(f"draft {name}")]
-        if names and (left := self._continuations_left()):
+    def _check_continuations(self, to_write: bool, drafts: Sequence[str]) -> None:
+        """Fail before anything expensive: rows of another config, rows that drafts would miss."""
+        waiting = [name for name in drafts if not self._complete(f"draft {name}")]
+        left = self._continuations_left()
+        if left and waiting and not to_write:
             raise ConfigError(
                 f"{left} of continuations.rows={self.config.continuations.rows} are not written in "
                 f"{self.workdir}; run --stages=continuations first"
             )
-        target = self.params("target") if names else None
+
+    def train_drafts(self, names: Sequence[str]) -> None:
+        """Train drafts on the frozen target, those of the same batches together."""
+        names = [name for name in names if not self._complete(f"draft {name}")]
+        if not names:
+            return
+        target = self.params("target")
         rows, n_tokens = self.written_rows(), self.config.target.n_tokens
         frequent = functools.partial(most_frequent, self.dataset, rows, n_tokens)
         for seed in sorted({self.config.draft(name).seed for name in names}):

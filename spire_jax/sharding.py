@@ -48,10 +48,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def check_mesh(mesh: Mesh, config: ExperimentConfig) -> None:
     """Raise ConfigError where a sharded axis does not divide over the mesh."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    written = config.continuations
     micro_batch = config.train.batch_size // config.train.accumulate
     for key, size in (
         ("train.batch_size / train.accumulate", micro_batch),
         ("eval.batch_size", config.eval.batch_size),
+        ("continuations.batch_size", written.batch_size if written.rows else rows),
     ):
         if size % rows:
             raise ConfigError(f"{key}={size} is not a multiple of mesh data x fsdp = {rows}")

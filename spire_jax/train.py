@@ -213,9 +213,11 @@ class Learner:
         self.state = init_state(task, self._optimizer, params, mesh)
         self.done = logged = 0  # logged: step of the last record of the metrics
         counts = {"examples": np.int64(0), "logged": np.int64(0)}
-        restored = checkpoints.restore({**self.state, **counts})
+        restored = checkpoints.restore({**self.state, **self._kept(), **counts})
         if restored is not None:
             self.done, self.state = restored
+            self._own_fixed = self.state.pop("fixed", {})
+            self._fixed = with_shared(task, self._own_fixed, shared)
             del self.state["examples"]  # steps x batch
             logged = int(self.state.pop("logged"))
         self._logged = logged
@@ -228,6 +230,10 @@ class Learner:
 
     def __exit__(self, *error) -> None:
         self._log.__exit__(*error)
+
+    def _kept(self) -> dict[str, Params]:
+        """The fixed parameters, in a checkpoint: the columns of a head go with its ids."""
+        return {"fixed": self._own_fixed} if self._own_fixed else {}
 
     @property
     def params(self) -> Params:
@@ -289,7 +295,7 @@ class Learner:
         self._log.sync()
         examples = np.int64(self.done * self._config.batch_size)
         counts = {"examples": examples, "logged": np.int64(self._logged)}
-        self._checkpoints.save(self.done, {**self.state, **counts})
+        self._checkpoints.save(self.done, {**self.state, **self._kept(), **counts})
 
     def wait(self) -> None:
         """Return when the last checkpoint is on the disk."""

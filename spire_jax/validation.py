@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -62,9 +63,12 @@ def validate(config: ExperimentConfig) -> None:
                        ("decode.temperature", decode.temperature), ("decode.top_k", decode.top_k),
                        ("eval.decoder_samples", ev.decoder_samples)):  # fmt: skip
         _check(value >= 0, f"{key}={value} is negative; use 0 or more")
+    _check(math.isfinite(decode.temperature), f"decode.temperature={decode.temperature}: use a "
+                                              f"finite one, or 0 for greedy")  # fmt: skip
     _check(t.d_head % 2 == 0, f"target.d_head={t.d_head} is odd; RoPE rotates pairs")
     heldout = config.data.heldout_percent
     _check(0 < heldout < 100, f"data.heldout_percent={heldout} must lie between 1 and 99")
+    _choice("decode.products", decode.products, "auto xla")
     _choice("decode.verification", decode.verification, "token block")
     _choice("data.split", config.data.split, "file folder")
     _check(0 < decode.top_p <= 1, f"decode.top_p={decode.top_p} must lie in (0, 1]")
@@ -125,7 +129,8 @@ def _validate_continuations(config: ExperimentConfig) -> None:
            f"pretrained.dtype={config.pretrained.dtype!r}: 'float32' or 'bfloat16'")  # fmt: skip
     _check(at.rows >= 0, f"continuations.rows={at.rows} is negative; use 0 for none")
     _positive(at, "continuations", "prompt batch_size")
-    _check(at.temperature >= 0, f"continuations.temperature={at.temperature} is negative")
+    _check(0 <= at.temperature < math.inf,
+           f"continuations.temperature={at.temperature} must be 0 or more, and finite")  # fmt: skip
     _check(0 < at.share < 1, f"continuations.share={at.share} must lie between 0 and 1, both "
                              f"excluded")  # fmt: skip
     _check(not at.rows or at.prompt < config.train.seq_len,

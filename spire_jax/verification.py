@@ -75,7 +75,8 @@ def block_acceptance(
         # A drafted token has q > 0. The quotient is taken only where it is below 1.
         passed = b[i] * p_drafted[:, i]
         below = passed < q_drafted[:, i]
-        b.append(jnp.where(below, passed / jnp.where(below, q_drafted[:, i], 1.0), 1.0))
+        above = jnp.where(passed > 0, 1.0, 0.0)  # 0 where p and an underflowed q are both 0
+        b.append(jnp.where(below, passed / jnp.where(below, q_drafted[:, i], 1.0), above))
     h = []
     for i in range(1, k):
         p_i, q_i = jax.nn.softmax(p[:, i]), jax.nn.softmax(q[:, i])

@@ -10,7 +10,13 @@ from models import init
 
 from spire_jax import config_files, continuations
 from spire_jax.config import AUTOREGRESSIVE, ConfigError
-from spire_jax.continuations import prompt, read_continuations, write_continuations, written
+from spire_jax.continuations import (
+    fitting,
+    prompt,
+    read_continuations,
+    write_continuations,
+    written,
+)
 from spire_jax.data.pipeline import Dataset, WrittenRows, train_batches
 from spire_jax.decode import Weights, generate
 from spire_jax.evaluate import make_decoder
@@ -62,10 +68,11 @@ def test_rows_are_a_prompt_and_what_the_target_makes_of_it(rows, corpus, target)
     config, (tokens, lengths) = experiment(), contents(rows)
     assert tokens.shape == (5, 25) and tokens.dtype == corpus.tokens.dtype
     eos = corpus.tokenizer.separator
+    documents = fitting(corpus, 8)
     decoder = make_decoder(config, AUTOREGRESSIVE, eos, Sampling(0.9))
     texts = [corpus.tokens_of(d).tolist() for d in corpus.split(False)]
     for row in range(5):
-        start = prompt(corpus, 8, config.seed, row)
+        start = prompt(corpus, documents, 8, config.seed, row)
         np.testing.assert_array_equal(tokens[row, :8], start)
         found = [text for text in texts if any(
             text[i : i + 8] == start.tolist() for i in range(len(text) - 8))]  # fmt: skip
@@ -104,7 +111,7 @@ def test_rows_made_from_something_else_are_refused(rows):
 
 def test_a_prompt_longer_than_every_document_is_named(corpus):
     with pytest.raises(ConfigError, match="prompt=5000: no training document"):
-        prompt(corpus, 5000, 0, 0)
+        fitting(corpus, 5000)
 
 
 def test_drafts_see_both_kinds_of_rows_in_their_share(rows, corpus):

@@ -114,7 +114,7 @@ def test_neither_order_nor_neighbours_nor_pace_matter():
 
 
 def test_rounds_are_told_and_counted():
-    told: dict[int, list] = {i: [] for i in range(len(LENGTHS))}
+    told = {i: [] for i in range(len(LENGTHS))}
     before = dict(one_server().rounds)
     found = served(
         one_server(),
@@ -264,7 +264,7 @@ def test_rows_go_on_while_a_prompt_is_read():
 
 def test_the_inbox_does_not_hold_up_what_is_decoded():
     """A request that is still to come is waited for only when there is nothing else to do."""
-    gate: queue.Queue = queue.Queue()
+    gate = queue.Queue()
     first, last = requests()[3], requests()[4]
 
     def slow():

@@ -38,6 +38,19 @@ def test_what_it_does_not_say_follows_from_its_place():
     assert len({derived_seed(s, i) for s in range(4) for i in range(50)}) == 200
 
 
+def test_null_is_as_good_as_absent():
+    found = one(prompt="a", tokens=None, id=None, max_tokens=None, seed=None, stop=None)
+    assert (found.id, found.max_tokens, found.stop) == (0, 9, ("END",))
+    assert found.seed == derived_seed(3, 0)
+
+
+def test_a_byte_order_mark_is_no_text():
+    bom = b"\xef\xbb\xbf"
+    for form, line in (("jsonl", b'{"prompt": "a"}'), ("lines", b"a"), ("text", b"a")):
+        assert read(bom + line, form)[0].tokens.tolist() == [97]
+    assert len(read(b"a\n" + bom + b"a", "lines")[1].tokens) == 4  # it is text elsewhere
+
+
 def test_text_and_lines():
     assert [bytes(r.tokens.tolist()) for r in read(b"a b\n\nc\n", "text")] == [b"a b\n\nc\n"]
     found = read(b"a b\r\n\n c\nd", "lines")
@@ -71,6 +84,9 @@ BAD = [
     (b'{"prompt": "a", "id": [1]}', "id=.1. must be a string or a whole number"),
     (b'{"messages": [{"role": "user", "content": "hi"}]}', "bytes has no chat template"),
     (b"[" * 100_000, "nested too deeply"),
+    (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "line 1: .* value has 5000 digits"),
+    (b'{"prompt": null}', "give one of prompt, tokens and messages; found none"),
+    (b'\xef\xbb\xbf{"prompt": "\xff"}', "line 1 is not UTF-8: byte 12 is 0xff"),
 ]
 
 
@@ -143,6 +159,33 @@ def test_an_existing_file_is_never_overwritten(tmp_path):
         with open_results(str(path), True):
             pass
     assert path.read_text() == "precious\n"
+    for foreign in ("precious", '{"layers": 3}', "{"):  # no newline: not one of our lines, torn
+        path.write_text(foreign)
+        with (
+            pytest.raises(RequestError, match="line 1 is no result"),
+            open_results(str(path), True),
+        ):
+            pass
+        assert path.read_text() == foreign
+
+
+def test_what_a_start_that_failed_has_left_is_no_file(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(OSError), open_results(str(path), False):
+        raise OSError("no weights")
+    with open_results(str(path), False) as results:
+        results.write(result("a"))
+    assert json.loads(path.read_text())["id"] == "a"
+
+
+def test_an_id_that_is_no_text_goes_to_stdout(monkeypatch, tmp_path):
+    path = tmp_path / "stdout"
+    with path.open("w", encoding="ascii") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        with open_results("-", False) as results:
+            results.write(result("\ud800é"))
+    line = path.read_bytes()
+    assert json.loads(line)["id"] == "\ud800é" and "é".encode() in line
 
 
 def test_resuming_goes_on_after_the_last_whole_line(tmp_path):
@@ -151,9 +194,21 @@ def test_resuming_goes_on_after_the_last_whole_line(tmp_path):
         assert results.done == frozenset()
         results.write(result("a"))
         results.write(result(1))
-    torn = path.read_bytes() + b'{"id": "b", "te'
-    path.write_bytes(torn)
+    whole = path.read_bytes()
+    for torn in (b'{"', b'{"id": "b", "te'):
+        path.write_bytes(whole + torn)
+        with open_results(str(path), True) as results:
+            assert results.done == {"a", 1}
+            results.write(result("b"))
+        ids = [json.loads(line)["id"] for line in path.read_bytes().splitlines()]
+        assert ids == ["a", 1, "b"]
+
+
+def test_what_failed_is_not_done(tmp_path):
+    """Also where the failure is that of a second request with the id of one still to come."""
+    path = tmp_path / "out.jsonl"
+    with open_results(str(path), False) as results:
+        results.write(Failure("x", "the id 'x' is that of line 1 too; rename one", 2))
+        results.write(result("y"))
     with open_results(str(path), True) as results:
-        assert results.done == {"a", 1}
-        results.write(result("b"))
-    assert [json.loads(line)["id"] for line in path.read_bytes().splitlines()] == ["a", 1, "b"]
+        assert results.done == {"y"}

@@ -114,6 +114,33 @@ def test_a_used_slot_is_as_new():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("kind", ["vanilla", "ring", "spire"])
+def test_a_neighbours_rounds_leave_a_waiting_row_as_it_is(kind):
+    """Bit for bit what its prompt's chunks wrote, and what it is answered."""
+    p, prompts = pair(kind, SMALL), ragged((9, 33))
+    decoder, nobody, caches = p.decoder(K), np.zeros(2, bool), []
+    for rounds in (0, 1):
+        state = fill(p, decoder, prompts[:1] + prompts[:1], 8)
+        padded = np.zeros(WIDTH, np.int32)
+        padded[:33] = prompts[1]
+        state = admit(state, np.int32(1), padded, np.int32(33), np.int32(40), np.uint32(1))
+        for read in range(0, 32, 8):
+            state = prefill_chunk(decoder, p.weights, state, np.array([1], np.int32),
+                                  np.array([read], np.int32), np.array([33], np.int32),
+                                  8)  # fmt: skip
+            if read < 24:
+                state, _ = serve_rounds(decoder, p.weights, state, nobody, np.int32(rounds), 4)
+        caches.append(state.draft_cache)
+    assert not np.array_equal(*(np.asarray(cache.keys[0])[0] for cache in caches))
+    for layer in range(len(caches[0].keys)):
+        held = np.asarray(caches[0].layer_positions(layer))
+        held = held[0 if len(held) == 1 else 1]
+        for of in ("keys", "values"):
+            one, other = (np.asarray(getattr(cache, of)[layer])[1] for cache in caches)
+            live = (held >= 0) & (held < 32)
+            np.testing.assert_array_equal(one[live], other[live])
+
+
 def test_what_a_round_gave_is_logged():
     """Tokens, rounds and acceptances of the log are those of the state."""
     p, prompts = pair("spire", SMALL), ragged(LENGTHS)

@@ -30,6 +30,20 @@ def test_bytes_that_are_no_text_come_out_at_last():
     assert "".join(in_steps(b"\xff" * 9, 1, decode)[:-1])  # not only at the end
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_whatever_the_bytes_the_pieces_are_the_whole(size):
+    """Text, parts of characters and bytes that are none, in any order; by tokens of many bytes."""
+    rng, decode = np.random.default_rng(size), ByteTokenizer().decode
+    parts = [*(bytes([b]) for b in b"\xff\xe6\x97\xf0\x9f\xedx"), *map(str.encode, "é日👩")]
+    spelled = lambda ids: decode(np.frombuffer(b"".join(parts[i] for i in ids), np.uint8))  # noqa: E731
+    for _ in range(300):
+        data = b"".join(rng.choice(np.array(parts, object), 30))
+        whole = decode(np.frombuffer(data, np.uint8).astype(np.int32))
+        assert "".join(in_steps(data, size, decode)) == whole
+        ids = rng.integers(0, len(parts), 30).tolist()
+        assert "".join(in_steps(ids, size, spelled)) == spelled(ids)
+
+
 def test_a_tokenizer_that_drops_the_first_space():
     words = ["the", "cat", "sat", "on", "it"]
     decode = lambda ids: " ".join(words[i] for i in np.asarray(ids).tolist())  # noqa: E731

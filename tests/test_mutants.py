@@ -340,6 +340,10 @@ MUTANTS = [
     (round_counter_stands_still, every_round_has_its_own_key),
 ]
 CHECKS = list(dict.fromkeys(check for _, check in MUTANTS))
+# In the full tier: a check that catches others of its kind has shown that it can.
+LATER = {residual_turned_round, rejection_follows_the_inverse_ratio, refresh_shifted_by_one,
+         ring_off_by_one, window_counted_without_the_query, draft_position_off_by_one,
+         prefill_one_token_short}  # fmt: skip
 
 
 def name_of(value) -> str:
@@ -352,7 +356,11 @@ def test_check_passes_without_a_bug(check):
     check()
 
 
-@pytest.mark.parametrize("mutant,check", MUTANTS, ids=name_of)
+@pytest.mark.parametrize(
+    "mutant,check",
+    [pytest.param(*of, marks=pytest.mark.slow if of[0] in LATER else ()) for of in MUTANTS],
+    ids=name_of,
+)
 def test_mutant_is_caught(mutant, check, monkeypatch):
     planted = []
 

@@ -165,7 +165,7 @@ def test_parts(gguf, chunk, tmp_path, monkeypatch):
         "out": (cut, rest, rest, middle), "gate": (middle, slice(30, 61)),
         "down": (slice(30, 61), middle),
     }.items():  # fmt: skip
-        read: list[int] = []
+        read = []
         source = opened.sources["blocks", 1, name]
         part = tensor_names.read_part(Counted(opened.weights, read), source, index, "float32")
         np.testing.assert_array_equal(part, whole["blocks"][1][name][index])

@@ -44,6 +44,14 @@ def test_the_target_survives_donation_of_the_draft():
     assert not pointers[0] & pointers[1]
 
 
+def test_a_draft_of_a_narrow_target_is_trained_in_float32():
+    _, params = target()
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    draft = prune(narrow, init(draft_model(2), 7))
+    assert {leaf.dtype for leaf in jax.tree.leaves(draft)} == {jnp.dtype("float32")}
+    assert_same(draft["embedding"], narrow["embedding"].astype(jnp.float32))
+
+
 def test_a_deeper_draft_is_refused():
     _, params = target()
     with pytest.raises(ValueError, match="4 blocks cannot be pruned from 3"):

@@ -104,10 +104,12 @@ def trained(tmp_path_factory, quick_compilation):
         frozen = init_params(target_task(config).model, jax.random.key(0), mesh)
         before = jax.tree.map(np.array, frozen)
 
-        def initial():
-            return initial_draft(config, "small", task, frozen, mesh, lambda n: 2 * np.arange(n))
+        def initial(stride=2):
+            return initial_draft(
+                config, "small", task, frozen, mesh, lambda n: stride * np.arange(n)
+            )
 
-        def run(where, steps):
+        def run(where, steps, initial=initial):
             settings = dataclasses.replace(config.train, steps=steps)
             with contextlib.ExitStack() as stack:
                 kept = stack.enter_context(Checkpoints(folder / where, kept=2, identity={}))
@@ -120,7 +122,8 @@ def trained(tmp_path_factory, quick_compilation):
 
         run("again", 3)
         first = jax.tree.map(np.array, initial())
-        return task, first, run("once", 6), run("again", 6), before, frozen
+        resumed = run("again", 6, lambda: initial(stride=1))  # other texts, by now
+        return task, first, run("once", 6), resumed, before, frozen
 
 
 def test_a_shared_embedding_is_neither_trained_nor_stored(trained):
@@ -132,6 +135,7 @@ def test_a_shared_embedding_is_neither_trained_nor_stored(trained):
 
 
 def test_the_ids_of_a_head_stay_and_are_stored(trained):
+    """With the columns that were trained for them, whatever is frequent when training goes on."""
     _, _, params, resumed, _, _ = trained
     for found in (params, resumed):
         assert found["head_ids"].dtype == np.int32

@@ -93,7 +93,7 @@ def most_frequent(
 ) -> Int[np.ndarray, " n"]:
     """The n most frequent of `n_tokens` tokens in what drafts are trained on, ascending.
 
-    The separator is always among them. Of equally frequent ones the lower ids are.
+    The ends of a text are always among them. Of equally frequent ones the lower ids are.
     """
     corpus = dataset.corpus
     counts = np.zeros(n_tokens, np.int64)
@@ -103,7 +103,8 @@ def most_frequent(
     if written is not None:
         used = np.arange(written.tokens.shape[1]) < written.lengths[:, None]
         counts += np.bincount(written.tokens[used], minlength=n_tokens)
-    counts[corpus.tokenizer.separator] = counts.sum() + 1
+    ends = getattr(corpus.tokenizer, "eos", (corpus.tokenizer.separator,))
+    counts[list(ends)] = counts.sum() + 1
     return np.sort(np.argsort(-counts, kind="stable")[:n]).astype(np.int32)
 
 

@@ -10,7 +10,6 @@ from spire_jax.decode.rounds import (
     Decoder,
     DecodeState,
     Weights,
-    _prefill,
     decode_rounds,
     finish,
     generate,
@@ -21,6 +20,6 @@ from spire_jax.decode.rounds import (
 
 __all__ = [
     "ACCEPTED", "BONUS", "CORRECTION", "PROMPT", "DecodeError", "DecodeState", "Decoder",
-    "Weights", "_prefill", "decode_rounds", "finish", "generate", "generation_lengths",
+    "Weights", "decode_rounds", "finish", "generate", "generation_lengths",
     "speculation_round", "start",
 ]  # fmt: skip

@@ -14,9 +14,11 @@ depths are chosen by the clock. Status: 0, 1 if a request failed, 2 if nothing c
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import pathlib
+import stat
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -43,6 +45,7 @@ from spire_jax.run import ERRORS
 
 WIDTH = 2048  # positions of a row where the requests are not known beforehand
 STEP = 256  # a width that follows from the requests is a multiple of it
+SIDE_BY_SIDE = 8  # requests, where there may be many
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -54,17 +57,18 @@ def arguments() -> argparse.ArgumentParser:
     add("--workdir", help="where the weights are; not needed for a pretrained target by itself, or "
         "with a --draft")  # fmt: skip
     add("--draft", metavar="FOLDER", help="a draft that python -m spire_jax.export has written")
-    add("--method", default="spire", help="a draft's name, or its kind where that is plain; "
-        "magicdec, autoregressive")  # fmt: skip
+    add("--method", help="a draft's name, or its kind where that is plain; magicdec, "
+        "autoregressive; by default the --draft, spire without one")  # fmt: skip
     add("--prompts", metavar="FILE", help="prompts; - reads stdin")
     add("--format", choices=FORMATS, help="jsonl (also where the name ends so), text (all of it "
         "one prompt; otherwise), or lines (one prompt a line)")  # fmt: skip
     add("--out", default="-", metavar="FILE", help="JSON lines; - writes to stdout")
-    add("--resume", action="store_true", help="append to --out, leave out the ids in it")
+    add("--resume", action="store_true", help="append to --out, leave out the ids served in it")
     add(
         "--interactive", action="store_true", help="prompts from the keyboard, answers as they come"
     )
-    add("--batch-size", type=int, help="requests side by side; by default 8, for one prompt 1")
+    add("--batch-size", type=int, help="requests side by side; by default 8, 1 for a text or "
+        "--interactive, and on several devices the next multiple of their data x fsdp")  # fmt: skip
     add("--width", type=int, help="positions of a request: prompt + output + k; by default what "
         "the requests need")  # fmt: skip
     add("--chunk", type=int, help="prompt tokens read at once (decode.chunk)")
@@ -88,6 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (*ERRORS, RequestError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        print(f"error: {reason}; if this is about memory, lower --width or --batch-size (the last "
+              f"lines above say what they are)", file=sys.stderr)  # fmt: skip
+        return 2
     except KeyboardInterrupt:
         print("interrupted; what was finished is written", file=sys.stderr)
         return 130
@@ -99,34 +108,39 @@ def _run(args: argparse.Namespace, config: ExperimentConfig, compiled: "_Compile
     if args.interactive:
         loaded = load_for_decoding(args, config)
         with jax.set_mesh(loaded.mesh):
-            converse(_server(args, config, loaded, 1, args.width or WIDTH), defaults, Console())
+            server = _server(args, config, loaded, 1, args.width or WIDTH)
+            converse(server, defaults, Console())
         return 0
     form = args.format or ("jsonl" if args.prompts.endswith(".jsonl") else "text")
-    with open_results(args.out, args.resume) as results, _lines(args.prompts) as lines:
-        if args.prompts != "-" and not os.fstat(lines.fileno()).st_size:
-            raise RequestError(f"--prompts={args.prompts} is empty")
+    with _lines(args.prompts) as lines, open_results(args.out, args.resume) as results:
         loaded = load_for_decoding(args, config)
         source = read_requests(lines, form, loaded.tokenizer, defaults)
-        source = (item for item in source if item.id not in results.done)
-        requests: Iterable[Request | Failure] = source
+
+        def left(items: Iterable[Request | Failure]) -> Iterable[Request | Failure]:
+            # What failed may have the id of what was served (and be told that it has).
+            return (i for i in items if isinstance(i, Failure) or i.id not in results.done)
+
+        requests: list[Request | Failure] | Inbox
         if args.prompts == "-" and form != "text":
-            requests, width = Inbox(source), args.width or WIDTH
+            requests, width = Inbox(left(source)), args.width or WIDTH
         else:
-            requests = list(source)
-            width = args.width or _needed(requests, loaded)
-            if not requests and not results.done:
+            everything = list(source)
+            # Of those that are done too: outputs depend on the width.
+            width = args.width or _needed(everything, loaded, args.max_tokens)
+            requests = list(left(everything))
+            if not everything:
                 raise RequestError(f"--prompts={args.prompts} holds no prompt")
             if not requests:
                 print(f"all of {args.prompts} is in {args.out}", file=sys.stderr)
                 return 0
         with jax.set_mesh(loaded.mesh):
-            batch = args.batch_size or (1 if form == "text" else 8)
+            batch = 1 if form == "text" else SIDE_BY_SIDE
             server = _server(args, config, loaded, batch, width)
             return _serve(server, requests, results, compiled)
 
 
 def _serve(
-    server: Server, requests: Iterable[Request | Failure], results: Results,
+    server: Server, requests: Iterable[Request | Failure] | Inbox, results: Results,
     compiled: "_CompileClock",
 ) -> int:  # fmt: skip
     """Serve, write, sum up on stderr; the command's status."""
@@ -159,11 +173,13 @@ def _serve(
 
 
 def _server(
-    args: argparse.Namespace, config: ExperimentConfig, loaded: Loaded, batch: int, width: int
+    args: argparse.Namespace, config: ExperimentConfig, loaded: Loaded, least: int, width: int
 ) -> Server:
+    """A server of `--batch-size` slots; without one, of as many from `least` as the mesh allows."""
     decode, model = config.decode, loaded.decoder.target.config
     width = min(width, model.max_len) if model.max_len else width
     chunk_rows = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
+    batch = args.batch_size or -(-least // chunk_rows) * chunk_rows
     if batch % chunk_rows:
         raise ConfigError(f"--batch-size={batch} is not a multiple of mesh data x fsdp = "
                           f"{chunk_rows}")  # fmt: skip
@@ -173,12 +189,22 @@ def _server(
     return Server(loaded.decoder, loaded.weights, loaded.tokenizer, serving, loaded.depths)
 
 
-def _needed(requests: Sequence[Request | Failure], loaded: Loaded) -> int:
-    """Positions for the longest of requests, in steps."""
+def _needed(requests: Sequence[Request | Failure], loaded: Loaded, max_tokens: int) -> int:
+    """Positions for the longest of requests, in steps.
+
+    Those that no model's context limits are not to be had for the asking: a line whose own
+    max_tokens goes beyond `WIDTH`, and beyond the longest prompt with `max_tokens`, fails alone.
+    """
     k = max(loaded.decoder.k, *loaded.depths, 0)
-    most = loaded.decoder.target.config.max_len or sys.maxsize
-    needs = [len(r.tokens) + r.max_tokens + k for r in requests if isinstance(r, Request)]
-    return -(-max([n for n in needs if n <= most], default=1) // STEP) * STEP
+    asked = [(len(r.tokens), r.max_tokens) for r in requests if isinstance(r, Request)]
+    longest = max((length for length, _ in asked), default=0)
+    most = loaded.decoder.target.config.max_len or _stepped(max(WIDTH, longest + max_tokens + k))
+    needs = [length + more + k for length, more in asked]
+    return _stepped(max([n for n in needs if n <= most], default=1))
+
+
+def _stepped(width: int) -> int:
+    return -(-width // STEP) * STEP
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -192,10 +218,20 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError("--stop is empty; give the text that ends an output")
     if args.resume and args.out == "-":
         raise RequestError("--resume needs --out=FILE")
+    if args.interactive and args.out != "-":
+        raise RequestError("--interactive writes no file: leave out --out, or give --prompts")
 
 
-def _lines(path: str) -> Any:
-    return sys.stdin.buffer if path == "-" else pathlib.Path(path).open("rb")
+def _lines(path: str) -> contextlib.AbstractContextManager[Any]:
+    if path == "-":
+        # A thread may be reading it (`Inbox`): to close it would wait for the next line.
+        return contextlib.nullcontext(os.fdopen(os.dup(sys.stdin.buffer.fileno()), "rb"))
+    lines = pathlib.Path(path).open("rb")  # noqa: SIM115
+    found = os.fstat(lines.fileno())
+    if stat.S_ISREG(found.st_mode) and not found.st_size:  # a pipe's size is 0 too
+        lines.close()
+        raise RequestError(f"--prompts={path} is empty")
+    return lines
 
 
 class _CompileClock:

@@ -2,9 +2,10 @@
 
 The loop is on the host. Between two calls of `serve_rounds` finished rows are handed out, free
 slots take the next requests, and prompts are read a chunk at a time, so that rows that decode
-wait for one chunk at most. All shapes are fixed: one program to admit, one to prefill, one per
-depth; nothing compiles after the first moment. A request's output depends on its own prompt and
-seed, the decoder and the shapes (batch, width, chunk), never on its slot or its neighbours.
+wait for `chunks_per_round` chunks at most. All shapes are fixed: one program to admit, one to
+prefill, one per depth; nothing compiles after the first moment. A request's output depends on its
+own prompt and seed, the decoder and the shapes (batch, width, chunk), never on its slot or its
+neighbours.
 """
 
 import dataclasses
@@ -97,7 +98,7 @@ class Server:
         self.compilations = sum(map(_programs, PROGRAMS)) - compiled
 
     def serve(
-        self, source: "Iterable[Request | Failure]", watch: Watch | None = None
+        self, source: "Iterable[Request | Failure] | Inbox", watch: Watch | None = None
     ) -> Iterator[Result | Failure]:
         """Results in the order in which they finish; failures of `source` are passed on.
 
@@ -315,10 +316,6 @@ class Inbox:
     def __init__(self, source: Iterable[Request | Failure], ahead: int = 256):
         self._queue: queue.Queue[Any] = queue.Queue(ahead)
         threading.Thread(target=self._read, args=(source,), daemon=True).start()
-
-    def __iter__(self) -> Iterator[Request | Failure]:
-        while (found := self.take(True)) is not END:
-            yield found[0]
 
     def take(self, wait: bool) -> Any:
         """(the next request, when it was read); END after the last; None if there is none yet."""

@@ -12,6 +12,7 @@ from spire_jax.decode.requests import Defaults, Failure, Request, RequestError, 
 from spire_jax.decode.results import Result
 from spire_jax.decode.text import TextStream, first_stop
 
+NEW = "/new"  # typed for an empty conversation
 STYLES = {"accepted": "green", "correction": "yellow", "bonus": "cyan"}
 
 
@@ -21,7 +22,8 @@ def converse(
     """Answer prompts until there are no more (EOFError); Ctrl-C ends an answer.
 
     With a tokenizer that has a chat template what is typed are the user's messages of one
-    conversation; without, each prompt is a text of its own to be continued.
+    conversation, and `/new` begins another; without, each prompt is a text of its own to be
+    continued.
     """
     legend = Text("drafted and accepted", STYLES["accepted"])
     legend += Text("  the target's correction", STYLES["correction"])
@@ -40,6 +42,10 @@ def converse(
             continue
         if not typed:
             continue
+        if chat and typed.strip() == NEW:
+            messages = []
+            _say(console, "[a new conversation]", "dim")
+            continue
         turn = [*messages, {"role": "user", "content": typed}]
         values = {"messages": turn} if chat else {"prompt": typed}
         try:
@@ -48,6 +54,10 @@ def converse(
             _say(console, f"error: {error}")
             continue
         index += 1
+        if messages and (why := server.check(request)):
+            _say(console, f"error: {why}; with this message the conversation is too long, {NEW} "
+                          f"begins another")  # fmt: skip
+            continue
         answer = _answer(server, request, console)
         if answer is not None:
             messages = [*turn, {"role": "assistant", "content": answer.text}]

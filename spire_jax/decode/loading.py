@@ -7,7 +7,14 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from spire_jax.config import AUTOREGRESSIVE, MAGICDEC, SNAPKV, ConfigError, ExperimentConfig
+from spire_jax.config import (
+    AUTOREGRESSIVE,
+    MAGICDEC,
+    SNAPKV,
+    ConfigError,
+    ExperimentConfig,
+    StudyConfig,
+)
 from spire_jax.data.tokenizer import Tokenizer, make_tokenizer
 from spire_jax.decode.rounds import Decoder, Weights
 from spire_jax.evaluate import for_decoding, make_decoder
@@ -18,6 +25,8 @@ from spire_jax.run import Pipeline
 from spire_jax.sharding import check_mesh, make_mesh, shardings
 from spire_jax.tasks import draft_task, target_task, with_shared
 from spire_jax.validation import validate
+
+EXPORTED = "exported"  # what the draft of --draft is called
 
 
 class Loaded(NamedTuple):
@@ -35,8 +44,9 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
     target's from its checkpoint and a draft's from where it was exported to.
 
     Args:
-        args: with `workdir` and `draft`, None where not given; `method`, `ignore_eos`; and
-            `temperature`, `top_k` and `top_p`, None where the config's are used.
+        args: with `workdir` and `draft`, None where not given; `method`, None for the exported
+            draft, or "spire" without one; `ignore_eos`; and `temperature`, `top_k` and
+            `top_p`, None where the config's are used.
 
     Raises:
         ConfigError: an unknown method, values that do not fit, stages that are not trained.
@@ -44,19 +54,21 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
         PretrainedError: a draft that was exported for another target.
     """
     config = with_options(args, config)
+    method = args.method or ("spire" if args.draft is None else EXPORTED)
     if args.workdir is None and not config.pretrained.path:
         raise ConfigError("--workdir is missing: where the target was trained")
     if args.draft is None:
-        _check_method(config, args)
+        _check_method(config, method, args)
         of_target, exported = _Target(config, args.workdir), None
     else:
-        config = dataclasses.replace(config, drafts=(), variants=())
+        # The study is of a draft of the config.
+        config = dataclasses.replace(config, drafts=(), variants=(), study=StudyConfig())
         of_target = _Target(config, args.workdir)
         exported = import_draft(args.draft, of_target.sha256)
-        config = dataclasses.replace(config, drafts=(("exported", exported.draft),))
+        config = dataclasses.replace(config, drafts=((EXPORTED, exported.draft),))
         validate(config)
-        _check_method(config, args)
-    name = method_name(config, args.method)
+        _check_method(config, method, args)
+    name = method_name(config, method)
     tokenizer = make_tokenizer(config.data.tokenizer)
     eos = () if args.ignore_eos else getattr(tokenizer, "eos", (tokenizer.separator,))
     decoder = dataclasses.replace(make_decoder(config, name), eos=tuple(eos))
@@ -70,9 +82,9 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
     return Loaded(decoder, Weights(target, draft), tokenizer, of_target.mesh, depths)
 
 
-def _check_method(config: ExperimentConfig, args: argparse.Namespace) -> None:
+def _check_method(config: ExperimentConfig, method: str, args: argparse.Namespace) -> None:
     """What does not work is said before anything is read."""
-    name = method_name(config, args.method)
+    name = method_name(config, method)
     if name == SNAPKV:
         raise ConfigError(
             "--method=snapkv: it selects over a whole prompt at once, and here prompts are read in "

@@ -1,8 +1,8 @@
 """What people ask for: prompts from JSON lines, text or a stream, each checked by itself.
 
 A JSON line has one of `prompt` (text), `tokens` (ids) and `messages` (for a tokenizer with a chat
-template), and may have `id`, `max_tokens`, `seed` and `stop`. What is wrong with one line is its
-own failure; the others are served.
+template), and may have `id`, `max_tokens`, `seed` and `stop`; null is as good as absent. What is
+wrong with one line is its own failure; the others are served.
 """
 
 import dataclasses
@@ -92,6 +92,7 @@ def request_of(
     """A request from the fields of a JSON line; its id is `index` unless given. RequestError."""
     if unknown := sorted(set(values) - set(FIELDS)):
         raise RequestError(f"unknown field {unknown[0]!r}; there are {', '.join(FIELDS)}")
+    values = {name: value for name, value in values.items() if value is not None}
     given = [name for name in FIELDS[:3] if name in values]
     if len(given) != 1:
         found = " and ".join(given) or "none"
@@ -114,7 +115,7 @@ def derived_seed(seed: int, index: int) -> int:
 def _read(line, number, index, form, tokenizer, defaults) -> Request | Failure:
     name: Id = index
     try:
-        text = line.decode()
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # a file may begin with a BOM
         values = json.loads(text) if form == "jsonl" else {"prompt": text}
         if form == "lines":
             values = {"prompt": text.rstrip("\r\n")}
@@ -123,18 +124,19 @@ def _read(line, number, index, form, tokenizer, defaults) -> Request | Failure:
         name = _id(values, index)
         return request_of(values, index, tokenizer, defaults, number)
     except UnicodeDecodeError as error:
-        at = f"byte {error.start} is {line[error.start]:#04x}"
+        at = f"byte {error.start} is {error.object[error.start]:#04x}"
         return Failure(name, f"line {number} is not UTF-8: {at}; convert it", number)
     except json.JSONDecodeError as error:
         return Failure(name, f"line {number} is not JSON: {error.msg} at column {error.colno}; "
                              f"for plain text use --format=text or lines", number)  # fmt: skip
-    except (RequestError, RecursionError) as error:
-        what = str(error) if isinstance(error, RequestError) else "it is nested too deeply"
-        return Failure(name, f"line {number}: {what}", number)
+    except RecursionError:
+        return Failure(name, f"line {number}: it is nested too deeply", number)
+    except ValueError as error:  # RequestError; a whole number of too many digits
+        return Failure(name, f"line {number}: {error}", number)
 
 
 def _id(values: dict[str, Any], index: int) -> Id:
-    found = values.get("id", index)
+    found = index if values.get("id") is None else values["id"]
     if isinstance(found, bool) or not isinstance(found, str | int):
         raise RequestError(f"id={found!r} must be a string or a whole number")
     return found

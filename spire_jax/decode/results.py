@@ -14,6 +14,7 @@ import numpy as np
 from spire_jax.decode.requests import Failure, Id, Request, RequestError
 
 EOS, STOP, LENGTH = "eos", "stop", "length"  # why a request ended
+BEGIN = b'{"id": '  # of every line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Results:
     """Where output lines go, each written and flushed as its request ends."""
 
     def __init__(self, file: TextIO | io.TextIOBase, done: frozenset[Id] = frozenset()):
-        self.done = done  # ids that a run before this one has written
+        self.done = done  # ids that a run before this one has served
         self._file = file
 
     def write(self, result: Result | Failure) -> None:
@@ -79,14 +80,17 @@ def open_results(path: str, resume: bool) -> Iterator[Results]:
     """A file to append to, or "-" for stdout.
 
     Raises:
-        RequestError: the file exists and this is no resumption; or it is one, and the file holds
-            something else than results. A last line that was cut off is removed.
+        RequestError: the file exists, is not empty, and this is no resumption; or it is one, and
+            the file holds something else than results. A last line that was cut off is removed.
     """
     if path == "-":
+        if isinstance(sys.stdout, io.TextIOWrapper):  # an id may be half a surrogate pair
+            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
         yield Results(sys.stdout)
         return
     file = pathlib.Path(path)
-    if file.exists() and not resume:
+    # An empty one is what a start that failed has left.
+    if not resume and file.exists() and not (file.is_file() and not file.stat().st_size):
         raise RequestError(f"--out={path} exists; name another file, or go on with --resume")
     done = _written(file) if file.exists() else frozenset()
     with file.open("a", encoding="utf-8", errors="backslashreplace") as opened:
@@ -94,17 +98,27 @@ def open_results(path: str, resume: bool) -> Iterator[Results]:
 
 
 def _written(file: pathlib.Path) -> frozenset[Id]:
-    """Ids of the whole lines of a file."""
+    """Ids that the whole lines of a file have served; what failed is to be tried again."""
     content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
+    lines, torn = whole.splitlines(), content[len(whole) :]
     ids: set[Id] = set()
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
-            ids.add(json.loads(line)["id"])
+            record = json.loads(line)
+            if "error" not in record:
+                ids.add(record["id"])
         except (ValueError, KeyError, TypeError):
-            raise RequestError(f"--out={file}: line {number} is no result; --resume goes on with "
-                               f"a file that this command wrote") from None  # fmt: skip
-    if len(whole) < len(content):
+            raise _not_ours(file, number) from None
+    # A few bytes may begin a line of ours only where others of ours stand before them.
+    if torn and not torn.startswith(BEGIN) and not (lines and BEGIN.startswith(torn)):
+        raise _not_ours(file, len(lines) + 1)
+    if torn:
         with file.open("r+b") as opened:
             opened.truncate(len(whole))
     return frozenset(ids)
+
+
+def _not_ours(file: pathlib.Path, number: int) -> RequestError:
+    return RequestError(f"--out={file}: line {number} is no result; --resume goes on with a file "
+                        f"that this command wrote")  # fmt: skip

@@ -98,6 +98,7 @@ def speculation_round(decoder: Decoder, weights: Weights, state: DecodeState) ->
     q = jnp.zeros((last.shape[0], 0, decoder.target.config.vocab_size))
     if decoder.strategy is not None:
         previous = _token(state.tokens, jnp.maximum(positions - 1, 0))
+        previous = jnp.where(state.done, -1, previous)  # what it would ingest stays as it is
         drafts, q, draft_cache = decoder.strategy.propose(
             weights.draft, draft_cache, previous, last, positions, keys, decoder.k,
             decoder.sampling,

@@ -3,7 +3,8 @@
 A slot is a row of a `DecodeState`. `admit` puts a request into one, `prefill_chunk` reads its
 prompt a chunk at a time, `serve_rounds` decodes all rows that are ready. A row that is not ready
 is `done`: rounds still compute it, at the position that its next prompt token will have, where
-what they leave in the caches is what a rejected token leaves: dead until it is overwritten.
+what they leave in the caches is what a rejected token leaves: dead until it is overwritten. What
+it has before that position they leave as it is, bit for bit.
 """
 
 import dataclasses

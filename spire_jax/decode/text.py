@@ -15,13 +15,15 @@ class TextStream:
 
     A piece is the difference of two decoded windows that begin at the same token, so that a
     tokenizer whose first token is written differently (a leading space left out) does no harm,
-    and long texts are not decoded again and again. Bytes of an unfinished character wait.
+    and long texts are not decoded again and again. Bytes of an unfinished character wait. All
+    windows begin where a character does: bytes that are no text decode otherwise from within.
     """
 
     def __init__(self, decode: Decode):
         self._decode = decode
         self._tokens: list[int] = []
-        self._window = self._shown = 0  # the window's first token; tokens whose text is out
+        self._window = self._whole = 0  # the window's first token; tokens that end with a character
+        self._shown = 0  # characters of the window that are out
 
     def feed(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete."""
@@ -34,18 +36,20 @@ class TextStream:
 
     def _piece(self, final: bool) -> str:
         everything = len(self._tokens)
-        # At most the last few tokens are an unfinished character; more are no text anyway.
-        for end in (everything,) if final else range(everything, everything - LONGEST, -1):
-            if end <= self._shown:
+        for end in () if final else range(everything, everything - LONGEST, -1):
+            if end <= self._whole:
                 return ""
             text = self._text(self._window, end)
             if not text.endswith(UNFINISHED):
-                break
-        else:
-            end, text = everything, self._text(self._window, everything)
-        before = self._text(self._window, self._shown)
-        self._window, self._shown = self._shown, end
-        return text[len(before) :]
+                piece = text[self._shown :]
+                self._window, self._whole = self._whole, end
+                self._shown = len(self._text(self._window, end))
+                return piece
+        # So many tokens are no text, but for the last few, that may begin a character.
+        text = self._text(self._window, everything)
+        end = max(len(text) - (0 if final else LONGEST - 1), self._shown)
+        piece, self._shown = text[self._shown : end], end
+        return piece
 
     def _text(self, begin: int, end: int) -> str:
         return self._decode(np.array(self._tokens[begin:end], np.int32))

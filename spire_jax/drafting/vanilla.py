@@ -51,8 +51,10 @@ class Vanilla:
     def propose(self, params, cache, previous, last, positions, keys, k, sampling):
         module = self.model.bind(params)
         keys = stream(keys, "draft")
-        tokens = jnp.stack([previous, last], axis=1)
-        pos = jnp.stack([positions - 1, positions], axis=1)
+        # A row that waits (previous < 0) keeps its entry bit for bit: the chunk that wrote it and
+        # this step differ in rounding, and how many rounds pass meanwhile is its neighbours' doing.
+        tokens = jnp.stack([jnp.maximum(previous, 0), last], axis=1)
+        pos = jnp.stack([jnp.where(previous < 0, -1, positions - 1), positions], axis=1)
         drafts, qs = [], []
         for depth in range(k):
             logits, _, cache = module.extend(cache, tokens, pos)

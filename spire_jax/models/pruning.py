@@ -1,5 +1,6 @@
 """Pruned initialization: a draft that starts as the last blocks of its target (method.md 3.2)."""
 
+import jax
 import jax.numpy as jnp
 
 from spire_jax.models.transformer import Params
@@ -10,7 +11,8 @@ def prune(target: Params, draft: Params) -> Params:
 
     What the target does not have (memory weights) stays as it is in `draft`, and what `draft`
     does not have (a shared embedding) is left out. A trimmed head takes the columns of its
-    `head_ids`. Copies, so that the draft's arrays can be donated while the target lives on.
+    `head_ids`. Copies, in the draft's own types (a frozen target may be held in narrower ones), so
+    that the draft's arrays can be donated while the target lives on.
     """
     n_target, n_draft = len(target["blocks"]), len(draft["blocks"])
     if n_draft > n_target:
@@ -21,7 +23,7 @@ def prune(target: Params, draft: Params) -> Params:
         whole = target["unembedding"] if "unembedding" in target else target["embedding"].T
         pruned["unembedding"] = whole[:, draft["head_ids"]]
     pruned["blocks"] = {i: _copy(target["blocks"][n_target - n_draft + i]) for i in range(n_draft)}
-    return pruned
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), pruned, draft)
 
 
 def _copy(tree):

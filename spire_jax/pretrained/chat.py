@@ -125,8 +125,9 @@ class _Worker:
         script = pathlib.Path(__file__).with_name("chat_worker.py")
         # -I: neither this directory nor the environment decides what it imports.
         self._process = process = subprocess.Popen(
-            [sys.executable, "-I", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+            [sys.executable, "-I", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C is for this process
+        )  # fmt: skip
         try:
             ready = self._line(process, START_SECONDS)
         except TimeoutError:

@@ -1,0 +1,104 @@
+"""The commands that measure a finished run: decoding against the clock, tau by training tokens."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pipelines
+import pytest
+
+from launch import bench_decode, tau_by_tokens
+from launch.bench_decode import Point, add, record_of, room_for, rounds_of
+from spire_jax.config_files import load
+from spire_jax.throughput import multiplier, round_cost
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+RATES = {"bytes_per_s": 2e10, "flops_per_s": 1e11}
+QUICKSTART = "configs/quickstart.py"
+
+
+@pytest.fixture(scope="module")
+def measured(finished, corpus, tmp_path_factory):
+    """What both commands leave behind, run as they are typed."""
+    folder = tmp_path_factory.mktemp("benches")
+    workdir = shutil.copytree(finished, folder / "run")
+    flags = pipelines.arguments(corpus, workdir)
+    bench_decode.main([*flags, "--batch=2", "--context=8", "--tokens=4", "--repeats=2", "--k=2",
+                       "--dtype=float32", f"--out={folder}"])  # fmt: skip
+    tau_by_tokens.main(flags)
+    return (json.loads((folder / "decode.json").read_text()),
+            json.loads((workdir / "tau_by_tokens.json").read_text()))  # fmt: skip
+
+
+def test_every_method_is_measured_beside_autoregressive_decoding(measured):
+    records = {(r["method"], r["k"]): r for r in measured[0]}
+    assert set(records) == {("autoregressive", 0), ("spire", 2), ("vanilla", 2), ("magicdec", 2)}
+    alone = records["autoregressive", 0]
+    assert alone["tau"] == 1 and alone["multiplier"] == pytest.approx(1)
+    for r in records.values():
+        assert r["tokens_per_s"] == pytest.approx(2 * r["tau"] / r["seconds_per_round"])
+        assert r["multiplier"] == pytest.approx(r["tokens_per_s"] / alone["tokens_per_s"])
+        assert 1 <= r["tau"] <= 3 and r["bytes_per_s"] > 0 and r["flops_per_s"] > 0
+
+
+def test_tau_is_reported_at_every_kept_checkpoint(measured):
+    found = {(r["method"], r["steps"], r["context_length"]): r for r in measured[1]}
+    # Checkpoints every 3 steps, the newest two kept; drafts of 12 and 8 steps.
+    steps = {"spire": (0, 9, 12), "vanilla": (0, 6, 8), "magicdec": (0,)}
+    assert set(found) == {(m, s, n) for m, of in steps.items() for s in of for n in (8, 16)}
+    assert found["spire", 12, 8]["tokens"] == 12 * 4 * 32
+    assert len({found["vanilla", s, 16]["tau"][3] for s in steps["vanilla"]}) == 3
+
+
+def test_the_last_checkpoint_has_the_evaluations_tau(measured, finished):
+    """The same contexts and samples: the oracle's tau to the bit of its JSON."""
+    lines = (finished / "eval" / "spire.jsonl").read_text().splitlines()
+    oracle = [r["oracle"] for r in map(json.loads, lines) if r["context_length"] == 16]
+    lengths, rounds = (np.sum([o[key] for o in oracle], axis=0)
+                       for key in ("lengths_by_k", "rounds_by_k"))  # fmt: skip
+    [found] = [r["tau"] for r in measured[1]
+               if (r["method"], r["steps"], r["context_length"]) == ("spire", 12, 16)]  # fmt: skip
+    np.testing.assert_allclose(found, lengths / rounds, rtol=1e-5)
+
+
+def test_a_record_by_hand():
+    config, point = load(QUICKSTART), Point("float32", 4, 128)
+    counts = np.array([2, 0, 6])  # 8 rounds, 2 + 18 tokens
+    record = record_of(config, point, "spire", 2, 0.5, counts, 0.25, RATES)
+    assert record["tau"] == 20 / 8 and record["multiplier"] == 2.5 * 0.25 / 0.5
+    at = point.config(config, 2)
+    options = {"batch": 4, "context": 128, "hoi": 5.0, "variant": "with_head"}
+    expected = multiplier(at, "spire", tau=2.5, **options)
+    assert record["predicted_multiplier"] == pytest.approx(expected)
+    assert record["share_of_prediction"] == pytest.approx(1.25 / expected)
+    seconds = round_cost(at, "spire", **options).total / 1e11
+    assert record["modeled_seconds_per_round"] == pytest.approx(seconds)
+    assert record["share_of_bandwidth"] == pytest.approx(seconds / 0.5)
+    step = record_of(config, point, "autoregressive", 0, 0.25, np.array([8]), 0.25, RATES)
+    assert step["multiplier"] == step["predicted_multiplier"] == 1
+    wide = round_cost(at, "spire", **options).target_step
+    narrow = round_cost(Point("bfloat16", 4, 128).config(config, 2), "spire", **options).target_step
+    assert wide == pytest.approx(2 * narrow), "bound by bytes: two or four each"
+
+
+def test_room_is_left_for_everything_to_be_accepted():
+    assert rounds_of(0, 32) == 32 and rounds_of(4, 32) == 16
+    assert room_for([0, 4], 32) == 16 * 5 + 5 and room_for([0], 32) == 33
+
+
+def test_points_are_added_and_replaced(tmp_path: pathlib.Path):
+    place = {"dtype": "float32", "batch": 1, "context": 8, "k": 0}
+    add(tmp_path, [{**place, "method": "a", "tokens_per_s": 1.0}])
+    found = add(tmp_path, [{**place, "method": "a", "tokens_per_s": 2.0},
+                           {**place, "method": "b", "tokens_per_s": 3.0}])  # fmt: skip
+    assert [r["tokens_per_s"] for r in found] == [2.0, 3.0]
+    assert json.loads((tmp_path / "decode.json").read_text()) == found
+
+
+def test_unknown_methods_are_named(finished, corpus, capsys):
+    flags = pipelines.arguments(corpus, finished)
+    with pytest.raises(SystemExit):
+        bench_decode.main([*flags, "--methods=other"])
+    assert "unknown ['other']" in capsys.readouterr().err
