@@ -63,7 +63,7 @@ def passes(model: Model, params: Params, batch: int, context: int, tokens: int, 
     return run, read
 
 
-def products(config: ModelConfig, dtype: str, rows: int) -> dict[str, tuple[Callable, int]]:
+def products(config: ModelConfig, compute: Compute, rows: int) -> dict[str, tuple[Callable, int]]:
     """Each product of a layer for all layers, and the unembedding; with the bytes of weights."""
     d, h, f = config.d_model, config.d_head, config.d_ff
     heads = config.n_kv_heads * config.q_per_kv * h
@@ -75,8 +75,8 @@ def products(config: ModelConfig, dtype: str, rows: int) -> dict[str, tuple[Call
         # A tied unembedding is the embedding, transposed.
         shape = (outer, inner) if one else (inner, outer)
         layers = range(1 if one else config.n_layers)
-        weights = [normal(jax.random.key(i), shape, dtype, 0.03) for i in layers]
-        x = normal(jax.random.key(99), (rows, inner), dtype, 1.0)
+        weights = [normal(jax.random.key(i), shape, compute.dtype, 0.03) for i in layers]
+        x = normal(jax.random.key(99), (rows, inner), compute.dtype, 1.0)
 
         @jax.jit
         def chain(x, weights, one=one):
@@ -125,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def report(config: ModelConfig, args: argparse.Namespace) -> None:
     """Measure and print, for one model."""
-    model, times = Model(Transformer, config, Compute(dtype=args.dtype)), 2
+    compute = Compute(dtype=args.dtype)
+    model, times = Model(Transformer, config, compute), 2
     params = random_params(model, 0)
     reader, reader_bytes = read_all()
     for batch, context in itertools.product(args.batch, args.context):
@@ -140,7 +141,7 @@ def report(config: ModelConfig, args: argparse.Namespace) -> None:
                   f"{rate / peak:.0%} of {peak / 1e9:.1f}; {seconds[t] / first:.2f}",
                   flush=True)  # fmt: skip
     for rows in sorted({b * t for b in args.batch for t in args.tokens}):
-        pieces = products(config, args.dtype, rows)
+        pieces = products(config, compute, rows)
         runs = {"read": reader} | {name: run for name, (run, _) in pieces.items()}
         seconds = least(runs, args.repeats)
         rates = (f"{name} {read / seconds[name] / 1e9:.1f}" for name, (_, read) in pieces.items())

@@ -188,7 +188,6 @@ class DecodeConfig:
     stop_at_eos: bool = False  # the paper's evaluation ignores the end of sequence
     dtype: str = "float32"
     attention: str = _free("auto")  # as train.attention; "gpu", the kernel for Hopper (bfloat16)
-    products: str = _free("auto")  # "xla"; "auto": on a CPU with a C++ compiler our kernel
     rounds_per_call: int = _free(64)  # rounds before the loop returns to the host
     # python -m spire_jax.decode: depths to choose k among, round by round; () = k alone
     depths: tuple[int, ...] = _free(())

@@ -68,7 +68,6 @@ def validate(config: ExperimentConfig) -> None:
     _check(t.d_head % 2 == 0, f"target.d_head={t.d_head} is odd; RoPE rotates pairs")
     heldout = config.data.heldout_percent
     _check(0 < heldout < 100, f"data.heldout_percent={heldout} must lie between 1 and 99")
-    _choice("decode.products", decode.products, "auto xla")
     _choice("decode.verification", decode.verification, "token block")
     _choice("data.split", config.data.split, "file folder")
     _check(0 < decode.top_p <= 1, f"decode.top_p={decode.top_p} must lie in (0, 1]")

@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import io
 import json
+import os
+import threading
 import types
 from typing import Any
 
@@ -13,15 +15,23 @@ import pytest
 from models import TINY, pair
 from rich.console import Console
 
-from spire_jax.config import ConfigError, DraftConfig, ExperimentConfig, MagicDecConfig, ModelConfig
+from spire_jax.config import (
+    ConfigError,
+    DraftConfig,
+    ExperimentConfig,
+    MagicDecConfig,
+    ModelConfig,
+    StudyConfig,
+)
 from spire_jax.data.tokenizer import ByteTokenizer
 from spire_jax.decode import __main__ as command
+from spire_jax.decode import loading
 from spire_jax.decode.batching import Server, Serving
 from spire_jax.decode.interactive import Printer, converse, visible
 from spire_jax.decode.loading import Loaded, load_for_decoding, method_name
 from spire_jax.decode.requests import Defaults, Request
 from spire_jax.decode.results import Result
-from spire_jax.sharding import make_mesh
+from spire_jax.sharding import MESH_AXES, make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -45,13 +55,13 @@ def run(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(command, "load_for_decoding", loaded)
 
-    def call(*argv: str, stdin: bytes | None = None):
+    def call(*argv: str, stdin: bytes | None = None, width: int | None = 120):
         if stdin is not None:
             monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=open_bytes(stdin)))
         fixed = ("--config=configs/quickstart.py", f"--workdir={tmp_path}", "--batch-size=2",
-                 "--max-tokens=4", "--chunk=16", "--width=120")  # fmt: skip
+                 "--max-tokens=4", "--chunk=16")  # fmt: skip
         try:
-            status: Any = command.main([*fixed, *argv])
+            status: Any = command.main([*fixed, *([f"--width={width}"] if width else []), *argv])
         except SystemExit as end:
             status = end.code
         out = capsys.readouterr()
@@ -72,7 +82,7 @@ def prompts(tmp_path, lines=LINES) -> str:
 
 
 def test_a_file_of_prompts(run, tmp_path):
-    """One is too long: it fails alone, with status 1 at the end; --resume does not repeat it."""
+    """One is too long: it fails alone, with status 1 at the end; --resume repeats it alone."""
     out = tmp_path / "out.jsonl"
     status, _, err = run(prompts(tmp_path), f"--out={out}")
     found = {r["id"]: r for r in map(json.loads, out.read_text().splitlines())}
@@ -87,11 +97,14 @@ def test_a_file_of_prompts(run, tmp_path):
     status, _, err = run(prompts(tmp_path), f"--out={out}")
     assert status == 2 and "exists" in err and out.read_bytes() == before
     status, _, err = run(prompts(tmp_path), f"--out={out}", "--resume")
-    assert status == 0 and "all of" in err and out.read_bytes() == before
-    more = prompts(tmp_path, [*LINES, {"prompt": "z", "id": "new"}])
-    status, _, err = run(more, f"--out={out}", "--resume")
-    assert status == 0 and out.read_bytes().startswith(before)
-    assert json.loads(out.read_text().splitlines()[-1])["id"] == "new"
+    assert status == 1 and "0 requests, 1 failed" in err
+    assert out.read_bytes() == before + json.dumps(found[2]).encode() + b"\n"
+    mended = [*LINES[:2], {"prompt": "y"}, LINES[3], {"prompt": "z", "id": "new"}]
+    for said in ("2 requests, 0 failed", "all of"):
+        status, _, err = run(prompts(tmp_path, mended), f"--out={out}", "--resume")
+        assert status == 0 and said in err
+    assert out.read_bytes().startswith(before)
+    assert {json.loads(line)["id"] for line in out.read_text().splitlines()[-2:]} == {2, "new"}
 
 
 def test_stdin_and_the_seed(run):
@@ -116,6 +129,7 @@ def test_stdin_and_the_seed(run):
         (["--prompts=missing.jsonl"], None, "missing.jsonl"),
         ([], None, "give --prompts=FILE"),
         (["--prompts=-", "--interactive"], None, "or --interactive"),
+        (["--interactive", "--out=x"], None, "--interactive writes no file: leave out --out"),
         (["--prompts=-", "--max-tokens=0"], None, "--max-tokens=0: use 1 or more"),
         (["--prompts=-", "--stop="], None, "--stop is empty"),
         (["--prompts=-", "--resume"], None, "--resume needs --out=FILE"),
@@ -143,6 +157,119 @@ def test_ctrl_c_keeps_what_is_finished(run, tmp_path, monkeypatch):
     status, _, err = run(prompts(tmp_path), f"--out={out}")
     assert status == 130 and "interrupted" in err and "requests" in err
     assert len(out.read_text().splitlines()) == 1
+
+
+def test_a_prompt_through_a_named_pipe(run, tmp_path):
+    """Of size 0, and not empty."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(b"abc",))
+    writer.start()
+    status, [record], _ = run(f"--prompts={path}")
+    writer.join()
+    assert status == 0 and record["prompt_tokens"] == 3
+
+
+def test_a_start_that_failed_can_be_tried_again(run, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    assert run(f"--prompts={tmp_path / 'none.jsonl'}", f"--out={out}")[0] == 2
+    with monkeypatch.context() as patch:
+
+        def fails(args, config):
+            raise ConfigError("no weights")
+
+        patch.setattr(command, "load_for_decoding", fails)
+        assert "no weights" in run(prompts(tmp_path), f"--out={out}")[2]
+    assert run(prompts(tmp_path, LINES[:1]), f"--out={out}")[0] == 0
+    assert json.loads(out.read_text())["id"] == "a"
+
+
+def test_what_the_device_cannot_hold(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
+
+    monkeypatch.setattr(command, "_server", full)
+    status, _, err = run(prompts(tmp_path))
+    assert status == 2 and "Out of memory; if" in err and "lower --width or --batch-size" in err
+
+
+def test_an_interruption_does_not_wait_for_stdin(run, monkeypatch):
+    """A line was read, and a thread waits for the next."""
+
+    def interrupted(server, requests, *_):
+        requests.take(True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_server", lambda *_: None)
+    monkeypatch.setattr(command, "_serve", interrupted)
+    end, late = os.pipe(), threading.Event()
+    with os.fdopen(end[0], "rb") as stdin, os.fdopen(end[1], "wb", 0) as writer:
+        monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=stdin))
+        writer.write(b"abc\n")
+        rescue = threading.Timer(5, lambda: (late.set(), writer.close()))
+        rescue.start()
+        status, _, err = run("--prompts=-", "--format=lines")
+        rescue.cancel()
+    assert status == 130 and "interrupted" in err and not late.is_set()
+
+
+# --- shapes ------------------------------------------------------------------------------------
+
+
+def loaded_with(shape=(1, 1), **model) -> Loaded:
+    p = pair("spire", BYTES)
+    decoder = p.decoder(2)
+    target = dataclasses.replace(decoder.target, config=dataclasses.replace(BYTES, **model))
+    decoder = dataclasses.replace(decoder, target=target)
+    devices = np.array(jax.devices()[:1] * shape[0] * shape[1])  # for the shape alone
+    mesh = jax.sharding.Mesh(devices.reshape(*shape, 1), MESH_AXES)
+    return Loaded(decoder, p.weights, ByteTokenizer(), mesh, ())
+
+
+def test_the_width_is_what_the_longest_needs():
+    """What one line asks for is not all others' width, where the model sets no limit."""
+
+    def width(*lengths_and_budgets, max_len=0) -> int:
+        wanted = [Request(0, np.zeros(n, np.int32), budget, 0) for n, budget in lengths_and_budgets]
+        return command._needed(wanted, loaded_with(max_len=max_len), 128)
+
+    assert width((100, 128)) == 256 and width((100, 155)) == 512 and width() == 256
+    assert width((100, 128), (3, 10**9)) == 256
+    assert width((100, 1900), (3, 10**9)) == 2048 and width((100, 1950)) == 256
+    assert width((4000, 128), (3, 10**9)) == width((4000, 128)) == 4352
+    assert width((100, 3000), (3, 10**9), max_len=4096) == 3328
+
+
+def test_a_batch_fits_the_mesh(monkeypatch):
+    def unmade(decoder, weights, tokenizer, serving, depths):
+        server = object.__new__(Server)
+        server.serving = serving
+        return server
+
+    monkeypatch.setattr(command, "Server", unmade)
+
+    def batch(least, shape, *argv) -> int:
+        args = command.arguments().parse_args(argv)
+        serving = command._server(args, CONFIG, loaded_with(shape), least, 120).serving
+        assert serving.chunk_rows == shape[0] * shape[1]
+        return serving.batch
+
+    assert [batch(least, (1, 1)) for least in (1, 8)] == [1, 8]
+    assert [batch(least, (3, 2)) for least in (1, 8)] == [6, 12]
+    assert batch(1, (2, 1), "--interactive", "--batch-size=4") == 4
+    with pytest.raises(ConfigError, match="--batch-size=3 is not a multiple"):
+        batch(1, (2, 1), "--interactive", "--batch-size=3")
+
+
+def test_resumption_keeps_the_shapes(run, tmp_path, monkeypatch):
+    """The width is what all requests need, those that are done too."""
+    seen = []
+    monkeypatch.setattr(command, "_needed", lambda found, *_: seen.append(len(found)) or 120)
+    for lines in (LINES[:1], [*LINES[:1], {"prompt": "z"}]):
+        argv = (prompts(tmp_path, lines), f"--out={tmp_path / 'out.jsonl'}", "--resume")
+        status, _, err = run(*argv, width=None)
+        assert status == 0 and "1 requests, 0 failed" in err
+    assert seen == [1, 2]
 
 
 # --- methods and their weights -----------------------------------------------------------------
@@ -185,6 +312,27 @@ def test_what_is_refused_before_anything_is_read(method, options, message):
         load_for_decoding(args, CONFIG)
 
 
+def test_an_exported_draft_is_the_method_whatever_its_kind(monkeypatch):
+    """And a study of a draft of the config is none of it."""
+    found = []
+
+    def checked(config, method, args):
+        found.append(method_name(config, method))
+        raise ConfigError("enough")
+
+    exported = types.SimpleNamespace(draft=CONFIG.drafts[1][1])
+    monkeypatch.setattr(loading, "_Target", lambda *_: types.SimpleNamespace(sha256=""))
+    monkeypatch.setattr(loading, "import_draft", lambda *_: exported)
+    monkeypatch.setattr(loading, "_check_method", checked)
+    config = dataclasses.replace(CONFIG, study=StudyConfig(of="long", ablations=""))
+    for draft in ("folder", None):
+        args = argparse.Namespace(method=None, workdir="nowhere", draft=draft, ignore_eos=False,
+                                  temperature=None, top_k=None, top_p=None)  # fmt: skip
+        with pytest.raises(ConfigError, match="enough"):
+            load_for_decoding(args, config)
+    assert found == ["exported", "long"]
+
+
 # --- interactive -------------------------------------------------------------------------------
 
 
@@ -212,6 +360,23 @@ def test_answers_are_streamed_and_summed_up():
     assert shown.count("drafted and accepted") == 1 and "\x1b[32m" in shown
     assert shown.count("20 tokens in") == 2 and shown.count("tokens/s, tau") == 2
     assert "not UTF-8" in shown and "goes beyond the model's context" in shown
+
+
+class Chatty(ByteTokenizer):
+    """Forty tokens a message."""
+
+    def chat(self, messages):
+        return np.full(40 * len(messages), 97, np.int32)
+
+
+def test_a_conversation_that_is_too_long_can_be_left():
+    p, file = pair("spire", BYTES), io.StringIO()
+    server = Server(p.decoder(2), p.weights, Chatty(), Serving(batch=2, width=120, chunk=16))
+    converse(server, Defaults(20, 0), Console(file=file, width=10),
+             Asked("hi", "hi", "hi", "/new", "hi"))  # fmt: skip
+    shown = file.getvalue()
+    assert shown.count("20 tokens in") == 2 and shown.count("/new begins another") == 2
+    assert shown.index("[a new conversation]") < shown.rindex("20 tokens in")
 
 
 def test_a_stop_string_is_not_shown():

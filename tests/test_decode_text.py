@@ -35,7 +35,11 @@ def test_whatever_the_bytes_the_pieces_are_the_whole(size):
     """Text, parts of characters and bytes that are none, in any order; by tokens of many bytes."""
     rng, decode = np.random.default_rng(size), ByteTokenizer().decode
     parts = [*(bytes([b]) for b in b"\xff\xe6\x97\xf0\x9f\xedx"), *map(str.encode, "é日👩")]
-    spelled = lambda ids: decode(np.frombuffer(b"".join(parts[i] for i in ids), np.uint8))  # noqa: E731
+    parts += [b"\xe6\x97", b"\xa5\xff"]  # the second ends the first's character, with more behind
+
+    def spelled(ids):
+        return decode(np.array([b for i in ids for b in parts[i]], np.int32))
+
     for _ in range(300):
         data = b"".join(rng.choice(np.array(parts, object), 30))
         whole = decode(np.frombuffer(data, np.uint8).astype(np.int32))

@@ -224,8 +224,9 @@ def _check(args: argparse.Namespace) -> None:
 
 def _lines(path: str) -> contextlib.AbstractContextManager[Any]:
     if path == "-":
-        # A thread may be reading it (`Inbox`): to close it would wait for the next line.
-        return contextlib.nullcontext(os.fdopen(os.dup(sys.stdin.buffer.fileno()), "rb"))
+        # A stream of its own: a thread may be reading it (`Inbox`), and to close it, as the
+        # interpreter does in the end with stdin's, would wait for the next line.
+        return contextlib.nullcontext(os.fdopen(sys.stdin.buffer.fileno(), "rb", closefd=False))
     lines = pathlib.Path(path).open("rb")  # noqa: SIM115
     found = os.fstat(lines.fileno())
     if stat.S_ISREG(found.st_mode) and not found.st_size:  # a pipe's size is 0 too
