@@ -16,7 +16,7 @@ import jax
 import rich.console
 import rich.table
 
-from spire_jax.checkpoint_files import abstract_tree_of, read, read_metadata
+from spire_jax.checkpoint_files import absolute, abstract_tree_of, read, read_metadata
 from spire_jax.config import MAGICDEC, ExperimentConfig, oracle_depth, self_drafting
 from spire_jax.config_files import command_line, exit_with_error
 from spire_jax.data.pipeline import most_frequent
@@ -46,7 +46,7 @@ def stages_of(pipeline: Pipeline, name: str, target: Params) -> Iterator[tuple[i
 
     fresh = initial_draft(config, name, task, target, pipeline.mesh, frequent)
     yield 0, with_shared(task, fresh, target)
-    folder = pipeline.workdir / "drafts" / name / "checkpoints"
+    folder = absolute(pipeline.workdir / "drafts" / name / "checkpoints")
     for path in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name)):
         state = read(path, abstract_tree_of(read_metadata(path)["leaves"]))
         yield (
