@@ -88,7 +88,8 @@ class Strategy(Protocol):
         """k drafted tokens, and the float32 logits that they were sampled from, transformed.
 
         `last` is the last emitted token, at `positions`; `previous` the one before it (any
-        value where `positions` is 0). Streams "draft", depth by depth, of `keys` are used.
+        value where `positions` is 0; -1 in a row that waits, of which nothing before `positions`
+        may change). Streams "draft", depth by depth, of `keys` are used.
         """
         ...
 
