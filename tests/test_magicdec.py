@@ -30,7 +30,9 @@ def rollout(window: int, sink: int):
     return tokens, np.asarray(run(params))[..., VALID]
 
 
-@pytest.mark.parametrize("window, sink", [(6, 1), (5, 2), (4, 0)])
+@pytest.mark.parametrize(
+    "window, sink", [(6, 1), pytest.param(5, 2, marks=pytest.mark.slow), (4, 0)]
+)
 def test_drafts_read_a_streaming_cache(window, sink):
     """Layer by layer and token by token: the cache holds layer inputs, its positions are 0, 1, ...
 

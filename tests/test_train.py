@@ -199,7 +199,7 @@ def test_one_pass_of_the_target_serves_all_drafts(target, mesh, tmp_path, monkey
     assert calls == [()]
 
 
-@pytest.mark.parametrize("name", ["target", "spire"])
+@pytest.mark.parametrize("name", [pytest.param("target", marks=pytest.mark.slow), "spire"])
 def test_accumulation_and_remat_change_nothing(name, target, mesh):
     """Micro-batches with different amounts of padding count by tokens, not by batch."""
     states, metrics = [], []
