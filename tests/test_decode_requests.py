@@ -108,7 +108,8 @@ def test_an_id_names_one_request():
 
 
 class Chatty(ByteTokenizer):
-    add_bos, bos = True, 7
+    def encode_prompt(self, text):
+        return np.concatenate([np.array([7], np.int32), self.encode(text)])
 
     def chat(self, messages):
         if messages[0]["role"] == "robot":

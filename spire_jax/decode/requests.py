@@ -169,12 +169,9 @@ def _tokens(kind: str, value: Any, tokenizer: Tokenizer) -> Int[np.ndarray, " n"
 def encode_prompt(text: str, tokenizer: Tokenizer) -> Int[np.ndarray, " n"]:
     """Ids of a plain prompt, after the tokenizer's own first token where it wants one."""
     try:
-        tokens = tokenizer.encode(text)
+        return getattr(tokenizer, "encode_prompt", tokenizer.encode)(text)
     except ValueError:
         raise RequestError("the prompt has half a surrogate pair, which no text has") from None
-    if getattr(tokenizer, "add_bos", False):
-        tokens = np.concatenate([np.array([tokenizer.bos], np.int32), tokens])  # type: ignore[attr-defined]
-    return tokens
 
 
 def _chat(messages: Any, tokenizer: Tokenizer) -> Int[np.ndarray, " n"]:
