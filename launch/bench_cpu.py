@@ -82,7 +82,7 @@ def products(config: ModelConfig, compute: Compute, rows: int) -> dict[str, tupl
         def chain(x, weights, one=one):
             y = x
             for w in weights:
-                z = jax.lax.optimization_barrier(product(y, w, transposed=one))
+                z = jax.lax.optimization_barrier(product(y, w, transposed=one, compute=compute))
                 y = x + z[:, :1] * jnp.asarray(0.01, x.dtype)
             return y
 
@@ -118,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     for name, default in (("batch", (1,)), ("context", (256,)), ("tokens", (1, 2, 5, 9))):
         parser.add_argument(f"--{name}", type=sizes, default=default, help="such as 1,4")
+    parser.add_argument("--products", choices=("auto", "xla"), default="auto",
+                        help="auto: the kernel for a few rows; xla: without it")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args(argv)
     report(SMOLLM2_135M, args)
@@ -125,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def report(config: ModelConfig, args: argparse.Namespace) -> None:
     """Measure and print, for one model."""
-    compute = Compute(dtype=args.dtype)
+    compute = Compute(dtype=args.dtype, products=args.products)
     model, times = Model(Transformer, config, compute), 2
     params = random_params(model, 0)
     reader, reader_bytes = read_all()
@@ -136,7 +138,7 @@ def report(config: ModelConfig, args: argparse.Namespace) -> None:
         first = seconds[str(args.tokens[0])]
         for t, (_, read) in made.items():
             rate = read * times / seconds[t]
-            print(f"{args.dtype}, B = {batch}, L = {context}, {t} tokens a row: "
+            print(f"{args.dtype}, {args.products}, B = {batch}, L = {context}, {t} tokens a row: "
                   f"{1e3 * seconds[t] / times:.1f} ms, {read / 1e6:.0f} MB, {rate / 1e9:.1f} GB/s, "
                   f"{rate / peak:.0%} of {peak / 1e9:.1f}; {seconds[t] / first:.2f}",
                   flush=True)  # fmt: skip

@@ -44,11 +44,14 @@ def _added(default: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str = "stdlib"  # "stdlib": Python's own source files; otherwise a folder of text
+    source: str = "stdlib"  # "stdlib": Python's own source files; otherwise a folder of text, or
+    # of token arrays (train.zarr, heldout.zarr), or one array; of arrays also a gs:// or s3:// URL
     tokenizer: str = BYTES  # bytes 0..255 and a separator, 256; a file of `tokenizers`; a GGUF
     # file or a folder with tokenizer.json. With a pretrained target: the target's, whatever is here
     heldout_percent: int = 10  # share held out, by a hash of the relative path
     split: str = "file"  # what is held out: single files, or folders at the top as a whole
+    heldout_source: str = ""  # an array of held-out rows; "" = beside the training rows, or some
+    # of them
     workers: int = _free(0)  # threads that read ahead; 0 = Grain's default
 
 
@@ -188,6 +191,7 @@ class DecodeConfig:
     stop_at_eos: bool = False  # the paper's evaluation ignores the end of sequence
     dtype: str = "float32"
     attention: str = _free("auto")  # as train.attention; "gpu", the kernel for Hopper (bfloat16)
+    products: str = _free("auto")  # "auto": on CPUs the kernel for a few rows (few_rows); "xla"
     rounds_per_call: int = _free(64)  # rounds before the loop returns to the host
     # python -m spire_jax.decode: depths to choose k among, round by round; () = k alone
     depths: tuple[int, ...] = _free(())

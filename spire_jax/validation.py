@@ -101,6 +101,7 @@ def validate(config: ExperimentConfig) -> None:
 
 def _validate_attention(config: ExperimentConfig) -> None:
     """A kernel that is asked for by name must take every model's heads, and a round's tokens."""
+    _choice("decode.products", config.decode.products, "auto xla")
     models = [("target", config.target)]
     models += [(f"drafts.{name}", draft_model(config.target, d)) for name, d in config.trained]
     for section, choice in (("train", config.train.attention), ("decode", config.decode.attention)):

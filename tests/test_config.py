@@ -73,6 +73,7 @@ def test_every_value_can_be_overridden():
         ("magicdec.window=200", "larger than the longest context (184)"),
         ("data.split=package", "data.split='package'; choose from ['file', 'folder']"),
         ("decode.verification=tree", "decode.verification='tree'; choose from"),
+        ("decode.products=mkl", "decode.products='mkl'; choose from"),
         ("drafts.vanilla.window=-1", "drafts.vanilla.window=-1 is under 1"),
         ("drafts.spire.sink=49", "drafts.spire.sink=49 is longer than the shortest context"),
         ("drafts.spire.n_layers=9", "drafts.spire.n_layers=9 is deeper than the target"),

@@ -6,7 +6,11 @@ global index, shuffled anew every epoch, of which a process takes every n-th. Wh
 in the data is therefore one number, the count of examples that all processes have consumed.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
+import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 
 import grain
@@ -18,6 +22,8 @@ from spire_jax.data.sources import Corpus, DataError, Document
 # Grain reads 500 batches ahead unless told otherwise: half a gigabyte at 128 rows of 1024, and no
 # shorter a wait for the next one.
 BATCHES_AHEAD = 16
+COUNTED = 2**27  # tokens from which the most frequent ones are known
+READ_AT_ONCE = 16  # held-out rows: each may be a request to a bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +41,15 @@ class Dataset:
 
     def __init__(self, corpus: Corpus, seq_len: int, *, heldout: bool = False):
         self.corpus, self.seq_len = corpus, seq_len
-        self._rows: list[tuple[Document, int]] = []
-        for document in corpus.split(heldout):
-            # A row of T inputs needs T + 1 tokens; the last one only one target.
-            count = -(-(document.end - document.begin - 1) // seq_len)
-            self._rows += [(document, i * seq_len) for i in range(count)]
+        self._documents = corpus.split(heldout)
+        # A row of T inputs needs T + 1 tokens; the last one only one target.
+        self._ends = np.cumsum(-(-(self._documents.lengths - 1) // seq_len))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        document, offset = self._rows[index]
+        document, offset = self._place(index)
         begin = document.begin + offset
         piece = self.corpus.tokens[begin : min(begin + self.seq_len + 1, document.end)]
         room = np.zeros(self.seq_len + 1, np.int32)
@@ -54,16 +58,68 @@ class Dataset:
         return {"tokens": room[:-1], "targets": room[1:], "mask": mask,
                 "example": np.asarray(index)}  # fmt: skip
 
+    def _place(self, index: int) -> tuple[Document, int]:
+        """A row's document, and where in it the row begins."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[number - 1]) if number else 0
+        return self._documents[number], (int(index) - first) * self.seq_len
+
     def describe(self, index: int) -> str:
         """Where a row is from: the document's path and the range of its tokens."""
-        document, offset = self._rows[index]
+        document, offset = self._place(index)
         end = min(offset + self.seq_len + 1, document.end - document.begin)
         return f"{document.path} tokens {offset}..{end - 1}"
 
     def padding_share(self) -> float:
         """Share of positions that are padding."""
-        used = sum(d.end - d.begin - 1 for d in dict.fromkeys(d for d, _ in self._rows))
+        used = int((self._documents.lengths - 1).sum())
         return 1 - used / (len(self) * self.seq_len)
+
+    @functools.cached_property
+    def bands(self) -> Int[np.ndarray, " bands1"]:
+        """Rows where the bands of the corpus begin, and the number of rows."""
+        if not self.corpus.band:
+            return np.array([0, len(self)])
+        number = self._documents.begins // self.corpus.band
+        last = np.flatnonzero(np.diff(number))  # the last document of each but the last band
+        return np.unique(np.concatenate([[0], self._ends[last], [len(self)]]))
+
+
+class InBands:
+    """Positions in an order of a dataset's rows -> rows: one band after the other.
+
+    For arrays whose chunks hold many documents: rows in an order without bands would each decode
+    a chunk of megabytes, while a band's chunks are decoded once and serve all its rows. Bands
+    come in a random order, anew in every epoch, and so do the rows of each.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self._dataset, self._seed = dataset, seed
+        self._epoch = functools.lru_cache(maxsize=2)(self._order)
+
+    def __len__(self) -> int:
+        return len(self._dataset) * 2**20  # epochs
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+        epoch, place = divmod(int(position), len(self._dataset))
+        bands, ends = self._epoch(epoch)
+        at = int(np.searchsorted(ends, place, side="right"))
+        band, first = int(bands[at]), int(ends[at - 1]) if at else 0
+        begin, count = self._dataset.bands[band], int(ends[at]) - first
+        row = _shuffled(place - first, count, f"{self._seed}/{epoch}/{band}")
+        return self._dataset[int(begin) + row]
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The bands in an epoch's order, and where in it each one's rows end."""
+        count = len(self._dataset.bands) - 1
+        bands = np.array([_shuffled(i, count, f"{self._seed}/{epoch}") for i in range(count)])
+        return bands, np.cumsum(np.diff(self._dataset.bands)[bands])
+
+
+def _shuffled(index: int, count: int, key: str) -> int:
+    """Where a random permutation of `count` indices, one for each key, takes one of them."""
+    seed = zlib.crc32(key.encode())
+    return grain.experimental.index_shuffle(index, max_index=count - 1, seed=seed, rounds=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +149,16 @@ def most_frequent(
 ) -> Int[np.ndarray, " n"]:
     """The n most frequent of `n_tokens` tokens in what drafts are trained on, ascending.
 
-    The ends of a text are always among them. Of equally frequent ones the lower ids are.
+    The ends of a text are always among them. Of equally frequent ones the lower ids are. Of more
+    than `COUNTED` tokens, about as many are counted: those of documents (or bands) at equal
+    distances.
     """
-    corpus = dataset.corpus
+    corpus, documents = dataset.corpus, dataset.corpus.split(False)
+    group = documents.begins // corpus.band if corpus.band else np.arange(len(documents))
+    _, group = np.unique(group, return_inverse=True)
+    every = -(-int(documents.lengths.sum()) // COUNTED)
     counts = np.zeros(n_tokens, np.int64)
-    for document in corpus.split(False):
+    for document in documents.where(group % every == 0):
         piece = corpus.tokens[document.begin : document.end]
         counts += np.bincount(piece, minlength=n_tokens)
     if written is not None:
@@ -137,7 +198,10 @@ def train_batches(
     if batch_size % process_count:
         raise DataError(f"train.batch_size={batch_size} is not a multiple of {process_count} "
                         f"processes")  # fmt: skip
-    order = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat()
+    if len(dataset.bands) == 2:
+        order = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat()
+    else:
+        order = grain.MapDataset.source(InBands(dataset, seed)).repeat()
     if written is not None:
         others = grain.MapDataset.source(written).seed(seed).shuffle().repeat()
         order = grain.MapDataset.mix([order, others], [1 - written_share, written_share])
@@ -160,12 +224,13 @@ def held_out_batches(
     dataset = Dataset(corpus, seq_len, heldout=True)
     count = min(max_rows, len(dataset)) if max_rows else len(dataset)
     chosen = np.linspace(0, len(dataset) - 1, count).astype(int).tolist()
-    for begin in range(0, count, batch_size):
-        rows = [dataset[i] for i in chosen[begin : begin + batch_size]]
-        empty = {name: np.zeros_like(value) for name, value in rows[0].items()}
-        empty["example"] -= 1
-        rows += [empty] * (batch_size - len(rows))
-        yield _batch({name: np.stack([row[name] for row in rows]) for name in empty})
+    with concurrent.futures.ThreadPoolExecutor(READ_AT_ONCE) as threads:
+        for begin in range(0, count, batch_size):
+            rows = list(threads.map(dataset.__getitem__, chosen[begin : begin + batch_size]))
+            empty = {name: np.zeros_like(value) for name, value in rows[0].items()}
+            empty["example"] -= 1
+            rows += [empty] * (batch_size - len(rows))
+            yield _batch({name: np.stack([row[name] for row in rows]) for name in empty})
 
 
 def _batch(rows: dict[str, np.ndarray]) -> Batch:
@@ -194,25 +259,26 @@ def cut_contexts(
     """
     need = context_length + room
     heldout = corpus.split(True)
-    # The separator is no part of a context.
-    fitting = [d for d in heldout if d.end - 1 - d.begin >= need]
-    if not fitting:
-        longest = max(d.end - 1 - d.begin for d in heldout)
+    # The separator is no part of a context; nor is the last token of a row that has none.
+    lengths = heldout.lengths - 1
+    fitting = heldout.where(lengths >= need)
+    if not len(fitting):
         raise DataError(
             f"no held-out document has room for eval.context_lengths + eval.output_length + k = "
-            f"{need} tokens; the longest has {longest}: shorten the context, or add longer text"
+            f"{need} tokens; the longest has {lengths.max()}: shorten the context, or add longer "
+            f"text"
         )
-    points = [d.end - 1 - d.begin - need + 1 for d in fitting]
-    if n_contexts > sum(points):
+    points = fitting.lengths - need
+    if n_contexts > points.sum():
         raise DataError(
-            f"eval.contexts={n_contexts}, but the held-out documents can be cut at {sum(points)} "
+            f"eval.contexts={n_contexts}, but the held-out documents can be cut at {points.sum()} "
             f"points only (context, output and k take {need} tokens); lower it, or add longer text"
         )
     rng = np.random.default_rng([seed, 0xC07])
-    taken: list[set[int]] = [set() for _ in fitting]
+    taken: dict[int, set[int]] = defaultdict(set)
     contexts: list[Context] = []
     while True:
-        for index in rng.permutation(len(fitting)):
+        for index in rng.permutation(len(fitting)).tolist():
             if len(contexts) == n_contexts:
                 return contexts
             if len(taken[index]) == points[index]:
@@ -220,5 +286,7 @@ def cut_contexts(
             while (start := int(rng.integers(points[index]))) in taken[index]:
                 pass
             taken[index].add(start)
-            piece = corpus.tokens_of(fitting[index])[start : start + context_length]
-            contexts.append(Context(fitting[index].path, start + context_length, piece))
+            document = fitting[index]
+            begin = document.begin + start
+            piece = corpus.tokens[begin : begin + context_length].astype(np.int32)
+            contexts.append(Context(document.path, start + context_length, piece))

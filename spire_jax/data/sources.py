@@ -1,7 +1,8 @@
-"""Documents: a folder of text, cleaned, deduplicated, split, and tokenized once.
+"""Documents: a folder of text, cleaned, deduplicated, split, and tokenized once; or zarr arrays.
 
 The corpus is identified by a hash of everything that its tokens depend on. The default source is
-Python's own standard library: long documents that are on every machine, nothing downloaded.
+Python's own standard library: long documents that are on every machine, nothing downloaded. What
+is tokenized already, in zarr arrays, is a corpus of the same interface (token_zarr.py).
 """
 
 import contextlib
@@ -12,11 +13,11 @@ import os
 import pathlib
 import sysconfig
 import zipfile
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, Integer
+from jaxtyping import Bool, Int, Integer
 
 from spire_jax.config import BYTES, DataConfig
 from spire_jax.data.tokenizer import Tokenizer, make_tokenizer
@@ -30,53 +31,108 @@ class DataError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One file of text."""
+    """One file of text, or one row of a token array."""
 
-    path: str  # relative to the root, with forward slashes
+    path: str  # relative to the root, with forward slashes; of a row, the array and the number
     heldout: bool
-    n_bytes: int
-    begin: int  # its tokens in the corpus: [begin, end), the separator last
+    begin: int  # its tokens in the corpus: [begin, end), the separator last where there is one
     end: int
+    n_bytes: int = 0  # of its text; 0 = not known
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Documents:
+    """Documents in the order of their tokens, as columns: millions of them are no objects."""
+
+    paths: Sequence[str]
+    number: Int[np.ndarray, " documents"]  # of each: its place in `paths`
+    heldout: Bool[np.ndarray, " documents"]
+    begins: Int[np.ndarray, " documents"]
+    ends: Int[np.ndarray, " documents"]
+    n_bytes: Int[np.ndarray, " documents"]
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    def __getitem__(self, index: int) -> Document:
+        columns = (self.begins, self.ends, self.n_bytes)
+        path, heldout = self.paths[int(self.number[index])], bool(self.heldout[index])
+        return Document(path, heldout, *(int(column[index]) for column in columns))
+
+    def __iter__(self) -> Iterator[Document]:
+        return (self[i] for i in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Documents) and list(self) == list(other)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " documents"]:
+        """Tokens of each."""
+        return self.ends - self.begins
+
+    def where(self, chosen: Bool[np.ndarray, " documents"]) -> "Documents":
+        """The chosen ones."""
+        columns = (self.number, self.heldout, self.begins, self.ends, self.n_bytes)
+        return Documents(self.paths, *(column[chosen] for column in columns))
+
+
+@runtime_checkable
+class TokenArray(Protocol):
+    """Tokens one after another: an array in memory, or one that reads what it is asked for."""
+
+    @property
+    def dtype(self) -> Any:
+        """uint16 where the vocabulary allows."""
+        ...
+
+    def __getitem__(self, piece: slice, /) -> Integer[np.ndarray, " n"]:
+        """The tokens of a piece of one document."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-    """All documents, sorted by path, and their tokens in one array."""
+    """All documents in order, those of a folder sorted by path, and their tokens."""
 
     source: str
-    documents: tuple[Document, ...]
-    tokens: Integer[np.ndarray, " n"]  # uint16 where the vocabulary allows
+    documents: Documents
+    tokens: TokenArray
     sha256: str
     tokenizer: Tokenizer
-    duplicates: int  # files left out because another one is the same
-    not_text: int  # files left out because they are binary or not UTF-8
-    empty: int  # files left out because there is nothing in them
+    duplicates: int = 0  # files left out because another one is the same
+    not_text: int = 0  # files left out because they are binary or not UTF-8
+    empty: int = 0  # files left out because there is nothing in them
+    band: int = 0  # tokens that are stored, and cost least to read, together; 0 = it does not matter
+    about: Mapping[str, Any] | None = None  # what the summary says instead of counting files
 
     def tokens_of(self, document: Document) -> Int[np.ndarray, " n"]:
-        """A document's tokens, ended by the separator."""
+        """A document's tokens, ended by the separator where it has one."""
         return self.tokens[document.begin : document.end].astype(np.int32)
 
-    def split(self, heldout: bool) -> list[Document]:
+    def split(self, heldout: bool) -> Documents:
         """The training or the held-out documents."""
-        return [d for d in self.documents if d.heldout == heldout]
+        return self.documents.where(self.documents.heldout == heldout)
 
     def summary(self) -> dict[str, Any]:
         """What a report says about the corpus."""
         of = {name: self.split(name == "heldout") for name in ("train", "heldout")}
+        files = {
+            **{f"{name}_bytes": int(ds.n_bytes.sum()) for name, ds in of.items()},
+            "duplicates_dropped": self.duplicates,
+            "not_text": self.not_text,
+            "empty": self.empty,
+        }
         return {
             "source": self.source,
             "sha256": self.sha256,
             "tokenizer": self.tokenizer.name,
             **{f"{name}_documents": len(documents) for name, documents in of.items()},
-            **{f"{name}_bytes": sum(d.n_bytes for d in ds) for name, ds in of.items()},
-            "duplicates_dropped": self.duplicates,
-            "not_text": self.not_text,
-            "empty": self.empty,
+            **(files if self.about is None else self.about),
         }
 
 
 def load_corpus(config: DataConfig, cache: pathlib.Path | None = None) -> Corpus:
-    """Read, check, split and tokenize the documents of `data.source`.
+    """Read, check, split and tokenize the documents of `data.source`; or open its token arrays.
 
     Args:
         cache: a folder where tokens that take long to make are kept for the next time, under the
@@ -84,42 +140,49 @@ def load_corpus(config: DataConfig, cache: pathlib.Path | None = None) -> Corpus
 
     Raises:
         DataError: a folder that is missing or holds no text, a file that cannot be read or
-            changes meanwhile, or a split that is left empty.
+            changes meanwhile, a split that is left empty, or arrays that cannot be used.
     """
-    if config.source == "stdlib":
-        root, pattern = pathlib.Path(sysconfig.get_paths()["stdlib"]), "*.py"
-    else:
-        root, pattern = pathlib.Path(config.source).expanduser(), "*"
-        if not root.is_dir():
-            raise DataError(f"data.source={config.source!r} is not a folder; give a folder of "
-                            f"text, or 'stdlib'")  # fmt: skip
-    return read_folder(root, pattern, config.source, config, cache)
+    from spire_jax.data.token_zarr import holds_arrays, open_corpus  # it builds on this file
+
+    if config.heldout_source or holds_arrays(config.source):
+        return open_corpus(config)
+    return read_folder(config, cache)
 
 
-def read_folder(
-    root: pathlib.Path,
-    pattern: str,
-    source: str,
-    config: DataConfig,
-    cache: pathlib.Path | None = None,
-) -> Corpus:
-    """A corpus of the files below `root` that match `pattern`."""
+def text_folder(source: str) -> tuple[pathlib.Path, list[str]]:
+    """The folder that `data.source` names, and the relative paths of its files, sorted.
+
+    Raises:
+        DataError: there is no such folder, or a part of it cannot be listed.
+    """
+    if source == "stdlib":
+        root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+        return root, list(_files(root, "*.py", STDLIB_WITHOUT))
+    root = pathlib.Path(source).expanduser()
+    if not root.is_dir():
+        raise DataError(f"data.source={source!r} is not a folder; give a folder of text, or "
+                        f"'stdlib'")  # fmt: skip
+    return root, list(_files(root, "*", set()))
+
+
+def read_folder(config: DataConfig, cache: pathlib.Path | None = None) -> Corpus:
+    """A corpus of the files of `data.source`."""
+    source, (root, relatives) = config.source, text_folder(config.source)
     tokenizer = make_tokenizer(config.tokenizer)
-    documents: list[Document] = []
+    documents: list[tuple[str, bool, int]] = []
     texts: list[bytes] = []
     seen = set()
     duplicates = not_text = empty = files = 0
     by_folder = config.split == "folder"
     made = f"{tokenizer.name}\0{config.heldout_percent}\0" + ("by folder\0" if by_folder else "")
     identity = hashlib.sha256(made.encode())
-    skip = STDLIB_WITHOUT if source == "stdlib" else set()
-    for relative in _files(root, pattern, skip):
+    for relative in relatives:
         files += 1
-        content = _read(root / relative)
+        content = read_whole(root / relative)
         if not content:
             empty += 1
             continue
-        if not _is_text(content):
+        if not is_text(content):
             not_text += 1
             continue
         digest = hashlib.sha256(content).digest()
@@ -127,31 +190,34 @@ def read_folder(
             duplicates += 1
             continue
         seen.add(digest)
-        heldout = _is_heldout(relative.split("/")[0] if by_folder else relative,
-                              config.heldout_percent)  # fmt: skip
-        documents.append(Document(relative, heldout, len(content), 0, 0))
+        heldout = is_heldout(relative.split("/")[0] if by_folder else relative,
+                             config.heldout_percent)  # fmt: skip
+        documents.append((relative, heldout, len(content)))
         texts.append(content)
         identity.update(relative.encode() + b"\0" + digest)
     if not documents:
         kinds = f"{not_text} binary or not UTF-8, {empty} empty"
         found = f"{files} files but no text ({kinds})" if files else "no files"
         raise DataError(f"data.source={source!r} holds {found}; give a folder of text files")
-    for heldout, name in ((False, "training"), (True, "held-out")):
-        if all(d.heldout != heldout for d in documents):
-            raise DataError(
-                f"data.source={source!r}: of {len(documents)} documents none fell to the {name} "
-                f"split; give more documents or change data.heldout_percent="
-                f"{config.heldout_percent}"
-            )
+    paths, sides, sizes = zip(*documents, strict=True)
+    check_split(np.array(sides), config)
     sha256 = identity.hexdigest()
     tokens, ends = _tokens(tokenizer, texts, sha256, cache)
-    begins = [0, *ends[:-1].tolist()]
-    documents = [
-        dataclasses.replace(d, begin=begin, end=end)
-        for d, begin, end in zip(documents, begins, ends.tolist(), strict=True)
-    ]
-    return Corpus(source, tuple(documents), tokens, sha256, tokenizer, duplicates, not_text,
-                  empty)  # fmt: skip
+    begins = np.concatenate([[0], ends[:-1]])
+    columns = Documents(paths, np.arange(len(paths)), np.array(sides), begins, ends,
+                        np.array(sizes))  # fmt: skip
+    return Corpus(source, columns, tokens, sha256, tokenizer, duplicates, not_text, empty)
+
+
+def check_split(heldout: Bool[np.ndarray, " documents"], config: DataConfig) -> None:
+    """DataError unless there are both training and held-out documents."""
+    for side, name in ((False, "training"), (True, "held-out")):
+        if not (heldout == side).any():
+            raise DataError(
+                f"data.source={config.source!r}: of {len(heldout)} documents none fell to the "
+                f"{name} split; give more documents or change data.heldout_percent="
+                f"{config.heldout_percent}"
+            )
 
 
 def _tokens(
@@ -202,7 +268,8 @@ def _unreadable(root: pathlib.Path, error: OSError) -> None:
                     f"permissions")  # fmt: skip
 
 
-def _read(path: pathlib.Path) -> bytes:
+def read_whole(path: pathlib.Path) -> bytes:
+    """A file's content; DataError if it cannot be read, or changes meanwhile."""
     try:
         with path.open("rb") as file:
             before = os.fstat(file.fileno())
@@ -224,7 +291,8 @@ def _read(path: pathlib.Path) -> bytes:
     return content
 
 
-def _is_text(content: bytes) -> bool:
+def is_text(content: bytes) -> bool:
+    """Whether it is UTF-8 and no binary file."""
     if b"\0" in content:
         return False
     try:
@@ -243,6 +311,6 @@ def _encodes(name: str) -> bool:
     return True
 
 
-def _is_heldout(relative: str, percent: int) -> bool:
-    """By the path alone, so that adding or changing other documents moves nothing."""
-    return int.from_bytes(hashlib.sha256(relative.encode()).digest()[:8], "big") % 100 < percent
+def is_heldout(name: str, percent: int) -> bool:
+    """By the name (its path) alone, so that adding or changing other documents moves nothing."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100 < percent

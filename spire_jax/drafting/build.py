@@ -14,7 +14,7 @@ from spire_jax.drafting.magicdec import magicdec
 from spire_jax.drafting.snapkv import snapkv
 from spire_jax.drafting.spire import Spire
 from spire_jax.drafting.vanilla import Vanilla
-from spire_jax.models.attention import Compute
+from spire_jax.models.attention import XLA, Compute
 from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Model, Transformer
 
@@ -22,7 +22,8 @@ from spire_jax.models.transformer import Model, Transformer
 def compute_for(section: TrainConfig | DecodeConfig, train: TrainConfig) -> Compute:
     """How models compute while training or decoding."""
     remat = train.remat and section is train
-    return Compute(section.dtype, train.attention_chunk, remat, section.attention)
+    products = section.products if isinstance(section, DecodeConfig) else XLA
+    return Compute(section.dtype, train.attention_chunk, remat, products, section.attention)
 
 
 def target_model(config: ExperimentConfig, compute: Compute) -> Model:

@@ -19,6 +19,7 @@ from pallas_kernels.checks import MAX_TOKENS, unsupported_heads
 from pallas_kernels.decode_attention import api as decode_kernel
 from pallas_kernels.platform import is_tpu
 from pallas_kernels.streaming_attention import api as streaming_kernel
+from spire_jax.few_rows import api as few_rows
 from spire_jax.masks import may_attend
 from spire_jax.models.on_cpu import reads_slots, slot_logits, slot_sums
 from spire_jax.sharding import RULES, spec
@@ -36,6 +37,8 @@ class Compute:
     dtype: str = "float32"  # of matrix products and activations
     attention_chunk: int = 128  # queries (and keys) per block of the XLA attention
     remat: bool = False  # recompute each layer in the backward pass
+    # XLA, or AUTO: on CPUs the kernel for products of a few rows, which has no derivative.
+    products: str = XLA
     # XLA; one of TPU_KERNELS; "gpu": Hopper's kernel over caches, XLA elsewhere; AUTO: "tpu" on a
     # TPU that takes the heads, else XLA (on GPUs too, where no kernel of ours was measured yet).
     attention: str = AUTO
@@ -45,6 +48,14 @@ class Compute:
         if self.attention != AUTO:
             return "" if self.attention == XLA else self.attention
         return "tpu" if is_tpu() and not unsupported_heads(head_dim, q_per_kv) else ""
+
+    def few_rows(self, rows: int) -> bool:
+        """Whether the product of `rows` rows with a weight matrix is the kernel's."""
+        mesh = jax.sharding.get_abstract_mesh()
+        alone = mesh.empty or mesh.size == 1
+        return (
+            self.products == AUTO and alone and rows <= few_rows.MAX_ROWS and few_rows.available()
+        )
 
 
 @runtime_checkable

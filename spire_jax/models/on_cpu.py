@@ -1,5 +1,7 @@
 """Products and attention of a few tokens, put so that XLA's CPU reads each number once.
 
+For products, what is left where `few_rows` cannot be compiled or has too many rows.
+
 What XLA 0.10's CPU does with the plain forms, measured on two cores of an AVX-512 machine:
 bfloat16 products are computed in float32 after the whole matrix has been converted in memory, at
 0.7 GB/s of weights; attention over a cache first lays keys and values out anew, heads before

@@ -63,7 +63,7 @@ class Transformer(nnx.Module):
         x = self.norm_final(x)
         tied = self.config.tied
         w = (self.embedding if tied else self.unembedding)[...].astype(x.dtype)
-        logits = product(x, w, dtype="float32", transposed=tied)
+        logits = product(x, w, dtype="float32", transposed=tied, compute=self.compute)
         logits = constrain(logits, "batch", *(None,) * (x.ndim - 2), "vocab")
         if not self.config.head_tokens and self.config.n_tokens < self.config.vocab_size:
             valid = np.arange(self.config.vocab_size) < self.config.n_tokens

@@ -9,7 +9,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -199,14 +198,6 @@ def test_lowers_for_cuda(spec):
 
 
 GOOD = specs.Spec("good", batch=2, tokens=2, kv_heads=2, slots=64)
-
-
-@pytest.fixture
-def unchecked_shapes():
-    """Without jaxtyping's own checks, as users run it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @traced
