@@ -4,7 +4,6 @@ Text that a user wrote never becomes a special token: `encode` and the contents 
 messages are ordinary text, whatever they spell. Only `encode_special` reads special tokens.
 """
 
-import codecs
 import hashlib
 import json
 import os
@@ -187,14 +186,6 @@ class PretrainedTokenizer:
         """Bytes of text that the ids stand for; special tokens stand for none."""
         return int(self._lengths[self._checked_ids(ids)].sum())
 
-    def stream(self, continues: bool = True) -> "StreamDecoder":
-        """A decoder of ids that come piece by piece.
-
-        `continues`: they follow a text, so that a space in front of the first word is one;
-        otherwise they begin a text, as in `decode`.
-        """
-        return StreamDecoder(self, strip=self._strip and not continues)
-
     def _stripped(self, text: bytes) -> bytes:
         return text[1:] if self._strip and text.startswith(b" ") else text
 
@@ -206,33 +197,6 @@ class PretrainedTokenizer:
                 f"{self._path}: {bad} is no id; the model has rows 0 to {self.n_tokens - 1}"
             )
         return ids.tolist()
-
-
-class StreamDecoder:
-    """Text of ids that come piece by piece; special tokens, the end of text too, give none.
-
-    Bytes that may yet become a character are held back; all texts together are the text of all
-    ids together.
-    """
-
-    def __init__(self, tokenizer: PretrainedTokenizer, strip: bool):
-        self._tokenizer, self._strip = tokenizer, strip
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._special = frozenset((*tokenizer.special.values(), *tokenizer.eos))
-
-    def feed(self, ids: Int[np.ndarray, " n"] | Sequence[int]) -> str:
-        """What the ids complete of the text."""
-        known = self._tokenizer._bytes
-        text = b"".join(
-            known[i] for i in self._tokenizer._checked_ids(ids) if i not in self._special
-        )
-        if self._strip and text:
-            text, self._strip = text.removeprefix(b" "), False
-        return self._utf8.decode(text)
-
-    def finish(self) -> str:
-        """What is still held back: a character that was cut, as U+FFFD."""
-        return self._utf8.decode(b"", final=True)
 
 
 def _checked(text: bytes | str) -> str:
@@ -259,8 +223,3 @@ def load_tokenizer(path: str | os.PathLike[str], n_tokens: int) -> PretrainedTok
     is none, if it is of a kind that is not supported, or if it is another model's.
     """
     return PretrainedTokenizer(describe(path), n_tokens)
-
-
-def tokenizer_size(path: str | os.PathLike[str]) -> int:
-    """Ids that the tokenizer at `path` has: its highest and one more."""
-    return max(describe(path).backend.get_vocab().values(), default=-1) + 1
