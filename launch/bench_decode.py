@@ -12,7 +12,8 @@ measured in the same turns; and the ratio of the two.
 A run is a fixed number of rounds of every row: no row waits for another, and tau and time come
 from the same rounds. `--peers` sets beside it, on the same prompts and threads, `generate` and
 assisted generation of transformers and llama.cpp at the same width of weights (launch/peers.py,
-in the environment of launch/parity.sh). Points are added to OUT/decode.json as they are measured.
+in an environment that launch/bench_peers.sh makes). Points are added to OUT/decode.json as they
+are measured.
 """
 
 import argparse
@@ -254,8 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, config = command_line(parser, argv)
     try:
         if args.peers and not (PEERS_PYTHON.exists() and config.pretrained.path.endswith(".gguf")):
-            raise ConfigError("--peers needs a GGUF target (pretrained.path) and the environment "
-                              "of launch/parity.sh; run that first")  # fmt: skip
+            raise ConfigError("--peers needs a GGUF target (pretrained.path) and an environment "
+                              "that bash launch/bench_peers.sh makes; use that")  # fmt: skip
         run(args, config)
     except ERRORS as error:
         exit_with_error(error)

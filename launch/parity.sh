@@ -3,31 +3,16 @@
 #
 #   bash launch/parity.sh [arguments of pytest]
 #
-# Makes an environment of its own, .venv/parity (torch and transformers, 2.0 GB on the disk), and
-# fetches into data/ what was made by others: SmolLM2-135M-Instruct, and the vocabularies of real
-# models that llama.cpp keeps with the ids it gives, from the sources of llama-cpp-python on PyPI
-# (77 MB). What is there already is not fetched again. Ends with a table of what was reached.
+# Makes an environment of its own (launch/setup_parity.sh: 2.0 GB on the disk), and fetches into
+# data/ what was made by others: SmolLM2-135M-Instruct, and the vocabularies of real models that
+# llama.cpp keeps with the ids it gives, from the sources of llama-cpp-python on PyPI (77 MB). What
+# is there already is not fetched again. Ends with a table of what was reached.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { echo "parity: $*" >&2; }
 
-bash launch/setup.sh
-venv=.venv/parity
-python="$venv/bin/python"
-lists=(requirements-parity.txt requirements-test.txt requirements.txt)
-stamp="$venv/.installed"
-wanted="$(.venv/bin/python --version; sha256sum "${lists[@]}")"
-if [[ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]]; then
-  say "installing ${lists[0]} into $venv (some minutes the first time)"
-  rm -f "$stamp"
-  [[ -x "$python" ]] || .venv/bin/python -m venv --clear "$venv"
-  "$python" -m pip install -qq --disable-pip-version-check -r "${lists[0]}" || {
-    say "pip could not install ${lists[0]} (its message is above); is there a network?"
-    exit 1
-  }
-  echo "$wanted" >"$stamp"
-fi
+python="$(bash launch/setup_parity.sh)"
 
 SMOLLM2_GGUF="$(bash launch/fetch_smollm2.sh)"
 
