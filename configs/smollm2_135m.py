@@ -2,6 +2,14 @@
 
 bash launch/fetch_smollm2.sh
 .venv/bin/python -m spire_jax.run --config=configs/smollm2_135m.py --workdir=runs/smollm2
+
+Training both drafts at once on 327,680 tokens took 58 minutes on two cores of an AMD EPYC on which
+other programs ran (the loss of the last step: 2.05, of the first 4.63), and then
+
+.venv/bin/python -m launch.tau_by_tokens --config=configs/smollm2_135m.py --workdir=runs/smollm2
+
+printed tau at k = 4, contexts of 128 and 512 tokens, temperature 1: the quarter 1.64 and 1.62
+(untrained 1.07), the tenth 1.42 and 1.42 (1.05), MagicDec 3.71 and 3.26. Both still rise.
 """
 
 import ml_collections

@@ -2,8 +2,8 @@
 
     .venv/parity/bin/python launch/peers.py JOB.json
 
-Imports nothing of this project: it runs in the environment of launch/parity.sh. JOB names a GGUF
-file, prompts as token ids, the number of tokens and of repeats, threads, and the type of the
+Imports nothing of this project: it runs in the environment of launch/bench_peers.sh. JOB names a
+GGUF file, prompts as token ids, the number of tokens and of repeats, threads, and the type of the
 weights. One line of JSON for each program: decoding alone, the prefill subtracted (the time of a
 run of N tokens less that of a run of one). What cannot run here is said on stderr.
 """

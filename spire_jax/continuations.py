@@ -21,6 +21,7 @@ from spire_jax.decode import Weights, generate
 from spire_jax.evaluate import make_decoder
 from spire_jax.metrics import Progress, write_whole
 from spire_jax.models.transformer import Params
+from spire_jax.processes import is_first, to_host
 from spire_jax.sampling import Sampling
 
 TOKENS, LENGTHS, STATE = "tokens.npy", "lengths.npy", "state.json"
@@ -47,12 +48,14 @@ def write_continuations(
     if done == at.rows:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if done == 0:
+    if done == 0 and is_first():
         kind = corpus.tokens.dtype
         np.lib.format.open_memmap(folder / TOKENS, "w+", kind, (at.rows, width)).flush()
         np.lib.format.open_memmap(folder / LENGTHS, "w+", np.int32, (at.rows,)).flush()
-    tokens = np.load(folder / TOKENS, mmap_mode="r+")
-    lengths = np.load(folder / LENGTHS, mmap_mode="r+")
+    tokens = lengths = None
+    if is_first():
+        tokens = np.load(folder / TOKENS, mmap_mode="r+")
+        lengths = np.load(folder / LENGTHS, mmap_mode="r+")
     eos = tuple(getattr(corpus.tokenizer, "eos", (corpus.tokenizer.separator,)))
     starts = fitting(corpus, at.prompt)
     decoder = make_decoder(config, AUTOREGRESSIVE, eos, Sampling(temperature=at.temperature))
@@ -69,10 +72,11 @@ def write_continuations(
                 width=width,
                 rounds_per_call=config.decode.rounds_per_call,
             )
-            tokens[rows] = np.asarray(state.tokens)
-            lengths[rows] = np.asarray(state.lengths)
-            tokens.flush()
-            lengths.flush()
+            found = to_host(state.tokens), to_host(state.lengths)
+            if tokens is not None and lengths is not None:
+                tokens[rows], lengths[rows] = found
+                tokens.flush()
+                lengths.flush()
             done = min(done + at.batch_size, at.rows)
             progress.update(done)
             write_whole(folder / STATE, json.dumps({"rows": done, "identity": identity}))

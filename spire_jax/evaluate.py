@@ -48,6 +48,7 @@ from spire_jax.metrics import Progress, write_whole
 from spire_jax.models.kv_cache import FullCache
 from spire_jax.models.transformer import Params
 from spire_jax.oracle import TargetAlong, ratios_along, round_statistics, target_along
+from spire_jax.processes import to_host
 from spire_jax.sampling import Sampling
 from spire_jax.tasks import draft_task, target_task, teach, teacher
 from spire_jax.train import evaluate_batch, to_device
@@ -185,7 +186,7 @@ def sample_texts(
         width=cache_width(config),
         rounds_per_call=config.decode.rounds_per_call,
     )
-    return np.asarray(state.tokens)[:, : length + budget], state.target_cache
+    return to_host(state.tokens)[:, : length + budget], state.target_cache
 
 
 def request_seed(config: ExperimentConfig, purpose: str, context: int, length: int) -> int:
@@ -223,7 +224,7 @@ def oracle_records(
         decoder.strategy, params, texts[:, : length + output + k - 1], along, length, output, k,
         decoder.sampling,
     )  # fmt: skip
-    found = {v: round_statistics(np.asarray(ratios), v) for v in VERIFICATIONS}
+    found = {v: round_statistics(to_host(ratios), v) for v in VERIFICATIONS}
     head = {"k": k, "trained_k": trained_depth(config, name)}
     of = {v: [{f.name: getattr(s, f.name)[row].tolist() for f in dataclasses.fields(s)}
               for row in range(len(texts))] for v, s in found.items()}  # fmt: skip
@@ -254,7 +255,7 @@ def decode_counts(
         width=cache_width(config),
         rounds_per_call=config.decode.rounds_per_call,
     )
-    return np.asarray(state.counts)
+    return to_host(state.counts)
 
 
 def _eos(config: ExperimentConfig) -> int:
@@ -332,7 +333,7 @@ def measure_speed(
             state = jax.block_until_ready(finish(decoder, weights, state, decode.rounds_per_call))
             if repeat:  # repeat 0 compiles
                 seconds[name].append(time.perf_counter() - begin)
-                rounds[name].append(int(np.asarray(state.rounds).max()))
+                rounds[name].append(int(to_host(state.rounds).max()))
     tokens = ev.output_length * len(rows)
     return {
         name: {
@@ -416,9 +417,9 @@ def examples(
 
 def pieces(state: DecodeState, row: int, length: int, decode, name: str) -> list[list[str]]:
     """A row's output as [kind, text] runs."""
-    end = int(state.lengths[row])
-    tokens = np.asarray(state.tokens[row, length:end])
-    kinds = np.asarray(state.kinds[row, length:end])
+    end = int(to_host(state.lengths)[row])
+    tokens = to_host(state.tokens)[row, length:end]
+    kinds = to_host(state.kinds)[row, length:end]
     starts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(tokens)]
     return [
         ["target" if name == AUTOREGRESSIVE else KINDS[int(kinds[a])], decode(tokens[a:b])]

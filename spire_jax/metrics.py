@@ -1,5 +1,6 @@
-"""Training metrics as JSON lines that survive kills, and the progress bar."""
+"""Training metrics as JSON lines that survive kills, TensorBoard's copy, and the progress bar."""
 
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+
+from spire_jax.processes import is_first
 
 
 class MetricsError(ValueError):
@@ -30,18 +35,26 @@ class MetricsLog:
     A record of step s describes the model after s updates, so the first has step 1. Opening
     removes the records beyond `resume_step`, the step of the checkpoint that training goes on
     from, and a last line that a kill has torn: what follows makes a file without holes, repeats
-    or torn lines. Context manager; one process writes.
+    or torn lines. Context manager; of several processes the first writes.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], resume_step: int, expected_last: int | None = None
+        self,
+        path: str | os.PathLike[str],
+        resume_step: int,
+        expected_last: int | None = None,
+        events: str | os.PathLike[str] | None = None,
     ):
         """Open, truncate and position the file; its folder is made if need be.
 
+        `events` is a folder of TensorBoard's for the same records (`EventsLog`), or None.
         MetricsError if a complete line is no record, if steps do not increase, or if the last
         step up to `resume_step` is not `expected_last` (where given; 0 means no record at all).
         """
-        self.path = pathlib.Path(path)
+        self.path, self._file, self._events = pathlib.Path(path), -1, None
+        self._silent = not is_first()
+        if self._silent:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         before = self.path.read_bytes() if self.path.exists() else b""
         kept = [r for r in _parse(before, self.path) if r["step"] <= resume_step]
@@ -57,6 +70,8 @@ class MetricsLog:
             write_whole(self.path, after)
         self._step = max(last, resume_step)
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        if events is not None:
+            self._events = EventsLog(events, kept)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record, with an int "step" above the one before, in one system call.
@@ -65,6 +80,8 @@ class MetricsLog:
         null, since JSON has no word for it. MetricsError for a wrong step, OSError naming the
         file if it cannot be written.
         """
+        if self._silent:
+            return
         step = record.get("step")
         if not isinstance(step, int) or isinstance(step, bool) or step <= self._step:
             raise MetricsError(f"{self.path}: step {step!r} does not come after {self._step}")
@@ -76,9 +93,13 @@ class MetricsLog:
         if written != len(line):
             raise self._cannot_write(None, f"{written} of {len(line)} bytes were written")
         self._step = step
+        if self._events is not None:
+            self._events.write(_jsonable(record))
 
     def sync(self) -> None:
         """Return when everything written is on the disk; call before committing a checkpoint."""
+        if self._silent:
+            return
         try:
             os.fsync(self._file)
         except OSError as error:
@@ -89,6 +110,8 @@ class MetricsLog:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+        if self._events is not None:
+            self._events.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -102,11 +125,58 @@ class MetricsLog:
         self.close()
 
     def _cannot_write(self, errno: int | None, what: str | None) -> OSError:
-        return OSError(
-            errno,
-            f"cannot write metrics ({what}); free some space and start again to resume",
-            str(self.path),
-        )
+        return _cannot_write("metrics", self.path, errno, what)
+
+
+class EventsLog:
+    """The numbers of a metrics file for TensorBoard, in a folder of their own.
+
+    The metrics file is the truth: opening writes its records anew, so that no curve has a step
+    twice or one that a kill took. Lists become curves `name/1`, `name/2`, ...; what was not finite
+    is left out. The times of records that were written anew are those of the opening.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], records: list[dict[str, Any]]):
+        self._folder = pathlib.Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for old in self._folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._writer = EventsWriter(str(self._folder / "events"))
+        for record in records:
+            self._add(record)
+        self.flush()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a record and hand it to the system; OSError naming the folder if that fails."""
+        self._add(record)
+        self.flush()
+
+    def _add(self, record: Mapping[str, Any]) -> None:
+        event = Event(step=record["step"], wall_time=time.time())
+        for name, value in record.items():
+            several = isinstance(value, list)
+            for depth, number in enumerate(value if several else [value], start=1):
+                if name == "step" or not isinstance(number, int | float):
+                    continue
+                tag = f"{name}/{depth}" if several else name
+                event.summary.value.add(tag=tag, simple_value=number)
+        self._writer.write_event(event)
+
+    def flush(self) -> None:
+        try:
+            self._writer.flush()
+        except OSError as error:
+            raise _cannot_write("events", self._folder, error.errno, error.strerror) from error
+
+    def close(self) -> None:
+        """Close the file; everything is in it already."""
+        with contextlib.suppress(OSError):
+            self._writer.close()
+
+
+def _cannot_write(kind: str, path: pathlib.Path, errno: int | None, what: str | None) -> OSError:
+    message = f"cannot write {kind} ({what}); free some space and start again to resume"
+    return OSError(errno, message, str(path))
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -154,7 +224,9 @@ def _jsonable(value: Any) -> Any:
 
 
 def write_whole(path: pathlib.Path, content: bytes | str) -> None:
-    """Write a file at once: a kill leaves the old content or the new."""
+    """Write a file at once, the first process does: a kill leaves the old content or the new."""
+    if not is_first():
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -175,11 +247,12 @@ class Progress:
         total: int,
         start: int = 0,
         *,
-        show: bool = True,
+        show: bool | None = None,
         seconds_per_line: float = 5.0,
         console: Console | None = None,
     ):
-        """`start` steps are done already; `show=False` for all processes but one."""
+        """`start` steps are done already; `show`: by default the first process does."""
+        show = is_first() if show is None else show
         self._console = console or Console(file=sys.stderr)
         # Not rich's own judgement, which the environment can turn: a log must stay readable.
         self._bar = self._console.file.isatty() and not self._console.is_dumb_terminal

@@ -45,6 +45,19 @@ from spire_jax.models.transformer import Params
 from spire_jax.plan import batch_seed, differences, plan
 from spire_jax.pretrained import PretrainedError
 from spire_jax.pretrained.checkpoint import open_checkpoint
+from spire_jax.processes import (
+    PREEMPTED,
+    Preempted,
+    ProcessError,
+    add_arguments,
+    check_alike,
+    ends_on_sigterm,
+    facts,
+    is_first,
+    of_first,
+    say,
+    start,
+)
 from spire_jax.report import print_table, write_report
 from spire_jax.report_records import ReportError
 from spire_jax.sharding import check_mesh, make_mesh, shardings
@@ -65,7 +78,7 @@ from spire_jax.train import Learner, TrainingError, train
 
 ERRORS = (  # what a user can mend: shown without a traceback
     ConfigError, DataError, CheckpointError, MetricsError, TrainingError, DecodeError, ReportError,
-    PretrainedError, OSError,
+    PretrainedError, ProcessError, OSError,
 )  # fmt: skip
 STAGES = ("target", "continuations", "drafts", "evaluate", "report", "study")
 
@@ -74,6 +87,11 @@ class Pipeline:
     """The stages of one config in one work directory."""
 
     def __init__(self, config: ExperimentConfig, workdir: str | os.PathLike[str]):
+        if "://" in os.fspath(workdir):
+            raise ConfigError(
+                f"--workdir={workdir}: a work directory in a bucket is not supported yet; use a "
+                f"folder that all workers see (a network file system, or the bucket mounted)"
+            )
         self.config = config
         self.workdir = pathlib.Path(workdir).absolute()
         self.console = Console(stderr=True)
@@ -182,7 +200,7 @@ class Pipeline:
         if not jobs:
             return
         config, metrics = self.config.train, self.workdir / "metrics"
-        metrics.mkdir(exist_ok=True)
+        metrics.mkdir(exist_ok=True, parents=True)
         rows = self.written_rows() if frozen is not None else None
 
         def describe(example: int) -> str:
@@ -211,7 +229,10 @@ class Pipeline:
                                 identity=self.plan.stages[stage])
                 )  # fmt: skip
                 path = metrics / f"{task.name}.jsonl"
-                learner = Learner(task, config, self.mesh, initial, checkpoints, path, frozen)
+                events = self.workdir / "tensorboard" / task.name
+                learner = Learner(
+                    task, config, self.mesh, initial, checkpoints, path, frozen, events
+                )
                 learners.append(stack.enter_context(learner))
             train(learners, config, self.mesh, taught_by, frozen, batches, describe)
         for stage, learner in zip(jobs, learners, strict=True):
@@ -281,10 +302,11 @@ class Pipeline:
         if not self._current(self.workdir / "eval", "evaluate"):
             raise ConfigError(f"{self.workdir / 'eval'} holds no evaluation of this config; run "
                               f"--stages=evaluate first")  # fmt: skip
-        if not self._current(folder, "report"):
+        if not self._current(folder, "report") and is_first():
             self._set_aside(folder, "report")
             write_report(self.workdir, self.config, stages=self.plan.hashes)
             self._stamp(folder, "report")
+        of_first(True)  # it is there
         return json.loads((folder / "summary.json").read_text())
 
     def study(self) -> None:
@@ -296,9 +318,11 @@ class Pipeline:
                       for name, _ in self.config.trained}  # fmt: skip
             self._set_aside(folder, "study")
             evaluate_study(self.config, target, drafts, self.dataset, folder)
-            write_study(self.config, folder)
+            if is_first():
+                write_study(self.config, folder)
             self._stamp(folder, "study")
-        print_study(folder, Console(stderr=False))
+        if is_first():
+            print_study(folder, Console(stderr=False))
 
     # --- what is in the work directory ---------------------------------------------------------
 
@@ -318,7 +342,9 @@ class Pipeline:
 
     def _current(self, folder: pathlib.Path, stage: str) -> bool:
         stamp = folder / "identity.json"
-        return stamp.is_file() and json.loads(stamp.read_text()) == self.plan.stages[stage]
+        return of_first(
+            stamp.is_file() and json.loads(stamp.read_text()) == self.plan.stages[stage]
+        )
 
     def _stamp(self, folder: pathlib.Path, stage: str) -> None:
         write_whole(folder / "identity.json", json.dumps(self.plan.stages[stage], indent=1))
@@ -326,7 +352,7 @@ class Pipeline:
     def _set_aside(self, folder: pathlib.Path, stage: str) -> None:
         """Move results of other values out of the way, under the hash of those values."""
         stamp = folder / "identity.json"
-        if not stamp.is_file():
+        if not is_first() or not stamp.is_file():
             return
         old = json.loads(stamp.read_text())
         kept = folder.with_name(f"{folder.name}-{digest(old)}")
@@ -364,6 +390,9 @@ class Pipeline:
 @contextlib.contextmanager
 def _only_one(workdir: pathlib.Path) -> Iterator[None]:
     """Hold the work directory: two runs in it would overwrite each other."""
+    if not is_first():
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         held = open(workdir / ".lock", "w")  # noqa: SIM115 - closed below
@@ -380,29 +409,47 @@ def _only_one(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
+def _flat(values: Mapping[str, Any], prefix: str = "config") -> dict[str, Any]:
+    """Nested sections as one mapping of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}.{key}") if inner else {f"{prefix}.{key}": value}
+    return flat
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m spire_jax.run", None, __doc__, formatter_class=raw)
     parser.add_argument("--workdir", required=True, help="where everything is written")
     choices = f"comma-separated, of {', '.join(STAGES)} or a draft's name; by default all"
     parser.add_argument("--stages", default=",".join(STAGES), help=choices)
+    add_arguments(parser)
     args, config = command_line(parser, argv)
     # Orbax logs the traceback of a failed save thread by thread; CheckpointError says it in a line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        pipeline = Pipeline(config, args.workdir)
-        with _only_one(pipeline.workdir):
-            (pipeline.workdir / "config.json").write_text(json.dumps(to_dict(config), indent=1))
-            summary = pipeline.run([s for s in args.stages.split(",") if s])
+        start(args)
+        with ends_on_sigterm():
+            check_alike({**facts(), "stages": args.stages, **_flat(to_dict(config))})
+            pipeline = Pipeline(config, args.workdir)
+            check_alike({"data": pipeline.corpus.sha256, "stages": pipeline.plan.hashes})
+            with _only_one(pipeline.workdir):
+                values = json.dumps(to_dict(config), indent=1)
+                write_whole(pipeline.workdir / "config.json", values)
+                summary = pipeline.run([s for s in args.stages.split(",") if s])
     except ERRORS as error:
         nameless = isinstance(error, OSError) and error.filename is None
         where = f" (work directory: {args.workdir})" if nameless else ""
-        print(f"error: {error}{where}", file=sys.stderr)
+        say(f"error: {error}{where}")
         return 2
+    except Preempted as stopped:
+        say(f"{stopped}; the same command goes on")
+        return PREEMPTED
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    if summary is not None:
+    if summary is not None and is_first():
         console = Console()
         print_table(summary, console)
         console.print(f"report: {pipeline.workdir / 'report' / 'index.html'}", soft_wrap=True)

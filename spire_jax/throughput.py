@@ -10,9 +10,11 @@ speculation less. Everything here is modeled, nothing measured, and jax is not n
 """
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import rich.console
 import rich.table
@@ -30,7 +32,16 @@ from spire_jax.config import (
     head_size,
 )
 from spire_jax.config_files import command_line, exit_with_error
-from spire_jax.cost_model import VARIANTS, Draft, Roofline, RoundCost, cache_row, visible_rows
+from spire_jax.cost_model import (
+    ALONE,
+    VARIANTS,
+    Draft,
+    Group,
+    Roofline,
+    RoundCost,
+    cache_row,
+    visible_rows,
+)
 
 # --- the model ---------------------------------------------------------------------------------
 
@@ -44,17 +55,20 @@ def round_cost(
     k: int | None = None,
     hoi: float | None = None,
     variant: str | None = None,
+    group: Group = ALONE,
 ) -> RoundCost:
     """Cost of one round of `method` on `batch` requests of `context` tokens each.
 
     `method` is the name of a draft in the config, "magicdec" or "snapkv" (the target as its own
     draft, which reads magicdec.sink + .window tokens of its cache) or "autoregressive". `hoi` is in
     FLOPs per byte; `k`, `hoi` and `variant` default to decode.k, throughput.hoi and
-    throughput.variant. ConfigError for an unknown method or variant and for sizes that are not
-    positive. Method.md section 5.
+    throughput.variant. Of a `group` of chips the cost is each chip's, the batch the group's.
+    ConfigError for an unknown method or variant and for sizes that are not positive. Method.md
+    section 5.
     """
     draft = _draft(config, method)
     k, roofline = _resolve(config, draft, batch, context, k, hoi, variant)
+    roofline = dataclasses.replace(roofline, group=group)
     rows = draft.rows(context, roofline.variant) if draft else 0
     return roofline.round(
         config.target, draft, batch=batch, k=k, context=float(context), draft_rows=float(rows)
@@ -78,7 +92,7 @@ def multiplier(
     "autoregressive"); everything else as in `round_cost`. Method.md sections 1 and 5.
     """
     cost = round_cost(config, method, batch=batch, context=context, k=k, hoi=hoi, variant=variant)
-    _check_tau(method, tau, cost.k)
+    check_tau(method, tau, cost.k)
     return tau / cost.delta_t
 
 
@@ -103,25 +117,33 @@ def tokens_per_s_per_chip(
     width = config.throughput.compute_bytes
     hoi = chip.hoi(width)
     cost = round_cost(config, method, batch=batch, context=context, k=k, hoi=hoi, variant=variant)
-    _check_tau(method, tau, cost.k)
+    check_tau(method, tau, cost.k)
     return batch * tau * chip.peak(width) / cost.total
 
 
-def memory_bytes(config: ExperimentConfig, method: str, *, batch: int, context: int) -> float:
-    """Bytes of all weights, embeddings included, and of the caches at `context` tokens."""
+def memory_bytes(
+    config: ExperimentConfig, method: str, *, batch: int, context: int, group: Group = ALONE
+) -> float:
+    """Bytes of all weights, embeddings included, and of the caches at `context` tokens.
+
+    Of a `group` of chips: on each of them, the batch being the group's.
+    """
     at, draft = config.throughput, _draft(config, method)
     target = config.target
     rows_of_target = visible_rows(target, float(context))
-    resident = [(target, rows_of_target, (1 if target.tied else 2) * target.vocab_size)]
+    tables = (1 if target.tied else 2) * target.vocab_size
+    resident = [(target, group, batch, rows_of_target, tables)]
     # The target as its own draft reads its own weights and cache.
     if draft and method not in (MAGICDEC, SNAPKV):
-        own = not config.draft(method).share_embedding
+        # A chip that drafts alone needs the whole of a table that the target has sharded.
+        own = not config.draft(method).share_embedding or group.drafting is not group
         tables = own * draft.model.vocab_size + (not draft.model.tied) * head_size(draft.model)
-        resident.append((draft.model, float(draft.rows(context, "fixed_window")), tables))
+        rows = float(draft.rows(context, "fixed_window"))
+        resident.append((draft.model, group.drafting, group.drafted(batch), rows, tables))
     return sum(
-        at.weight_bytes * (body_parameters(m) + m.d_model * table)
-        + at.cache_bytes * batch * rows * cache_row(m)
-        for m, rows, table in resident
+        at.weight_bytes * (of.weights(m) + m.d_model * table / of.chips)
+        + at.cache_bytes * requests * rows * cache_row(m) / of.cache_shards(m)
+        for m, of, requests, rows, table in resident
     )
 
 
@@ -175,7 +197,7 @@ def multiplier_over_generation(
     """
     draft = _draft(config, method)
     k, roofline = _resolve(config, draft, batch, context, k, hoi, variant)
-    _check_tau(method, tau, k)
+    check_tau(method, tau, k)
     if tokens < 1:
         raise ConfigError(f"tokens={tokens} must be 1 or more")
     autoregressive = math.fsum(
@@ -236,6 +258,17 @@ def given_tau(config: ExperimentConfig) -> dict[str, float]:
     return {method: tau for method, tau in given.items() if tau}
 
 
+def stated_tau(config: ExperimentConfig, file: str) -> dict[str, float]:
+    """`given_tau`; ConfigError, naming the config's file, where there is none."""
+    given = given_tau(config)
+    if not given:
+        raise ConfigError(
+            f"{file} gives no acceptance length; set throughput.tau_vanilla, tau_magicdec or "
+            f"tau_spire"
+        )
+    return given
+
+
 def _draft(config: ExperimentConfig, method: str) -> Draft | None:
     if method == AUTOREGRESSIVE:
         return None
@@ -269,7 +302,8 @@ def _resolve(
     return k, Roofline(hoi, variant, at.weight_bytes, at.cache_bytes)
 
 
-def _check_tau(method: str, tau: float, k: int) -> None:
+def check_tau(method: str, tau: float, k: int) -> None:
+    """ConfigError for an average generation length that rounds of k drafted tokens cannot have."""
     if not 1 <= tau <= k + 1:
         raise ConfigError(
             f"tau={tau} of {method!r} must lie between 1 and k + 1 = {k + 1}: a round emits the "
@@ -294,12 +328,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args, config = command_line(parser, argv)
     try:
-        methods_tau = given_tau(config)
-        if not methods_tau:
-            raise ConfigError(
-                f"{args.config} gives no acceptance length; set throughput.tau_vanilla, "
-                f"tau_magicdec or tau_spire"
-            )
+        methods_tau = stated_tau(config, args.config)
         if args.format == "json":
             print(json.dumps(grid(config, methods_tau)))
         else:
@@ -353,7 +382,7 @@ def _by_batch(config: ExperimentConfig, methods_tau: Mapping[str, float]) -> ric
 
 def _by_chip(config: ExperimentConfig, methods_tau: Mapping[str, float]) -> rich.table.Table:
     at = config.throughput
-    where = {"batch": at.batch_size, "context": at.context_length}
+    where: dict[str, Any] = {"batch": at.batch_size, "context": at.context_length}
     methods = {AUTOREGRESSIVE: 1.0, **methods_tau}
     table = _table(f"tokens/s per chip (B = {at.batch_size}, L = {at.context_length})",
                    "chip", "HOI", "variant", *methods)  # fmt: skip

@@ -25,6 +25,7 @@ from spire_jax.data.pipeline import Batch
 from spire_jax.hardware import peak_flops
 from spire_jax.metrics import MetricsLog, Progress
 from spire_jax.models.transformer import Params
+from spire_jax.processes import Preempted, stop_requests, to_host
 from spire_jax.sharding import batch_sharding, constrain, replicated, shardings
 from spire_jax.tasks import Lesson, Task, Teacher, TrainBatch, teach, trainable, with_shared
 
@@ -190,6 +191,7 @@ class Learner:
     Args:
         initial: makes the parameters before step 1, without those shared with the target.
         shared: the target's parameters by name; those of `task.shared` are used.
+        events: a folder for TensorBoard's copy of the metrics; None = none.
         checkpoints: holds the newest checkpoint, from which training goes on.
 
     Raises:
@@ -205,6 +207,7 @@ class Learner:
         checkpoints: Checkpoints,
         metrics_path: str | pathlib.Path,
         shared: Params = None,
+        events: pathlib.Path | None = None,
     ):
         self.task, self._config, self._checkpoints = task, config, checkpoints
         self._optimizer = make_optimizer(config, task)
@@ -221,7 +224,7 @@ class Learner:
             del self.state["examples"]  # steps x batch
             logged = int(self.state.pop("logged"))
         self._logged = logged
-        self._log = MetricsLog(metrics_path, resume_step=self.done, expected_last=logged)
+        self._log = MetricsLog(metrics_path, self.done, logged, events)
         self._pending: list[tuple[int, Batch, dict[str, Array]]] = []
 
     def __enter__(self) -> "Learner":
@@ -271,7 +274,7 @@ class Learner:
         loss = None
         while len(self._pending) > keep:
             step, batch, metrics = self._pending.pop(0)
-            values = {name: np.asarray(x) for name, x in metrics.items()}
+            values = {name: to_host(x) for name, x in metrics.items()}
             loss = float(values["loss"])
             if not all(np.isfinite(values[name]).all() for name in ("loss", "grad_norm")):
                 raise TrainingError(_diverged(self.task, step, batch, values, self._checkpoints,
@@ -323,6 +326,7 @@ def train(
     Raises:
         TrainingError: a loss or gradient that is not finite; names the step, the examples and
             the last good checkpoint.
+        Preempted: SIGTERM came; a checkpoint of the step that was under way is on the disk.
     """
     total = max(learner.task.steps for learner in learners)
     at = min((learner.done for learner in learners if not learner.finished), default=total)
@@ -330,7 +334,7 @@ def train(
     title = names[0] if len(names) == 1 else f"{len(names)} drafts"
     peak = peak_flops(config.dtype)[0] * mesh.size
     speed = _Speed(config.batch_size * config.seq_len, peak)
-    with Progress(title, total=total, start=at) as progress:
+    with Progress(title, total=total, start=at) as progress, stop_requests() as stop_requested:
         dispatched: list[float] = []  # FLOPs per token of each step that is not read yet
 
         def read(keep: int) -> None:
@@ -359,15 +363,18 @@ def train(
             at += 1
             dispatched.append(flops)
             read(keep=1)
-            saving = [x for x in active if x.finished or at % config.checkpoint_every == 0]
+            stop = stop_requested()
+            saving = [x for x in active if x.finished or stop or at % config.checkpoint_every == 0]
             if saving:
                 read(keep=0)
                 for learner in saving:
                     learner.save()
-            if at == total:
+            if at == total or stop:
                 break
         for learner in learners:
             learner.wait()
+        if at < total:
+            raise Preempted(f"stopped by SIGTERM after step {at} of {total}, which is saved")
 
 
 class _Speed:

@@ -35,6 +35,16 @@ def test_peaks_are_dense_and_cited() -> None:
         chips.chip("v5e").peak(4)
 
 
+def test_interconnects_count_one_direction_over_all_links() -> None:
+    """Half of what is printed for both directions together, in GB/s, and the links."""
+    printed = {"v5e": (400, 4), "v5p": (1200, 6), "v6e": (800, 4), "v7x": (1200, 6),
+               "h100": (900, 18), "h200": (900, 18), "b200": (14400 / 8, 18)}  # fmt: skip
+    for name, chip in chips.CHIPS.items():
+        both, links = printed[name]
+        assert (chip.interconnect_bytes_per_s, chip.links) == (both / 2 * 1e9, links)
+        assert chip.interconnect_bytes_per_s < chip.hbm_bytes_per_s
+
+
 @pytest.mark.parametrize(
     ("device_kind", "name"),
     [

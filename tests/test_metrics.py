@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
 
 from spire_jax.metrics import MetricsError, MetricsLog, Progress, read_metrics
 
@@ -224,3 +225,66 @@ def test_records_are_one_line_each(tmp_path):
         log.write({"step": 1, "note": "two\nlines\u2028three"})
     assert len((tmp_path / "m").read_bytes().splitlines()) == 1
     assert json.loads((tmp_path / "m").read_text())["note"] == "two\nlines\u2028three"
+
+
+# --- TensorBoard's copy --------------------------------------------------------------------------
+
+
+def curves(folder):
+    """Of event files: curve -> [(step, value)], by the format's definition."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        content, at = path.read_bytes(), 0
+        while at < len(content):  # the length, its checksum, an event, its checksum
+            size = int.from_bytes(content[at : at + 8], "little")
+            event = Event.FromString(content[at + 12 : at + 12 + size])
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+            at += 16 + size
+    return found
+
+
+def log_events(folder, steps, resume_step=0):
+    with MetricsLog(folder / "m", resume_step, events=folder / "events") as log:
+        for step in steps:
+            nan = float("nan") if step == 2 else 0.5
+            log.write({"step": step, "loss": 1 / step, "alpha": nan, "by_depth": [0.5, step],
+                       "peak_share": None, "note": "text"})  # fmt: skip
+
+
+def test_events_are_the_metrics_without_holes_or_repeats(tmp_path):
+    log_events(tmp_path, range(1, 16))
+    whole = {
+        "loss": [(s, pytest.approx(1 / s)) for s in range(1, 21)],
+        "alpha": [(s, 0.5) for s in range(1, 21) if s != 2],
+        "by_depth/1": [(s, 0.5) for s in range(1, 21)],
+        "by_depth/2": [(s, s) for s in range(1, 21)],
+    }
+    before = {tag: points[: 15 - (tag == "alpha")] for tag, points in whole.items()}
+    assert curves(tmp_path / "events") == before
+    (kept,) = (tmp_path / "events").iterdir()
+    kept.with_name("events.out.tfevents.1.before").write_bytes(kept.read_bytes()[:-7])  # torn
+    kept.unlink()
+    log_events(tmp_path, range(11, 21), resume_step=10)  # from a checkpoint before
+    assert curves(tmp_path / "events") == whole
+    assert len(list((tmp_path / "events").iterdir())) == 1
+
+
+def test_events_are_there_when_they_are_written(tmp_path):
+    with MetricsLog(tmp_path / "m", 0, events=tmp_path / "events") as log:
+        log.write({"step": 1, "loss": 0.5})
+        assert curves(tmp_path / "events") == {"loss": [(1, 0.5)]}
+
+
+def test_a_full_disk_names_the_events(tmp_path):
+    """The metrics fit, their copy does not."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsLog(tmp_path / "m", 0, events=tmp_path / "events") as log:
+        (file,) = (tmp_path / "events").iterdir()
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 1, before[1]))
+            with pytest.raises(OSError, match=r"cannot write events .*free some space") as error:
+                log.write({"step": 1, "a": 1})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.filename == str(tmp_path / "events")

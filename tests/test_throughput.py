@@ -205,7 +205,7 @@ def test_compute_bound_steps_take_the_time_of_their_flops(pair: config.Experimen
 
 def test_memory_counts_weights_embeddings_and_caches(pair: config.ExperimentConfig) -> None:
     target = 67_117_056 + 2 * 512 * 50264 + 64 * 512 * 16_384
-    at = {"batch": 64, "context": 512}
+    at: dict[str, Any] = {"batch": 64, "context": 512}
     assert throughput.memory_bytes(pair, "autoregressive", **at) == target
     assert throughput.memory_bytes(pair, "magicdec", **at) == target
     draft = 16_779_264 + 2 * 512 * 50264 + 64 * (1 + 64) * 4096

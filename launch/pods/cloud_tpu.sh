@@ -22,7 +22,7 @@
 #   --dry-run                   prints every command and runs none
 #
 # Ends with spire_jax.run's status: 0 finished, 75 preempted or no capacity (the same command goes
-# on). `run` follows a detached process: if it is stopped, the run goes on, and `run` again follows.
+# on). `run` follows a detached process: stop it, and the run goes on, and `run` follows it again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/pods/common.sh
@@ -69,12 +69,13 @@ look_at_queue() {
   fi
 }
 
-# on_all ANSWER COMMAND: in the login shells of all workers. True when each has sent its line, of
-# those that host.sh makes, into $replies: gcloud's status says nothing of a worker that it skipped.
+# on_all ANSWER COMMAND [PATTERN]: in the login shells of all workers. True when each has sent the
+# line of host.sh that begins with PATTERN (ANSWER), into $replies; gcloud's own status says too
+# little.
 on_all() {
   capture "spire_jax-host worker $1" "${vm[@]}" ssh "$name" "${where[@]}" --worker=all \
     --command="$2" || true
-  replies="$(grep '^spire_jax-host ' <<<"$output" || true)"
+  replies="$(grep -E "^spire_jax-host [^ ]+ ${3-$1}" <<<"$output" || true)"
   ((workers > 0 && $(grep -c . <<<"$replies") == workers))
 }
 
@@ -197,7 +198,7 @@ install() {
       --worker=all && live=yes on_all set-up "$unpack"; then
       return
     fi
-    say "installed on $(grep -c set-up <<<"$replies" || true) of $workers workers"
+    say "installed on $(grep -c . <<<"$replies" || true) of $workers workers"
     unless_preempted || return
     pause "$i"
   done
@@ -216,7 +217,7 @@ start() {
     unless_preempted || return
     pause "$i"
   done
-  fail "$name: the run started on $(grep -c started <<<"$replies" || true) of $workers workers"
+  fail "$name: the run started on $(grep -c . <<<"$replies" || true) of $workers workers"
 }
 
 # What $replies say: "running", or the status of the run, into $verdict.
@@ -241,7 +242,7 @@ judge() {
 follow_run() {
   local verdict stragglers=0 unreachable=0 seen=""
   while :; do
-    if on_all "ended 0" "$(host status)"; then
+    if on_all "ended 0" "$(host status)" ""; then
       unreachable=0
       judge
       [[ "$replies" == "$seen" || -n "$dry_run" ]] || printf '%s\n' "$replies" >&2
@@ -319,7 +320,7 @@ clean_up() {
   if [[ -n "$started" && -n "$interrupted" ]]; then
     say "saving a checkpoint (Ctrl-C: without)"
     trap 'true' INT # ends the command, not this
-    on_all stopped "$(host stop --wait=90)" || say "not all workers could save a checkpoint"
+    on_all ended "$(host stop --wait=90)" || say "not all workers could save a checkpoint"
     trap '' INT
   fi
   say "deleting $name"
@@ -378,7 +379,7 @@ case "$command" in up | run | fetch) check_cloud_workdir ;; esac
 [[ "$command" != logs || -z "$follow" || "$worker" != all ]] || fail "--follow follows one worker"
 need gcloud "$gcloud_comes_from"
 # What is there already goes on costing money when a command on it ends.
-case "$command" in install | run | stop) holding "$name in $zone" "${delete[@]}" ;; esac
+case "$command" in install | run | stop | delete) holding "$name in $zone" "${delete[@]}" ;; esac
 
 case "$command" in
   up) up ;;
@@ -410,13 +411,13 @@ case "$command" in
     look READY
     say "$name: $state"
     if [[ "$state" == READY ]]; then
-      on_all running "$(host status)" || say "not all of $workers workers answer"
+      on_all running "$(host status)" "" || say "not all of $workers workers answer"
       [[ -n "$dry_run" ]] || printf '%s\n' "$replies"
     fi
     ;;
   stop)
     look READY
-    on_all "ended $preempted" "$(host stop)" || fail "not all workers have stopped: $errors"
+    on_all ended "$(host stop)" "(ended|never|lost)" || fail "not all workers have stopped: $errors"
     ;;
   delete) remove || fail "$name could not be deleted: $errors" ;;
 esac

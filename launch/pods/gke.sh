@@ -216,5 +216,8 @@ case "$command" in
     look "$name"
     [[ -n "$dry_run" ]] || printf '%s\n' "${state:-there is no workload $name}"
     ;;
-  delete) remove || fail "the workload $name could not be deleted" ;;
+  delete)
+    holding "the workload $name on the cluster $cluster" "${delete[@]}"
+    remove || fail "the workload $name could not be deleted"
+    ;;
 esac

@@ -19,6 +19,7 @@ source launch/pods/common.sh
 accelerator="" get_python="" max_restarts=100 lines="" follow="" wait=300 status_file="" workdir=""
 state=runs/host # of what `start` has started
 python=.venv/bin/python
+tick="${POD_TICK:-1}" # seconds between two looks at a process of this machine
 
 # A line for other launchers, which count them: what this machine has reached.
 reply() { echo "spire_jax-host $(hostname) $*"; }
@@ -29,6 +30,10 @@ is_python() {
 
 find_python() {
   local candidate uv=(uv)
+  if [[ -n "$dry_run" ]]; then
+    echo "# where there is no Python of 3.11 or later: uv python install 3.12"
+    return
+  fi
   for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11; do
     ! is_python "$candidate" || return 0
   done
@@ -47,7 +52,7 @@ find_python() {
 setup() {
   local wanted extra=("jax[$accelerator]")
   check accelerator "$accelerator" 'tpu|cuda13|cuda12|cpu' cuda13
-  [[ -z "$get_python" || -n "$dry_run" ]] || find_python
+  [[ -z "$get_python" ]] || find_python
   run bash launch/setup.sh requirements.txt
   wanted="$accelerator $(cat .venv/.installed-requirements.txt 2>/dev/null || true)"
   if [[ "$accelerator" != cpu && "$(cat .venv/.accelerator 2>/dev/null)" != "$wanted" ]]; then
@@ -74,17 +79,16 @@ tell_child() {
 
 # Once; its status goes into $status.
 run_once() {
-  local seen
   # In the background, since bash handles a signal only after what runs in the foreground. There
   # SIGINT is ignored, and Ctrl-C arrives as SIGTERM: the checkpoint is saved.
   "$python" -m spire_jax.run "${run_arguments[@]}" &
   child=$!
   ! ((signals)) || kill -TERM "$child" 2>/dev/null || true
-  while :; do # a signal ends the wait, not the child
-    seen="$signals" status=0
-    wait "$child" || status=$?
-    ((seen != signals)) || break
-  done
+  # Not `wait` at once: bash 5.2 can lose the status of a child that ends while a signal interrupts
+  # the wait for it.
+  while kill -0 "$child" 2>/dev/null; do sleep "$tick" || true; done # a signal ends the sleep
+  status=0
+  wait "$child" || status=$?
   child=""
 }
 
@@ -170,8 +174,8 @@ logs() {
   fi
   tail -n "${lines:-+1}" -f "$state/log" &
   tail=$!
-  while is_running; do sleep "${POD_POLL:-2}"; done
-  sleep 1 # for its last lines
+  while is_running; do sleep "$tick"; done
+  sleep "$tick" # for its last lines
   kill "$tail"
 }
 
@@ -180,7 +184,8 @@ stop() {
   in_seconds wait "$wait"
   if is_running; then
     kill -TERM "$(cat "$state/pid")"
-    while is_running && ((seconds-- > 0)); do sleep 1; done
+    seconds=$((SECONDS + seconds))
+    while is_running && ((SECONDS < seconds)); do sleep "$tick"; done
   fi
   status
   ! is_running

@@ -102,7 +102,7 @@ class Corpus:
     duplicates: int = 0  # files left out because another one is the same
     not_text: int = 0  # files left out because they are binary or not UTF-8
     empty: int = 0  # files left out because there is nothing in them
-    band: int = 0  # tokens that are stored, and cost least to read, together; 0 = it does not matter
+    band: int = 0  # tokens that are stored, and best read, together; 0 = it does not matter
     about: Mapping[str, Any] | None = None  # what the summary says instead of counting files
 
     def tokens_of(self, document: Document) -> Int[np.ndarray, " n"]:

@@ -5,6 +5,7 @@ import pathlib
 import random
 import subprocess
 import sys
+from collections.abc import Mapping
 
 from spire_jax import run
 
@@ -65,11 +66,14 @@ def main(corpus: pathlib.Path, workdir: pathlib.Path, *more: str) -> int:
     return run.main(arguments(corpus, workdir, *more))
 
 
-def process(corpus: pathlib.Path, workdir: pathlib.Path, *more: str) -> subprocess.Popen:
-    """Run in a process of its own, which can be killed."""
+def process(
+    corpus: pathlib.Path, workdir: pathlib.Path, *more: str, env: Mapping[str, str] | None = None
+) -> subprocess.Popen:
+    """Run in a process of its own, which can be killed; `env` is added to its environment."""
     return subprocess.Popen(
         [sys.executable, "-m", "spire_jax.run", *arguments(corpus, workdir, *more)],
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},  # as the tests that compare
+        # Optimized as little as in the tests that compare.
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **(env or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -41,8 +41,8 @@ def check_equal(workdir, reference, models=tuple(MODELS)) -> None:
         assert lines[0] == lines[1]
 
 
-def finish(corpus, workdir, *more) -> str:
-    process = pipelines.process(corpus, workdir, *more)
+def finish(corpus, workdir, *more, env=None) -> str:
+    process = pipelines.process(corpus, workdir, *more, env=env)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     return error

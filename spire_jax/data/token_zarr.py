@@ -1,0 +1,394 @@
+"""Pre-tokenized documents: 2-D zarr arrays of token ids, one long document a row.
+
+The layout of LongCrawl64 (two zarr v2 arrays, `train.zarr` and `heldout.zarr`, of uint16 GPT-2 ids
+in rows of 65,536) and of `write_zarr`, read row by row through TensorStore, from a disk or a
+bucket. A row is a document to the pipeline. How many of its ids count says `train.lengths.zarr`,
+beside the array; where there is none, all do. No id marks padding: any of them may be text.
+
+Nothing is believed without need. What the metadata tells is checked when a corpus is opened, ids
+when they are read, and a chunk that is missing, which zarr reads as zeros, is an error.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Int, Integer, UInt64
+
+from spire_jax.config import DataConfig
+from spire_jax.data.sources import Corpus, DataError, Documents, check_split
+from spire_jax.data.tokenizer import Tokenizer, make_tokenizer
+
+TRAIN, HELDOUT = "train.zarr", "heldout.zarr"
+MANIFEST = "manifest.json"  # what `write_zarr` wrote: counts, and hashes of all rows
+UNFINISHED = ".progress/plan.json"  # is there while `write_zarr` writes
+METADATA = ("zarr.json", ".zarray")  # of zarr v3 and v2
+SECONDS = 30.0  # for one request when a corpus is opened; TensorStore's own retries take minutes
+BAND_BYTES = 2**28  # of rows that are read together where chunks hold many
+CACHE_BYTES = 2**28, 2**31  # least and most of decoded chunks that a process keeps
+SAMPLES, SAMPLED = 32, 256  # pieces that a corpus's hash reads, and their tokens
+
+
+# --- places --------------------------------------------------------------------------------------
+
+
+def holds_arrays(source: str) -> bool:
+    """Whether `data.source` means zarr arrays: a URL, an array, or a folder with `train.zarr`."""
+    folder = pathlib.Path(source).expanduser()
+    inside = (*METADATA, TRAIN, UNFINISHED)
+    return "://" in source or folder.suffix == ".zarr" or any((folder / n).exists() for n in inside)
+
+
+def open_store(place: str) -> ts.KvStore:
+    """The folder or bucket prefix that `place` names, as TensorStore's key-value store.
+
+    Raises:
+        DataError: no such kind of store, or one that cannot be reached.
+    """
+    if "://" in place:
+        spec: Any = place.rstrip("/") + "/"
+    else:
+        spec = {"driver": "file", "path": f"{pathlib.Path(place).expanduser().absolute()}/"}
+    with asked(place, "use a folder or a gs:// or s3:// URL, and check network and credentials"):
+        return ts.KvStore.open(spec).result(timeout=SECONDS)
+
+
+@contextlib.contextmanager
+def asked(place: str, remedy: str) -> Iterator[None]:
+    """A DataError that names the place for whatever TensorStore raises."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise DataError(f"{place}: no answer in {SECONDS:.0f} s; {remedy}") from error
+    except (ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{place}: {reason(error)}; {remedy}") from error
+
+
+def reason(error: Exception) -> str:
+    """TensorStore's message without the specification that it ends with."""
+    return str(error).split(" [")[0].replace("\0", "/")
+
+
+def read_key(store: ts.KvStore, key: str) -> bytes | None:
+    """The content of a key, None if there is no such key; DataError if it cannot be read."""
+    with asked(store.url + key, "check that it can be read"):
+        found = store.read(key).result(timeout=SECONDS)
+    return found.value if found.state == "value" else None
+
+
+def read_json(store: ts.KvStore, key: str) -> Any:
+    """What a key holds, None if there is no such key; DataError if that is no JSON."""
+    content = read_key(store, key)
+    try:
+        return None if content is None else json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{store.url}{key} is no JSON ({error}); copy the data again") from error
+
+
+# --- arrays --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RowArray:
+    """One array of rows of token ids, as its metadata describes it."""
+
+    place: str
+    spec: dict[str, Any]  # by which TensorStore opens it
+    rows: int
+    width: int  # ids of a row
+    itemsize: int  # bytes of an id
+    chunk_rows: int  # rows that are decoded together
+
+    @property
+    def name(self) -> str:
+        return self.place.rstrip("/").rpartition("/")[2]
+
+
+def open_array(place: str, rank: int = 2) -> tuple[ts.TensorStore, dict[str, Any]]:
+    """A zarr array, v2 or v3, and the spec by which another process opens it again.
+
+    Raises:
+        DataError: there is none, it is still being written, or of another rank or of no integers.
+    """
+    store = open_store(place)
+    metadata = read_json(store, METADATA[0])
+    driver = "zarr3" if metadata is not None else "zarr"
+    if metadata is None:
+        metadata = read_json(store, METADATA[1])
+    if metadata is None and read_key(store, ".zgroup") is None:
+        raise DataError(
+            f"{place} holds no zarr array ({' or '.join(METADATA)}); name an array, or a folder "
+            f"with {TRAIN}, or make one with python -m spire_jax.data.write_zarr"
+        )
+    if metadata is None or metadata.get("node_type") == "group":
+        raise DataError(f"{place} is a zarr group; name one of its arrays")
+    spec = {
+        "driver": driver,
+        "kvstore": store.spec().to_json(),
+        # What is opened does not change; and what is missing is no zero.
+        "recheck_cached_metadata": "open",
+        "recheck_cached_data": "open",
+        "fill_missing_data_reads": False,
+    }
+    with asked(place, "the array cannot be opened; copy or make it again"):
+        array = ts.open(spec, read=True).result(timeout=SECONDS)
+    shape, kind = array.shape, np.dtype(array.dtype.numpy_dtype)
+    if len(shape) != rank or kind.kind not in "iu" or 0 in shape:
+        wanted = "rows of token ids (rank 2" if rank == 2 else "the lengths of rows (rank 1"
+        raise DataError(f"{place} has shape {list(shape)} and dtype {array.dtype.name}; it should "
+                        f"hold {wanted}, an integer dtype)")  # fmt: skip
+    return array, spec
+
+
+def _describe(place: str) -> RowArray:
+    array, spec = open_array(place)
+    rows, width = array.shape
+    if width < 2:
+        raise DataError(f"{place} has rows of {width} token; a row needs two or more")
+    itemsize = np.dtype(array.dtype.numpy_dtype).itemsize
+    chunk = array.chunk_layout.read_chunk.shape or ()
+    return RowArray(place, spec, rows, width, itemsize, chunk[0] or rows)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ZarrTokens:
+    """The ids of arrays, row after row, as if they were one: reads the pieces it is asked for.
+
+    A piece is of one row: token c of row r of an array with w columns is at `first + r * w + c`.
+    Arrays are opened when a process first reads.
+    """
+
+    arrays: tuple[RowArray, ...]
+    firsts: tuple[int, ...]  # where each array begins
+    n_tokens: int  # ids that there are
+    tokenizer: str  # ... and whose they are, for messages
+    cache_bytes: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.uint16 if self.n_tokens <= 2**16 else np.int32)
+
+    @functools.cached_property
+    def _opened(self) -> list[ts.TensorStore]:
+        context = ts.Context({"cache_pool": {"total_bytes_limit": self.cache_bytes}})
+        futures = [ts.open(a.spec, read=True, context=context) for a in self.arrays]
+        return [future.result() for future in futures]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def __getitem__(self, piece: slice) -> Integer[np.ndarray, " n"]:
+        """The ids of a piece of one row.
+
+        Raises:
+            DataError: they cannot be read, or one of them is none of the tokenizer's.
+        """
+        which = sum(first <= piece.start for first in self.firsts) - 1
+        array = self.arrays[which]
+        row, begin = divmod(piece.start - self.firsts[which], array.width)
+        end = begin + piece.stop - piece.start
+        if not begin <= end <= array.width or row >= array.rows:
+            raise IndexError(f"{piece} is no piece of a row of {array.place}")
+        try:
+            ids = self._opened[which][row, begin:end].read().result()
+        except (ValueError, RuntimeError, OSError) as error:
+            raise DataError(
+                f"{array.place}, row {row}: columns {begin}..{end - 1} cannot be read "
+                f"({reason(error)}); copy or make the array again"
+            ) from error
+        outside = (ids < 0) | (ids >= self.n_tokens)
+        if outside.any():
+            at = int(np.flatnonzero(outside)[0])
+            raise DataError(
+                f"{array.place}, row {row}, column {begin + at} holds the id {ids[at]}, but "
+                f"data.tokenizer={self.tokenizer!r} has 0..{self.n_tokens - 1}; name the tokenizer "
+                f"that the array was made with"
+            )
+        return ids.astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowNames(Sequence[str]):
+    """Names of rows, array after array, made when they are asked for."""
+
+    arrays: tuple[RowArray, ...]
+
+    def __len__(self) -> int:
+        return sum(array.rows for array in self.arrays)
+
+    def __getitem__(self, index):
+        for array in self.arrays:
+            if index < array.rows:
+                return f"{array.name} row {index}"
+            index -= array.rows
+        raise IndexError(index)
+
+
+# --- a corpus ------------------------------------------------------------------------------------
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """The rows of `data.source`, a training array and a held-out one, or one that is split.
+
+    The one array is split by a hash of the row numbers (`data.heldout_percent`).
+
+    Raises:
+        DataError: arrays that are missing, unfinished, of another rank, dtype, shape or tokenizer
+            than they should be; rows that cannot be read; no answer from a bucket.
+    """
+    if config.split != "file":
+        raise DataError(f"data.split={config.split!r}: rows of token arrays have no folders; "
+                        f"use 'file'")  # fmt: skip
+    tokenizer = make_tokenizer(config.tokenizer)
+    places = _places(config)
+    arrays = tuple(_describe(place) for place in places)
+    lengths = [_lengths(array) for array in arrays]
+    manifests = [_manifest(array, tokenizer, config.tokenizer) for array in arrays]
+    sizes = [array.rows * array.width for array in arrays]
+    firsts = (0, *np.cumsum(sizes)[:-1].tolist())
+    band = _band_rows(arrays[0]) * arrays[0].width
+    least, most = CACHE_BYTES
+    bands = 9 * band * arrays[0].itemsize // 4  # one that ends, one that begins, and how both fit
+    cache = min(max(least, bands), most)
+    tokens = ZarrTokens(arrays, firsts, tokenizer.n_tokens, config.tokenizer, cache)
+
+    begins = [first + np.arange(a.rows) * a.width for first, a in zip(firsts, arrays, strict=True)]
+    if len(arrays) == 2:
+        sides = [np.full(arrays[0].rows, False), np.full(arrays[1].rows, True)]
+    else:
+        sides = [_drawn(np.arange(arrays[0].rows)) % 100 < config.heldout_percent]
+    heldout, begin = np.concatenate(sides), np.concatenate(begins)
+    check_split(heldout, config)
+    counted = np.concatenate(lengths)
+    columns = Documents(RowNames(arrays), np.arange(len(begin)), heldout, begin, begin + counted,
+                        np.zeros(len(begin), np.int64))  # fmt: skip
+    sha256 = hashlib.sha256(f"{tokenizer.name}\0{len(arrays)}\0".encode())
+    if len(arrays) == 1:
+        sha256.update(f"{config.heldout_percent}\0".encode())
+    for array, first, of, manifest in zip(arrays, firsts, lengths, manifests, strict=True):
+        sha256.update(f"{array.rows} {array.width}\0".encode() + of.astype("<i8").tobytes())
+        sha256.update(json.dumps(manifest and manifest["sha256"]).encode())
+        sha256.update(_sample(tokens, first, array.width, of))
+    about = {f"{name}_tokens": int(counted[heldout == side].sum())
+             for name, side in (("train", False), ("heldout", True))}  # fmt: skip
+    return Corpus(config.source, columns, tokens, sha256.hexdigest(), tokenizer, band=band,
+                  about=about)  # fmt: skip
+
+
+def _places(config: DataConfig) -> list[str]:
+    """The training array and, where there is one, the held-out one."""
+    source = _whole(config.source)
+    if config.heldout_source:
+        return [source, _whole(config.heldout_source)]
+    train, heldout = f"{source}/{TRAIN}", f"{source}/{HELDOUT}"
+    if _is_array(source) or not _is_array(train):
+        _check_finished(source)
+        return [source]
+    return [train, heldout] if _is_array(heldout) else [train]
+
+
+def _whole(place: str) -> str:
+    """A place by its whole path, so that it has a folder."""
+    if "://" not in place:
+        place = str(pathlib.Path(place).expanduser().absolute())
+    return place.rstrip("/")
+
+
+def _is_array(place: str) -> bool:
+    store = open_store(place)
+    return any(read_key(store, name) is not None for name in METADATA)
+
+
+def _check_finished(folder: str) -> None:
+    if read_key(open_store(folder), UNFINISHED) is not None:
+        raise DataError(f"{folder} is not finished: it is being written, or that was interrupted; "
+                        f"give the same write_zarr command again")  # fmt: skip
+
+
+def _beside(place: str, name: str) -> str:
+    return f"{place.rstrip('/').rpartition('/')[0]}/{name}"
+
+
+def lengths_name(name: str) -> str:
+    """The array of lengths that belongs to an array of rows."""
+    return f"{name.removesuffix('.zarr')}.lengths.zarr"
+
+
+def _lengths(array: RowArray) -> Int[np.ndarray, " rows"]:
+    """Ids of each row that count."""
+    place = _beside(array.place, lengths_name(array.name))
+    _check_finished(_beside(array.place, ""))
+    if not _is_array(place):
+        return np.full(array.rows, array.width)
+    stored, _ = open_array(place, rank=1)
+    with asked(place, "copy or make the arrays again"):
+        lengths = stored.read().result(timeout=2 * SECONDS).astype(np.int64)
+    if len(lengths) != array.rows:
+        raise DataError(f"{place} tells the lengths of {len(lengths)} rows, but {array.place} has "
+                        f"{array.rows}; they do not belong together")  # fmt: skip
+    bad = np.flatnonzero((lengths < 2) | (lengths > array.width))
+    if len(bad):
+        raise DataError(f"{place}: row {bad[0]} has length {lengths[bad[0]]}; it must lie between "
+                        f"2 and the {array.width} columns of {array.place}")  # fmt: skip
+    return lengths
+
+
+def _manifest(array: RowArray, tokenizer: Tokenizer, named: str) -> dict[str, Any] | None:
+    """What `write_zarr` says of the array, if it wrote it; DataError if that is another one."""
+    place = _beside(array.place, MANIFEST)
+    manifest = read_json(open_store(_beside(array.place, "")), MANIFEST) or {}
+    about = manifest.get("arrays", {}).get(array.name)
+    if about is None:
+        return None
+    if manifest["tokenizer"] != tokenizer.name:
+        raise DataError(f"{array.place} was written with the tokenizer {manifest['tokenizer']}, "
+                        f"but data.tokenizer={named!r} is {tokenizer.name}; name the other "
+                        f"one")  # fmt: skip
+    if [about["rows"], manifest["row_tokens"]] != [array.rows, array.width]:
+        raise DataError(f"{place} tells of {about['rows']} rows of {manifest['row_tokens']}, but "
+                        f"{array.place} has {array.rows} of {array.width}; they do not belong "
+                        f"together")  # fmt: skip
+    return about
+
+
+def _band_rows(array: RowArray) -> int:
+    """Rows to be read together: as many whole chunks as fit into `BAND_BYTES`; 0 if in any order.
+
+    Chunks of one row each are as well read in any order.
+    """
+    if array.chunk_rows == 1:
+        return 0
+    chunks = BAND_BYTES // (array.itemsize * array.width * array.chunk_rows)
+    return max(chunks, 1) * array.chunk_rows
+
+
+def _drawn(numbers: Integer[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """A random 64-bit number for each, the same always (the finalizer of splitmix64)."""
+    x = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _sample(tokens: ZarrTokens, first: int, width: int, lengths: Int[np.ndarray, " rows"]) -> bytes:
+    """Pieces of an array's rows, the same always: what of terabytes a hash can read."""
+    drawn = _drawn(np.arange(2 * SAMPLES))
+    rows = (drawn[:SAMPLES] % np.uint64(len(lengths))).astype(np.int64)
+    pieces = -(-lengths[rows] // SAMPLED)
+    begins = (drawn[SAMPLES:] % pieces.astype(np.uint64)).astype(np.int64) * SAMPLED
+    ends = np.minimum(begins + SAMPLED, lengths[rows])
+    at = first + rows * width
+    spans = zip((at + begins).tolist(), (at + ends).tolist(), strict=True)
+    with concurrent.futures.ThreadPoolExecutor(SAMPLES) as threads:
+        read = threads.map(lambda span: tokens[span[0] : span[1]].astype("<i4").tobytes(), spans)
+        return b"".join(read)

@@ -1,0 +1,154 @@
+"""The pipeline in two processes; SIGTERM; workers that do not meet or do not agree."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import time
+
+import numpy as np
+import pipelines
+import pytest
+from test_resume import MODELS, check_equal, finish, leaves, wait_for
+
+from spire_jax.checkpoints import load_params
+from spire_jax.processes import PREEMPTED
+
+FSDP = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def devices(n: int) -> dict[str, str]:
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n}"}
+
+
+def together(corpus, workdir, *more, n=2, each=2, of=()) -> list[subprocess.Popen]:
+    """`n` processes of `each` devices; `of[i]` are arguments of process i alone."""
+    join = (f"--coordinator=localhost:{free_port()}", f"--num-processes={n}")
+    return [
+        pipelines.process(corpus, workdir, *FSDP, *join, f"--process-id={i}", *more,
+                          *(of[i] if of else ()), env=devices(each))
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def outcome(processes, timeout=400) -> tuple[list[int], list[str]]:
+    errors = [process.communicate(timeout=timeout)[1] for process in processes]
+    return [process.returncode for process in processes], errors
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    """One process of four devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    process = pipelines.process(corpus, workdir, *FSDP, "--stages=target,drafts", env=devices(4))
+    assert process.communicate(timeout=400)[0] is not None and process.returncode == 0
+    return workdir
+
+
+def wait_for_a_record(workdir, process) -> None:
+    metrics = workdir / "metrics" / "target.jsonl"
+    wait_for(metrics, process)
+    while not metrics.stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def compare(workdir, reference) -> None:
+    """Losses and parameters, but for the order in which sums are taken."""
+    for name, folder in MODELS.items():
+        ours, theirs = (
+            [
+                json.loads(line)
+                for line in (w / "metrics" / f"{name}.jsonl").read_text().splitlines()
+            ]
+            for w in (workdir, reference)
+        )
+        assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+        np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], 2e-4)
+        mine, other = (dict(leaves(load_params(w / folder / "params")))
+                       for w in (workdir, reference))  # fmt: skip
+        for path, value in mine.items():
+            np.testing.assert_allclose(value, other[path], atol=2e-3, err_msg=f"{name} {path}")
+
+
+def test_two_processes_train_what_one_does(corpus, alone, tmp_path):
+    status, errors = outcome(together(corpus, tmp_path / "two", "--stages=target,drafts"))
+    assert status == [0, 0], errors
+    compare(tmp_path / "two", alone)
+
+
+@pytest.mark.slow
+def test_one_of_two_is_killed_and_one_alone_goes_on(corpus, alone, tmp_path):
+    """Another number of processes, and a mesh whose devices lie elsewhere."""
+    workdir = tmp_path / "killed"
+    processes = together(corpus, workdir, "--stages=target,drafts")
+    wait_for(workdir / "target" / "checkpoints" / "*6*", processes[0])
+    processes[1].send_signal(signal.SIGKILL)
+    status, _ = outcome(processes, 200)
+    assert 0 not in status, "the other one does not go on alone, or hang"
+    finish(corpus, workdir, *FSDP, "--stages=target,drafts", env=devices(4))
+    compare(workdir, alone)
+
+
+@pytest.mark.slow
+def test_everything_in_two_processes(corpus, tmp_path):
+    status, errors = outcome(together(corpus, tmp_path / "all"))
+    assert status == [0, 0], errors
+    assert (tmp_path / "all" / "report" / "index.html").is_file()
+
+
+def test_sigterm_saves_a_checkpoint(corpus, finished, tmp_path):
+    workdir = tmp_path / "stopped"
+    process = pipelines.process(corpus, workdir, "--config.train.checkpoint_every=1000")
+    wait_for_a_record(workdir, process)
+    process.send_signal(signal.SIGTERM)
+    (status,), (error,) = outcome([process])
+    at = re.search(r"stopped by SIGTERM after step (\d+) of \d+, which is saved", error)
+    assert status == PREEMPTED and at is not None, error
+    assert (workdir / "target" / "checkpoints" / at[1]).is_dir()
+    finish(corpus, workdir, "--config.train.checkpoint_every=1000")
+    check_equal(workdir, finished)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_stops_both(corpus, alone, tmp_path):
+    workdir = tmp_path / "stopped"
+    processes = together(corpus, workdir, "--stages=target,drafts")
+    wait_for_a_record(workdir, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    status, errors = outcome(processes, 120)
+    assert status == [PREEMPTED] * 2 and all("after step" in error for error in errors), errors
+    assert outcome(together(corpus, workdir, "--stages=target,drafts"))[0] == [0, 0]
+    compare(workdir, alone)
+
+
+def test_workers_that_disagree_are_named(corpus, tmp_path):
+    of = ((), ("--config.train.peak_lr=0.5",))
+    status, errors = outcome(together(corpus, tmp_path / "w", of=of), 120)
+    assert status == [2, 2]
+    for error in errors:
+        assert "worker 1 has config.train.peak_lr 0.5, not " in error
+    assert not (tmp_path / "w" / "target").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--coordinator=localhost:1", "--num-processes=2", "--process-id=1"], "cannot be reached"),
+        (["--coordinator=here", "--num-processes=2", "--process-id=1"], "HOST:PORT"),
+        (["--coordinator=localhost:1", "--process-id=1"], "together"),
+        (["--coordinator=localhost:1", "--num-processes=2", "--process-id=2"], "none of 0 to 1"),
+    ],
+)
+def test_processes_that_cannot_meet(corpus, tmp_path, arguments, says):
+    (status,), (error,) = outcome(
+        [pipelines.process(corpus, tmp_path / "w", "--connect-timeout=1", *arguments)], 60
+    )
+    assert status == 2 and says in error and "Traceback" not in error
