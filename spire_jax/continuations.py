@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from spire_jax.config import AUTOREGRESSIVE, ConfigError, ExperimentConfig
 from spire_jax.data.pipeline import WrittenRows
-from spire_jax.data.sources import Corpus, Document
+from spire_jax.data.sources import Corpus, Documents
 from spire_jax.decode import Weights, generate
 from spire_jax.evaluate import make_decoder
 from spire_jax.metrics import Progress, write_whole
@@ -101,16 +101,17 @@ def read_continuations(folder: pathlib.Path, first_example: int) -> WrittenRows:
     return WrittenRows(tokens, np.load(folder / LENGTHS), first_example)
 
 
-def fitting(corpus: Corpus, length: int) -> list[Document]:
+def fitting(corpus: Corpus, length: int) -> Documents:
     """Training documents of at least `length` tokens; ConfigError if there are none."""
-    found = [d for d in corpus.split(False) if d.end - 1 - d.begin >= length]
-    if not found:
+    documents = corpus.split(False)
+    found = documents.where(documents.lengths > length)
+    if not len(found):
         raise ConfigError(f"continuations.prompt={length}: no training document has as many tokens")
     return found
 
 
 def prompt(
-    corpus: Corpus, documents: list[Document], length: int, seed: int, row: int
+    corpus: Corpus, documents: Documents, length: int, seed: int, row: int
 ) -> Int[np.ndarray, " length"]:
     """The first tokens of a row: a piece of one of the documents, from anywhere."""
     rng = np.random.default_rng([seed, zlib.crc32(b"continuations"), row])
