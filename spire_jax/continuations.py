@@ -115,6 +115,6 @@ def prompt(
 ) -> Int[np.ndarray, " length"]:
     """The first tokens of a row: a piece of one of the documents, from anywhere."""
     rng = np.random.default_rng([seed, zlib.crc32(b"continuations"), row])
-    document = documents[rng.integers(len(documents))]
+    document = documents[int(rng.integers(len(documents)))]
     begin = rng.integers(document.begin, document.end - length)
     return corpus.tokens[begin : begin + length].astype(np.int32)
