@@ -6,6 +6,7 @@ process everything here is a plain call. One process, the first, writes files an
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import itertools
@@ -23,6 +24,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from spire_jax.config import ConfigError
 
 PREEMPTED = 75  # exit status: stopped by SIGTERM, goes on when started again (EX_TEMPFAIL)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -142,7 +145,7 @@ def facts() -> dict[str, str]:
 
 
 def check_alike(mine: Mapping[str, Any]) -> None:
-    """Compare a flat mapping of JSON values between all processes.
+    """Compare nested mappings of JSON values between all processes.
 
     Raises:
         ProcessError: in every process alike; names each worker that differs from worker 0, and
@@ -150,7 +153,7 @@ def check_alike(mine: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    text = np.frombuffer(json.dumps(mine, sort_keys=True).encode(), np.uint8)
+    text = np.frombuffer(json.dumps(_flat(mine), sort_keys=True).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([len(text)]))
     room = np.zeros(int(np.max(sizes)), np.uint8)
     room[: len(text)] = text
@@ -168,6 +171,15 @@ def check_alike(mine: Mapping[str, Any]) -> None:
     if bad:
         raise ProcessError(f"the workers do not agree with worker 0: {'. '.join(bad)}. Start all "
                            f"with the same code, packages, config and data")  # fmt: skip
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
 
 
 def is_first() -> bool:
@@ -189,6 +201,32 @@ def to_host(x: Any) -> np.ndarray:
             return np.asarray(multihost_utils.process_allgather(x, tiled=True))
         return np.asarray(x.addressable_data(0))
     return np.asarray(x)
+
+
+@contextlib.contextmanager
+def only_one(workdir: pathlib.Path) -> Iterator[None]:
+    """Hold the work directory: two runs in it would overwrite each other.
+
+    Raises:
+        ConfigError: it cannot be written, or another run holds it.
+    """
+    if not is_first():
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        held = open(workdir / ".lock", "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={workdir} cannot be written ({error.strerror}); choose another"
+        ) from error
+    with held as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"--workdir={workdir} is in use by another run; wait for it, or "
+                              f"choose another") from None  # fmt: skip
+        yield
 
 
 # --- stopping ----------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from other values are set aside under their own hash, since making them again is
 
 import argparse
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -20,7 +19,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,6 +54,7 @@ from spire_jax.processes import (
     facts,
     is_first,
     of_first,
+    only_one,
     say,
     start,
 )
@@ -387,37 +387,6 @@ class Pipeline:
             )
 
 
-@contextlib.contextmanager
-def _only_one(workdir: pathlib.Path) -> Iterator[None]:
-    """Hold the work directory: two runs in it would overwrite each other."""
-    if not is_first():
-        yield
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        held = open(workdir / ".lock", "w")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise ConfigError(
-            f"--workdir={workdir} cannot be written ({error.strerror}); choose another"
-        ) from error
-    with held as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"--workdir={workdir} is in use by another run; wait for it, or "
-                              f"choose another") from None  # fmt: skip
-        yield
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "config") -> dict[str, Any]:
-    """Nested sections as one mapping of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}.{key}") if inner else {f"{prefix}.{key}": value}
-    return flat
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m spire_jax.run", None, __doc__, formatter_class=raw)
@@ -431,10 +400,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         start(args)
         with ends_on_sigterm():
-            check_alike({**facts(), "stages": args.stages, **_flat(to_dict(config))})
+            check_alike({**facts(), "stages": args.stages, "config": to_dict(config)})
             pipeline = Pipeline(config, args.workdir)
             check_alike({"data": pipeline.corpus.sha256, "stages": pipeline.plan.hashes})
-            with _only_one(pipeline.workdir):
+            with only_one(pipeline.workdir):
                 values = json.dumps(to_dict(config), indent=1)
                 write_whole(pipeline.workdir / "config.json", values)
                 summary = pipeline.run([s for s in args.stages.split(",") if s])

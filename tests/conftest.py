@@ -51,7 +51,7 @@ def released_programs():
     """
     yield
     maps = pathlib.Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 25_000:
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 15_000:
         jax.clear_caches()
 
 

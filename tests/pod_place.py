@@ -22,6 +22,12 @@ COSTS = "STILL RUNNING AND COSTING MONEY"
 NASTY = ["--set=a b", "--set=it's", '--set="$(touch pwned)"', "--set=`touch pwned`;&|*", "--set="]
 
 
+def heed_signals() -> None:
+    """Tests in the background of a shell, or under nohup, ignore some, which bash cannot trap."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 PROGRAM = f"""#!{sys.executable} -IS
 import sys
 sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
@@ -160,6 +166,7 @@ class Place:
             ["bash", str(self.root / f"launch/pods/{launcher}.sh"), *arguments],
             cwd="/", env=self.env(rules, **env), text=True, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=heed_signals,
         )  # fmt: skip
 
     def run(self, launcher, *arguments, rules=None, **env):

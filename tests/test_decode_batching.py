@@ -312,7 +312,7 @@ def test_times_are_of_what_they_say():
 # --- adaptive depth ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["spire", "ring", *SLOW])
+@pytest.mark.parametrize("kind", ["spire", pytest.param("ring", marks=pytest.mark.slow), *SLOW])
 def test_greedy_output_is_the_targets_whatever_the_depths(kind):
     a_server = server(kind, depths=(1, 3), temperature=0.0)
     # All depths in turn: what the controller would choose depends on the clock.

@@ -16,6 +16,7 @@ from token_arrays import ROOT, command, contents, flags, killed_after, opened, t
 from spire_jax.data import write_zarr
 from spire_jax.data.sources import DataError
 from spire_jax.data.token_zarr import open_store
+from spire_jax.data.tokenizer import train_bpe
 from spire_jax.data.write_zarr import main
 
 
@@ -90,7 +91,8 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
     assert main(flags(folder, out, **{"row-tokens": 32})) == 2
     assert "holds something else (" in capsys.readouterr().err
     with pytest.raises(DataError, match="with the tokenizer bytes, but"):
-        bpe = ROOT / "data" / "python_bpe_4096.json"
+        bpe = tmp_path / "bpe.json"
+        train_bpe(["def f(x): return x\n"] * 50, 270).save(str(bpe))
         opened(out, tokenizer=str(bpe))
     assert main(flags(folder, folder)) == 2
     assert "text/ holds something else (" in capsys.readouterr().err

@@ -65,10 +65,14 @@ def wait_for(path, process, seconds: float = 120) -> None:
         time.sleep(0.002)
 
 
-def test_killed_while_training_and_resumed(corpus, finished, tmp_path):
-    """Killed as soon as checkpoints appear, in the target and in a draft."""
+@pytest.mark.parametrize(
+    "folders",
+    [("drafts/spire",), pytest.param(("target", "drafts/spire"), marks=pytest.mark.slow)],
+)
+def test_killed_while_training_and_resumed(corpus, finished, tmp_path, folders):
+    """Killed as soon as checkpoints appear, in a draft, in the target before it too."""
     workdir = tmp_path / "killed"
-    for folder in ("target", "drafts/spire"):
+    for folder in folders:
         process = pipelines.process(corpus, workdir)
         wait_for(workdir / folder / "checkpoints" / "*6*", process)
         process.send_signal(signal.SIGKILL)

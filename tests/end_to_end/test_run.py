@@ -8,6 +8,7 @@ import time
 import pipelines
 import pytest
 
+from spire_jax import processes
 from spire_jax import run as run_module
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -71,6 +72,7 @@ def test_a_finished_run_ends_at_once(finished, corpus):
     assert contents(finished) == before
 
 
+@pytest.mark.slow
 def test_another_k_retrains_nothing_and_keeps_the_old_evaluation(copy, corpus, capsys):
     before = contents(copy)
     assert pipelines.main(corpus, copy, "--stages=evaluate,report", "--config.decode.k=2") == 0
@@ -155,6 +157,6 @@ def test_bad_data_and_work_directories(corpus, tmp_path, capsys, monkeypatch):
 
 
 def test_one_run_at_a_time(corpus, tmp_path, capsys):
-    with run_module._only_one(tmp_path):
+    with processes.only_one(tmp_path):
         assert pipelines.main(corpus, tmp_path) == 2
     assert "in use by another run" in capsys.readouterr().err
