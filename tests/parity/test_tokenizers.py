@@ -70,6 +70,11 @@ def trained(kind: str) -> tokenizers.Tokenizer:
     return bpe
 
 
+def ids_of(path) -> int:
+    """Ids that a file's tokenizer has: its highest and one more."""
+    return max(describe(path).backend.get_vocab().values()) + 1
+
+
 def differing(ours, theirs, texts) -> list[str]:
     """Texts whose ids differ, special tokens recognised, or that do not come back."""
     bad = []
@@ -143,7 +148,7 @@ def test_smollm2(smollm2, figure):
 def test_llama_cpp(vocabularies, name, figure):
     """The ids that llama.cpp keeps beside the vocabularies of real models."""
     path = vocabularies / f"ggml-vocab-{name}.gguf"
-    ours = load_tokenizer(path, max(describe(path).backend.get_vocab().values()) + 1)
+    ours = load_tokenizer(path, ids_of(path))
     texts = path.with_suffix(".gguf.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     ids = path.with_suffix(".gguf.out").read_text().split("\n")
     bad = []
@@ -163,7 +168,7 @@ def test_real_vocabularies_in_transformers(vocabularies, name, figure):
     Llama 2 puts a space in front of every text it does so only where none is there.
     """
     path = vocabularies / f"ggml-vocab-{name}.gguf"
-    ours, theirs = load_tokenizer(path, tokenizer_size(path)), of_transformers(path)
+    ours, theirs = load_tokenizer(path, ids_of(path)), of_transformers(path)
     texts = TEXTS
     if name == "qwen2":
         theirs.backend_tokenizer.normalizer = normalizers.NFC()
