@@ -47,7 +47,7 @@ def released_programs():
 
     XLA's CPU compiler maps memory for every function. A process may have 65,530 maps (Linux's
     vm.max_map_count); without this one worker reaches them, and the compiler ends in a
-    segmentation fault. One file adds up to 20,000.
+    segmentation fault. Freed after every file, the most that was ever seen is 27,845.
     """
     yield
     maps = pathlib.Path("/proc/self/maps")
