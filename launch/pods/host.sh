@@ -154,10 +154,10 @@ start() {
 # "running", "ended STATUS", "lost" (the machine has restarted) or "never"; and the log's last line.
 status() {
   local what=lost
-  if [[ -f "$state/status" ]]; then
-    what="ended $(cat "$state/status")"
-  elif is_running; then
+  if is_running; then
     what=running
+  elif [[ -f "$state/status" ]]; then # looked at last: it may have ended just now
+    what="ended $(cat "$state/status")"
   elif [[ ! -f "$state/pid" ]]; then
     what=never
   fi

@@ -19,9 +19,7 @@ from pod_place import (
     ROOT,
     TPU,
     UP,
-    Place,
     interrupt,
-    make_stubs,
     wait_for,
 )  # fmt: skip
 from pod_stubs import PROGRAMS
@@ -30,18 +28,6 @@ WORKLOAD = ["--name=study", "--cluster=c", "--zone=us-west4-a", "--project=my-pr
 GKE_UP = ["gke", "up", *WORKLOAD, "--type=v5litepod-16", "--image=gcr.io/p/i", "--", *BUCKET]
 SUBMIT = ["slurm", "submit", "--name=study", "--nodes=2", "--gpus-per-node=8", "--time=4:00:00",
           "--", CONFIG, "--workdir=/shared/run"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def stubs(tmp_path_factory):
-    return make_stubs(tmp_path_factory.mktemp("pods"))
-
-
-@pytest.fixture
-def place(stubs, tmp_path):
-    place = Place(stubs, tmp_path)
-    yield place
-    assert place.cloud.mistakes() == ""
 
 
 # --- GKE -----------------------------------------------------------------------------------------
@@ -222,6 +208,16 @@ def test_a_detached_run(place):
     assert "step 10" in place.run("host", "logs", "--follow", "--lines=5").stdout
     (place.root / "runs/host/status").unlink()
     assert status()[0] == "lost"
+
+
+def test_a_run_that_ends_while_it_is_looked_at_is_not_lost(place):
+    """The processes of a machine, asked just as the run writes its status and goes."""
+    state = place.root / "runs/host"
+    state.mkdir(parents=True)
+    (state / "pid").write_text("1")
+    (place.home / "bin/ps").write_text(f"#!/bin/bash\necho 0 >'{state}/status'\n")
+    (place.home / "bin/ps").chmod(0o755)
+    assert place.run("host", "status").stdout.split()[2:] == ["ended", "0"]
 
 
 # --- all -----------------------------------------------------------------------------------------

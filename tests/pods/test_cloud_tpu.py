@@ -6,25 +6,13 @@ import signal
 import subprocess
 
 import pytest
-from pod_place import BUCKET, COSTS, NASTY, NEW_TPU, TPU, UP, Place, interrupt, make_stubs, wait_for
+from pod_place import BUCKET, COSTS, NASTY, NEW_TPU, TPU, UP, interrupt, wait_for
 
 ONCE = ["tpu-vm create", "tpu-vm describe", "git archive", "tpu-vm scp", "setup", "start", "status"]
 LOOK = ["git status", "tpu-vm describe"]
 END = ["logs", "tpu-vm delete", "storage cp"]
 
 FAILS = {"status": 1}
-
-
-@pytest.fixture(scope="module")
-def stubs(tmp_path_factory):
-    return make_stubs(tmp_path_factory.mktemp("pods"))
-
-
-@pytest.fixture
-def place(stubs, tmp_path):
-    place = Place(stubs, tmp_path)
-    yield place
-    assert place.cloud.mistakes() == ""
 
 
 def test_a_tpu_from_creation_to_report(place):

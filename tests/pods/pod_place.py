@@ -12,7 +12,7 @@ import time
 
 from pod_stubs import PROGRAMS
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "--config=configs/quickstart.py"
 BUCKET = [CONFIG, "--workdir=gs://bucket/run"]
 TPU = ["--name=my-tpu", "--zone=us-west4-a"]
@@ -22,11 +22,12 @@ COSTS = "STILL RUNNING AND COSTING MONEY"
 NASTY = ["--set=a b", "--set=it's", '--set="$(touch pwned)"', "--set=`touch pwned`;&|*", "--set="]
 
 
-def heed_signals() -> None:
-    """Tests in the background of a shell, or under nohup, ignore some, which bash cannot trap."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
+# Tests in the background of a shell, or under nohup, ignore some signals, which bash cannot trap.
+HEEDING = """import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 PROGRAM = f"""#!{sys.executable} -IS
 import sys
@@ -163,10 +164,10 @@ class Place:
 
     def popen(self, launcher, *arguments, rules=None, **env):
         return subprocess.Popen(
-            ["bash", str(self.root / f"launch/pods/{launcher}.sh"), *arguments],
+            [sys.executable, "-ISc", HEEDING, "/bin/bash",
+             str(self.root / f"launch/pods/{launcher}.sh"), *arguments],
             cwd="/", env=self.env(rules, **env), text=True, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            preexec_fn=heed_signals,
         )  # fmt: skip
 
     def run(self, launcher, *arguments, rules=None, **env):
