@@ -285,6 +285,7 @@ class Learner:
             record["tokens"] = record["examples"] * self._config.seq_len
             record |= {name: x.tolist() for name, x in values.items()}
             record |= {"tokens_per_s": speed.tokens_per_s, "peak_share": speed.peak_share}
+            record |= {"data_wait_share": speed.data_wait_share}
             self._log.write(record)
             self._logged = step
         return loss
@@ -350,7 +351,7 @@ def train(
                 if (at - keep) % config.log_every == 0:
                     speed.mark()
 
-        for batch in batches(at * config.batch_size) if at < total else ():
+        for batch in speed.waits_for(batches(at * config.batch_size)) if at < total else ():
             active = [x for x in learners if x.done == at and not x.finished]
             logged = (at + 1) % config.log_every == 0
             device_batch, lesson = to_device(batch, mesh), None
@@ -378,13 +379,18 @@ def train(
 
 
 class _Speed:
-    """Tokens and FLOPs per second since the last mark; the first step, which compiles, left out."""
+    """Tokens and FLOPs per second, and the share of the time that the loop waited for batches.
+
+    Since the last mark; the first step, which compiles, is left out.
+    """
 
     def __init__(self, tokens_per_step: int, peak: float):
         self._tokens_per_step, self._peak = tokens_per_step, peak
         self._begin: float | None = None
-        self._tokens = self._flops = 0.0
+        self._tokens = self._flops = self._waited = 0.0
         self.tokens_per_s: float | None = None
+        # Of the time since the mark: an upper bound, since the step before is computed meanwhile.
+        self.data_wait_share: float | None = None
         self.peak_share: float | None = None  # of the machine's peak FLOP/s
 
     def add(self, flops_per_token: float) -> None:
@@ -397,9 +403,21 @@ class _Speed:
         seconds = time.perf_counter() - self._begin
         self.tokens_per_s = self._tokens / seconds
         self.peak_share = self._flops / seconds / self._peak
+        self.data_wait_share = self._waited / seconds
 
     def mark(self) -> None:
         self._begin, self._tokens, self._flops = time.perf_counter(), 0.0, 0.0
+        self._waited = 0.0
+
+    def waits_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches."""
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
 
 
 def _diverged(task, step, batch, values, checkpoints, describe_example) -> str:

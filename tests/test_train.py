@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def run(task, config, mesh, initial, frozen, folder, **kwargs):
     return run_all({task: initial}, config, mesh, frozen, folder, **kwargs)[0]
 
 
-def run_all(tasks, config, mesh, frozen, folder, **kwargs):
+def run_all(tasks, config, mesh, frozen, folder, batches=batches, **kwargs):
     """Parameters of task -> its initial parameters after training them together."""
     with contextlib.ExitStack() as stack:
         learners = []
@@ -136,6 +137,23 @@ def test_the_target_learns_and_its_metrics_say_so(target):
     assert lines[-1]["examples"] == 96 and lines[-1]["tokens"] == 96 * 16
     assert {"grad_norm", "learning_rate", "tokens_per_s", "peak_share"} <= lines[-1].keys()
     assert 0 < lines[-1]["peak_share"] < 1
+
+
+def test_the_metrics_tell_how_long_steps_wait_for_their_data(target, mesh, tmp_path):
+    task, _, folder = target
+    config, pause = experiment(), 0.1
+
+    def late(start):
+        for batch in batches(start):
+            time.sleep(pause)
+            yield batch
+
+    initial = init_params(task.model, jax.random.key(0), mesh)
+    run(task, config, mesh, lambda: initial, None, tmp_path, batches=late)
+    record = records(tmp_path, "target")[-2]  # the last counts a step whose batch was there before
+    seconds = 4 * 16 / record["tokens_per_s"]  # of a step
+    assert pause / seconds <= record["data_wait_share"] <= 1
+    assert records(folder, "target")[-2]["data_wait_share"] < record["data_wait_share"] / 2
 
 
 @pytest.mark.parametrize("name", ["spire", "vanilla"])

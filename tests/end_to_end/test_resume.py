@@ -13,7 +13,7 @@ import pytest
 
 from spire_jax.checkpoints import load_params
 
-TIMING = {"tokens_per_s", "peak_share"}
+TIMING = {"tokens_per_s", "peak_share", "data_wait_share"}
 MODELS = {"target": "target", "spire": "drafts/spire", "vanilla": "drafts/vanilla"}
 
 
