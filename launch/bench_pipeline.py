@@ -11,6 +11,7 @@ oracle on the trained models of a work directory of the same config.
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from launch.train_steps import training_steps
 from spire_jax.config import ExperimentConfig, body_parameters, oracle_depth
 from spire_jax.config_files import command_line
 from spire_jax.data.pipeline import Batch, Context
@@ -32,21 +34,9 @@ from spire_jax.evaluate import (
     target_pass,
 )
 from spire_jax.hardware import describe, peak_memory_bytes
-from spire_jax.models.transformer import Params
 from spire_jax.run import Pipeline
 from spire_jax.sharding import make_mesh
-from spire_jax.tasks import (
-    Task,
-    draft_task,
-    init_params,
-    initial_draft,
-    target_task,
-    teach,
-    teacher,
-    trainable,
-    with_shared,
-)
-from spire_jax.train import init_state, make_optimizer, to_device, train_step
+from spire_jax.train import to_device
 
 
 def main() -> None:
@@ -96,30 +86,10 @@ def bench_training(config: ExperimentConfig, repeats: int) -> None:
     batch = to_device(
         Batch(tokens[0], tokens[1], np.ones(shape, bool), np.arange(train.batch_size)), mesh
     )
-    task = target_task(config)
-    target = init_params(task.model, jax.random.key(0), mesh)
-    tasks: dict[str, tuple[Task, Params, Params]] = {"target": (task, target, None)}
-    for name, _ in config.drafts:
-        task = draft_task(config, name)
-        tasks[name] = (task, initial_draft(config, name, task, target, mesh), target)
-    target = init_params(tasks["target"][0].model, jax.random.key(0), mesh)
-    work: dict[str, Callable[[], None]] = {}
-    for name, (task, params, frozen) in tasks.items():
-        optimizer = make_optimizer(train, task)
-        params, fixed = trainable(task, with_shared(task, params, frozen))
-        copy = jax.tree.map(lambda x: x.copy(), params)
-        state = {"now": init_state(task, optimizer, copy, mesh)}
-
-        def run(task=task, optimizer=optimizer, state=state, fixed=fixed, frozen=frozen):
-            lesson = None
-            if task.reads is not None:
-                lesson = teach(teacher(config, [task]), frozen, batch)
-            state["now"], metrics = train_step(
-                task, train, optimizer, state["now"], lesson, batch, fixed
-            )
-            jax.block_until_ready(metrics)
-
-        work[name] = run
+    steps = training_steps(config, mesh)
+    work: dict[str, Callable[[], None]] = {
+        name: functools.partial(step, batch) for name, step in steps.items()
+    }
     seconds = interleaved(work, repeats)
     for name, value in seconds.items():
         rate = train.batch_size * train.seq_len / value

@@ -21,6 +21,10 @@ import pytest
 # Before the first import of either package: annotated shapes and dtypes are checked at each call.
 jaxtyping.install_import_hook(["spire_jax", "pallas_kernels"], "beartype.beartype")
 
+from paper_numbers import PAPER_67M, PAPER_70B  # noqa: E402
+
+from spire_jax import config_files  # noqa: E402
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the long tests too")
@@ -61,3 +65,15 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """The paper's target of 67M parameters and its drafts."""
+    return config_files.load(PAPER_67M)
+
+
+@pytest.fixture(scope="session")
+def llama():
+    """The paper's Llama 3 70B and its drafts."""
+    return config_files.load(PAPER_70B)

@@ -17,16 +17,6 @@ METHODS = {"autoregressive": 1.0, **TAU}
 DOCUMENT = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def pair() -> config.ExperimentConfig:
-    return config_files.load(PAPER_67M)
-
-
-@pytest.fixture(scope="module")
-def llama() -> config.ExperimentConfig:
-    return config_files.load(PAPER_70B)
-
-
 def _points(
     of: config.ExperimentConfig, method: str, sizes: list[int], how: str = "tensor", **values: Any
 ) -> list[scaling.Point]:

@@ -16,16 +16,6 @@ from spire_jax import config, config_files, throughput
 SIZES = [2**n for n in range(14)]
 
 
-@pytest.fixture(scope="module")
-def pair() -> config.ExperimentConfig:
-    return config_files.load(PAPER_67M)
-
-
-@pytest.fixture(scope="module")
-def llama() -> config.ExperimentConfig:
-    return config_files.load(PAPER_70B)
-
-
 # --- the paper's numbers -----------------------------------------------------------------------
 
 

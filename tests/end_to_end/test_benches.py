@@ -8,8 +8,9 @@ import numpy as np
 import pipelines
 import pytest
 
-from launch import bench_decode, tau_by_tokens
+from launch import bench_decode, bench_mesh, tau_by_tokens
 from launch.bench_decode import Point, add, record_of, room_for, rounds_of
+from launch.bench_mesh import parse_meshes
 from spire_jax.config_files import load
 from spire_jax.throughput import multiplier, round_cost
 
@@ -102,3 +103,33 @@ def test_unknown_methods_are_named(finished, corpus, capsys):
     with pytest.raises(SystemExit):
         bench_decode.main([*flags, "--methods=other"])
     assert "unknown ['other']" in capsys.readouterr().err
+
+
+def test_meshes_by_their_axes():
+    assert parse_meshes("1; 4:data=2,tensor=2;2:fsdp=2") == [
+        (1, {"data": 1}), (4, {"data": 2, "tensor": 2}), (2, {"data": 1, "fsdp": 2}),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="no mesh axis 'model'; there are data, fsdp, tensor"):
+        parse_meshes("4:model=4")
+
+
+def test_a_mesh_that_does_not_fit_its_devices_ends_the_command(corpus, capfd):
+    flags = pipelines.arguments(corpus, pathlib.Path("unused"))
+    flags = [flag for flag in flags if not flag.startswith("--workdir")]
+    with pytest.raises(SystemExit):
+        bench_mesh.main([*flags, "--meshes=2:data=4", "--repeats=1"])
+    assert "does not fit 2 devices" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_steps_on_two_devices_beside_one(corpus, capfd):
+    flags = pipelines.arguments(corpus, pathlib.Path("unused"))
+    flags = [flag for flag in flags if not flag.startswith("--workdir")]
+    bench_mesh.main([*flags, "--meshes=1; 2:data=2", "--repeats=2", "--steps=2"])
+    rows = [line.split("│")[1:-1] for line in capfd.readouterr().out.splitlines() if "│" in line]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    assert [(row[0], row[1]) for row in cells] == [
+        (name, n) for name in ("target", "spire", "vanilla") for n in ("1", "2")
+    ]
+    assert all(float(row[3]) > 0 and float(row[4]) > 0 for row in cells)
+    assert [row[4] for row in cells[::2]] == ["1.00"] * 3
