@@ -2,6 +2,7 @@
 # Makes .venv with a suitable Python and installs a list of requirements into it.
 #
 #   bash launch/setup.sh [requirements.txt | requirements-test.txt]
+#   bash launch/setup.sh --locked    # constraints/python3.XX.txt: these versions, these files
 #
 # Quick when nothing has changed: a stamp in .venv holds the hash of the lists and the version of
 # Python. What an interrupted run left half-made is made again. PYTHON=/path/to/python chooses
@@ -9,7 +10,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-list="${1:-requirements.txt}"
 venv=.venv
 busy="$venv/.installing" # who is installing; outlives a kill
 mine=""
@@ -91,7 +91,25 @@ check_choice_of_python() {
     fail "PYTHON=$PYTHON is $wanted, but $venv has $has; unset PYTHON or remove $venv"
 }
 
-[[ -f "$list" ]] || fail "there is no list of requirements called $list"
+# The list that fits the Python of .venv, or the one that it would be made with.
+lock_of_python() {
+  local python="$venv/bin/python" version locks
+  works || python="$(find_python)"
+  version="$(version_of "$python")"
+  list="constraints/python${version%.*}.txt"
+  locks="$(cd constraints 2>/dev/null && echo *.txt)"
+  [[ -f "$list" ]] || fail "--locked: there is no $list ($version); there are ${locks:-none}." \
+    "Choose another PYTHON, make a lock with launch/lock.sh, or leave --locked out"
+}
+
+if [[ "${1:-}" == --locked ]]; then
+  [[ $# -eq 1 ]] || fail "--locked installs the whole list of its Python; leave out ${*:2}"
+  lock_of_python
+  hashes=(--require-hashes)
+else
+  list="${1:-requirements.txt}" hashes=()
+  [[ -f "$list" ]] || fail "there is no list of requirements called $list"
+fi
 [[ -z "${PYTHON:-}" ]] || ! works || check_choice_of_python
 ! is_current || exit 0
 
@@ -121,7 +139,7 @@ if [[ -n "$interrupted" ]] || ! works; then
 fi
 
 say "installing $list (a few minutes the first time)"
-"$venv/bin/python" -m pip install -qq --disable-pip-version-check -r "$list" ||
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check "${hashes[@]}" -r "$list" ||
   fail "pip could not install $list (its message is above); is there a network? Then start again"
 while read -r file; do
   stamp_text "$file" >"$(stamp_of "$file")"

@@ -20,7 +20,8 @@ case "$1 ${{2:-}}" in
     echo "venv" >>"$STUB_LOG"
     mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; touch "$3/pyvenv.cfg" "$3/has-pip" ;;
   "-m pip")
-    echo "pip ${{*: -1}}" >>"$STUB_LOG"
+    [[ "$*" == *--require-hashes* ]] && hashed=" hashed"
+    echo "pip ${{*: -1}}${{hashed:-}}" >>"$STUB_LOG"
     case "${{STUB_PIP:-}}" in
       fail) echo "ERROR: no network" >&2; exit 1 ;;
       killed) kill -9 $PPID; exit 1 ;;
@@ -48,7 +49,7 @@ class Place:
     def __init__(self, folder: pathlib.Path):
         self.root, self.bin, self.log = folder / "a repo", folder / "bin", folder / "log"
         self.venv = self.root / ".venv"
-        for name in ("launch", ".ci"):
+        for name in ("launch", ".ci", "constraints"):
             shutil.copytree(ROOT / name, self.root / name)
         (self.root / "requirements.txt").write_text("jax\n")
         (self.root / "requirements-test.txt").write_text("-r requirements.txt\npytest\n")
@@ -205,6 +206,34 @@ def test_an_unknown_list(place):
     result = place.run("launch/setup.sh", "requirement.txt")
     assert result.returncode == 1
     assert result.stderr == "setup: there is no list of requirements called requirement.txt\n"
+
+
+def test_a_lock_is_installed_by_hash_and_only_when_it_has_changed(place):
+    """That of .venv's Python; the ranges are met by it, and asked for all the same."""
+    place.python()
+    lock = "pip constraints/python3.12.txt hashed"
+    assert set_up(place, "--locked") == ["venv", lock]
+    assert set_up(place, "--locked") == []
+    assert set_up(place) == ["pip requirements.txt"]
+    assert set_up(place, "--locked") == []
+    (place.root / "constraints/python3.12.txt").write_text("jax==0.12.1 --hash=sha256:0\n")
+    assert set_up(place, "--locked") == [lock]
+    shutil.rmtree(place.venv)
+    assert set_up(place, "--locked", STUB_VERSION="3.11.4") == [
+        "venv", "pip constraints/python3.11.txt hashed",
+    ]  # fmt: skip
+
+
+def test_no_lock_for_this_python(place):
+    place.python()
+    result = place.run("launch/setup.sh", "--locked", STUB_VERSION="3.15.0")
+    assert result.returncode == 1 and place.done() == []
+    assert result.stderr.startswith(
+        "setup: --locked: there is no constraints/python3.15.txt (3.15.0); there are python3.11.txt"
+    )
+    assert "or leave --locked out" in result.stderr
+    result = place.run("launch/setup.sh", "--locked", "requirements.txt")
+    assert result.returncode == 1 and "leave out requirements.txt" in result.stderr
 
 
 # --- quickstart ----------------------------------------------------------------------------------

@@ -215,9 +215,9 @@ def autoregressive_texts(config, temperature: float) -> np.ndarray:
 
 def ratio(over: np.ndarray, under: np.ndarray) -> tuple[float, float]:
     """sum(over) / sum(under), and its standard error over rows by the delta method."""
-    value = over.sum() / under.sum()
+    value = float(over.sum()) / float(under.sum())
     spread = np.std(over - value * under) * np.sqrt(len(over)) / under.sum()
-    return value, spread
+    return value, float(spread)
 
 
 @functools.cache
