@@ -5,7 +5,8 @@ them, as metadata, each leaf's path, dtype and shape and the values of host scal
 matched to the abstract tree by name, so that integer keys and optax's named tuples come back as
 the types that they were. Orbax commits by a rename: a checkpoint that exists under its own name
 was written to the end. A list of its files and their sizes, added then, shows what was lost or
-cut since, before anything is read.
+cut since, before anything is read. In a bucket Orbax commits by an object that it writes last, and
+nothing is ever cut.
 """
 
 import json
@@ -18,6 +19,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from spire_jax.bucket import in_bucket
+from spire_jax.places import locate, write_whole
+
 try:
     from orbax.checkpoint import v1 as ocp
 except ImportError:  # before the v1 interface left `experimental`
@@ -28,6 +32,7 @@ Identity = Mapping[str, Any]  # JSON-able values that say what a directory's con
 
 ARRAYS = "arrays"  # the one checkpointable of every checkpoint here
 FILES_FILE = "files.json"
+COMMIT_FILE = "commit_success.txt"  # Orbax's, of what is complete in a bucket
 
 
 class CheckpointError(RuntimeError):
@@ -124,9 +129,14 @@ def read_metadata(path: epath.Path) -> dict[str, Any]:
     return metadata
 
 
+def is_complete(path: epath.Path) -> bool:
+    """Whether there is a checkpoint that was written to its end."""
+    return (path / COMMIT_FILE if in_bucket(path) else path).exists()
+
+
 def list_files(path: epath.Path) -> None:
     """Write down what a complete checkpoint consists of; in a bucket, objects are never cut."""
-    if jax.process_index() == 0 and "://" not in str(path):
+    if jax.process_index() == 0 and not in_bucket(path):
         write_json(path / FILES_FILE, _sizes(path))
 
 
@@ -222,15 +232,12 @@ def read_json(path: epath.Path) -> Any:
 
 def write_json(path: epath.Path, values: Any) -> None:
     """Atomic: a kill leaves the old file or the new one."""
-    temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(values, indent=1, sort_keys=True) + "\n")
 
 
 def absolute(directory: str | os.PathLike[str]) -> epath.Path:
     """Absolute, as Orbax wants it; buckets (gs://...) as they are."""
-    directory = os.fspath(directory)
-    return epath.Path(directory if "://" in directory else os.path.abspath(directory))
+    return epath.Path(locate(directory))
 
 
 def first_line(error: BaseException) -> str:

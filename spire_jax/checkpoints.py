@@ -10,6 +10,7 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
+from spire_jax.bucket import in_bucket, watched
 from spire_jax.checkpoint_files import (
     ARRAYS,
     FILES_FILE,
@@ -22,6 +23,7 @@ from spire_jax.checkpoint_files import (
     compare_identities,
     first_line,
     flatten,
+    is_complete,
     is_nested_dict,
     list_files,
     ocp,
@@ -99,7 +101,8 @@ class Checkpoints:
         for step in reversed(self.steps()):
             path = self.directory / str(step)
             try:
-                return step, read(path, abstract_state)
+                with watched(path):
+                    return step, read(path, abstract_state)
             except TornError as error:
                 self._put_aside(path, error)
         return None
@@ -115,9 +118,10 @@ class Checkpoints:
         arrays, metadata = flatten(state)
         try:
             self._last_saved = self._unlisted = step
-            self._checkpointer.save_checkpointables_async(
-                step, {ARRAYS: arrays}, force=True, custom_metadata=metadata
-            )
+            with watched(self.directory):
+                self._checkpointer.save_checkpointables_async(
+                    step, {ARRAYS: arrays}, force=True, custom_metadata=metadata
+                )
         except ocp.training.errors.StepAlreadyExistsError as error:
             raise CheckpointError(f"{self.directory} already holds step {step}") from error
         except (OSError, ValueError, RuntimeError) as error:
@@ -127,7 +131,8 @@ class Checkpoints:
         """Return when nothing is being written; CheckpointError if a save failed."""
         unlisted, self._unlisted = self._unlisted, None
         try:
-            self._checkpointer.wait()
+            with watched(self.directory):
+                self._checkpointer.wait()
             if unlisted is not None:
                 list_files(self.directory / str(unlisted))
         except Exception as error:  # whatever the writing thread met
@@ -135,7 +140,8 @@ class Checkpoints:
 
     def _close(self) -> None:
         try:
-            self._checkpointer.close()
+            with watched(self.directory):
+                self._checkpointer.close()
         except Exception as error:  # after a failed save Orbax may fail here once more
             raise self._cannot_write(error) from error
 
@@ -186,31 +192,34 @@ def save_params(
 ) -> None:
     """Write a finished model: nested dicts of arrays, and `identity`, JSON-able values.
 
-    Atomic: `directory` appears when it is complete. A model of the same identity is replaced;
-    anything else that is in the way raises CheckpointError, as does a failure to write.
+    Atomic: `directory` appears when it is complete (`has_params`). A model of the same identity is
+    replaced; anything else that is in the way raises CheckpointError, as does a failure to write.
     """
     path = absolute(directory)
     identity = plain(identity)
     arrays, metadata = flatten(params)
     if not is_nested_dict(params):
         raise CheckpointError(f"{path}: params must be nested dicts of arrays, got {type(params)}")
-    if path.exists():
+    if is_complete(path):
         compare_identities(params_identity(path), identity, path)
     new, old = path.parent / f".{path.name}.new", path.parent / f".{path.name}.old"
+    if in_bucket(path):
+        new = path  # Orbax commits by an object
     try:
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             for left_over in path.parent.glob(f".{path.name}.new.orbax-checkpoint-tmp*"):
                 left_over.rmtree()
         _barrier("save_params")
-        ocp.save_checkpointables(
-            new,
-            {ARRAYS: arrays},
-            overwrite=True,
-            custom_metadata={**metadata, "identity": identity},
-        )
+        with watched(path):
+            ocp.save_checkpointables(
+                new,
+                {ARRAYS: arrays},
+                overwrite=True,
+                custom_metadata={**metadata, "identity": identity},
+            )
         list_files(new)
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and new != path:
             if old.exists():
                 old.rmtree()
             if path.exists():
@@ -248,18 +257,24 @@ def load_params(
     try:
         if abstract_params is None:
             abstract_params = abstract_tree_of(read_metadata(path)["leaves"])
-        return read(path, abstract_params)
+        with watched(path):
+            return read(path, abstract_params)
     except TornError as error:
         raise _torn(path, error) from error
+
+
+def has_params(directory: str | os.PathLike[str]) -> bool:
+    """Whether there is a finished model, as far as one sees without reading it."""
+    return is_complete(absolute(directory))
 
 
 def params_identity(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The identity of a finished model, without reading it; CheckpointError if missing or torn."""
     path = absolute(directory)
-    if not path.exists():
+    if not is_complete(path):
         raise CheckpointError(f"there is no model in {path}; run the stage that makes it first")
     try:
-        if "://" not in str(path) and not (path / FILES_FILE).exists():
+        if not in_bucket(path) and not (path / FILES_FILE).exists():
             raise TornError(f"it has no {FILES_FILE}")  # listed before it got its name
         return read_metadata(path)["identity"]
     except (TornError, KeyError) as error:

@@ -7,13 +7,15 @@ of rows and ends with the same array.
 """
 
 import json
-import pathlib
+import os
 import zlib
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+import tensorstore as ts
+from jaxtyping import Int, Integer
 
+from spire_jax.bucket import in_bucket, watched
 from spire_jax.config import AUTOREGRESSIVE, ConfigError, ExperimentConfig
 from spire_jax.data.pipeline import WrittenRows
 from spire_jax.data.sources import Corpus, Documents
@@ -21,17 +23,19 @@ from spire_jax.decode import Weights, generate
 from spire_jax.evaluate import make_decoder
 from spire_jax.metrics import Progress, write_whole
 from spire_jax.models.transformer import Params
+from spire_jax.places import Place
 from spire_jax.processes import is_first, to_host
 from spire_jax.sampling import Sampling
 
 TOKENS, LENGTHS, STATE = "tokens.npy", "lengths.npy", "state.json"
+CHUNK_ROWS = 64  # of an array in a bucket: an object
 
 
 def write_continuations(
     config: ExperimentConfig,
     target: Params,
     corpus: Corpus,
-    folder: pathlib.Path,
+    folder: Place,
     identity: dict[str, Any],
 ) -> None:
     """Write the rows of `config.continuations` that `folder` does not hold yet.
@@ -48,14 +52,12 @@ def write_continuations(
     if done == at.rows:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if done == 0 and is_first():
-        kind = corpus.tokens.dtype
-        np.lib.format.open_memmap(folder / TOKENS, "w+", kind, (at.rows, width)).flush()
-        np.lib.format.open_memmap(folder / LENGTHS, "w+", np.int32, (at.rows,)).flush()
     tokens = lengths = None
     if is_first():
-        tokens = np.load(folder / TOKENS, mmap_mode="r+")
-        lengths = np.load(folder / LENGTHS, mmap_mode="r+")
+        new, kind = done == 0, np.dtype(corpus.tokens.dtype)
+        with watched(folder):
+            tokens = _Rows(folder, TOKENS, (at.rows, width), kind, new)
+            lengths = _Rows(folder, LENGTHS, (at.rows,), np.dtype(np.int32), new)
     eos = tuple(getattr(corpus.tokenizer, "eos", (corpus.tokenizer.separator,)))
     starts = fitting(corpus, at.prompt)
     decoder = make_decoder(config, AUTOREGRESSIVE, eos, Sampling(temperature=at.temperature))
@@ -74,17 +76,58 @@ def write_continuations(
             )
             found = to_host(state.tokens), to_host(state.lengths)
             if tokens is not None and lengths is not None:
-                tokens[rows], lengths[rows] = found
-                tokens.flush()
-                lengths.flush()
+                with watched(folder):
+                    for array, values in zip((tokens, lengths), found, strict=True):
+                        array.write(done, values[: at.rows - done])
             done = min(done + at.batch_size, at.rows)
             progress.update(done)
             write_whole(folder / STATE, json.dumps({"rows": done, "identity": identity}))
 
 
-def written(folder: pathlib.Path, identity: dict[str, Any]) -> int:
+class _Rows:
+    """An array of rows that is written bit by bit: a file, or in a bucket a zarr array."""
+
+    def __init__(
+        self, folder: Place, name: str, shape: tuple[int, ...], kind: np.dtype[Any], new: bool
+    ):
+        """`new`: make it; else it is there."""
+        self._store = self._file = None
+        if in_bucket(folder):
+            chunk = {"shape": [CHUNK_ROWS, *shape[1:]]}
+            layout = {"read_chunk": chunk, "write_chunk": chunk}
+            schema = {"dtype": kind.name, "domain": {"shape": shape}, "chunk_layout": layout}
+            how = {"create": True, "delete_existing": True, "schema": schema} if new else {}
+            self._store = ts.open(_zarr(folder, name) | how, open=not new or None).result()
+        else:
+            path = folder / name
+            self._file = (np.lib.format.open_memmap(path, "w+", kind, shape) if new
+                          else np.lib.format.open_memmap(path, "r+"))  # fmt: skip
+
+    def write(self, begin: int, rows: Integer[np.ndarray, "rows ..."]) -> None:
+        """Rows from `begin` on; they are kept when it returns."""
+        if self._store is not None:
+            self._store[begin : begin + len(rows)].write(
+                rows.astype(self._store.dtype.numpy_dtype)
+            ).result()
+        elif self._file is not None:
+            self._file[begin : begin + len(rows)] = rows
+            self._file.flush()
+
+
+def _zarr(folder: Place, name: str) -> dict[str, Any]:
+    return {"driver": "zarr3", "kvstore": f"{os.fspath(folder / name.replace('npy', 'zarr'))}/"}
+
+
+def _read(folder: Place, name: str) -> Integer[np.ndarray, "rows ..."]:
+    if in_bucket(folder):
+        with watched(folder):
+            return ts.open(_zarr(folder, name), read=True).result().read().result()
+    return np.load(folder / name, mmap_mode="r")
+
+
+def written(folder: Place, identity: dict[str, Any]) -> int:
     """How many rows `folder` holds; ConfigError if they were made from something else."""
-    if not (folder / STATE).is_file():
+    if not (folder / STATE).exists():
         return 0
     state = json.loads((folder / STATE).read_text())
     if state["identity"] != identity:
@@ -95,10 +138,10 @@ def written(folder: pathlib.Path, identity: dict[str, Any]) -> int:
     return int(state["rows"])
 
 
-def read_continuations(folder: pathlib.Path, first_example: int) -> WrittenRows:
-    """The rows of a complete folder; they count as examples from `first_example` on."""
-    tokens = np.load(folder / TOKENS, mmap_mode="r")
-    return WrittenRows(tokens, np.load(folder / LENGTHS), first_example)
+def read_continuations(folder: Place, first_example: int) -> WrittenRows:
+    """The rows of a complete folder, those of a bucket in memory; they count as examples from
+    `first_example` on."""
+    return WrittenRows(_read(folder, TOKENS), np.array(_read(folder, LENGTHS)), first_example)
 
 
 def fitting(corpus: Corpus, length: int) -> Documents:

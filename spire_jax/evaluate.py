@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,6 +47,7 @@ from spire_jax.metrics import Progress, write_whole
 from spire_jax.models.kv_cache import FullCache
 from spire_jax.models.transformer import Params
 from spire_jax.oracle import TargetAlong, ratios_along, round_statistics, target_along
+from spire_jax.places import locate
 from spire_jax.processes import to_host
 from spire_jax.sampling import Sampling
 from spire_jax.tasks import draft_task, target_task, teach, teacher
@@ -101,7 +101,7 @@ def evaluate(
     directory: str | os.PathLike[str],
 ) -> None:
     """Write `<method>.jsonl` for every method and `evaluation.json` into `directory`."""
-    directory = pathlib.Path(directory)
+    directory = locate(directory)
     directory.mkdir(parents=True, exist_ok=True)
     ev = config.eval
     contexts = choose_contexts(config, dataset.corpus)

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from spire_jax import throughput
 from spire_jax.ablations import variants
 from spire_jax.config import AUTOREGRESSIVE, ConfigError, ExperimentConfig, StudyConfig, to_dict
+from spire_jax.places import Place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ def paper_inputs(config: ExperimentConfig) -> Given:
     return Given(tau, f"tau of the config: {listed}", training_costs(config, tau))
 
 
-def own_inputs(config: ExperimentConfig, workdir: pathlib.Path) -> Given:
+def own_inputs(config: ExperimentConfig, workdir: Place) -> Given:
     """What a finished run of this config found.
 
     Raises:

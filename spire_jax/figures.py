@@ -28,6 +28,7 @@ from spire_jax.config import MAGICDEC, ConfigError, ExperimentConfig, body_param
 from spire_jax.config_files import command_line, exit_with_error
 from spire_jax.cost_model import VARIANTS, cache_row
 from spire_jax.figure_inputs import Given, own_inputs, paper_inputs, with_ablations
+from spire_jax.places import locate
 
 COLORS = {"vanilla": "#c2571a", MAGICDEC: "#5b6fb5", "spire": "#1b7f5c", "snapkv": "#8a5fb0"}
 STYLES = ("-", "--", "-.", ":")
@@ -363,10 +364,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m spire_jax.figures", None, __doc__,
                                      formatter_class=raw)  # fmt: skip
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the figures")
-    parser.add_argument("--workdir", type=pathlib.Path, help="a finished run of the same config")
+    parser.add_argument("--workdir", help="a finished run of the same config")
     args, config = command_line(parser, argv)
     try:
-        given = own_inputs(config, args.workdir) if args.workdir else paper_inputs(config)
+        given = own_inputs(config, locate(args.workdir)) if args.workdir else paper_inputs(config)
         config = with_ablations(config)
         drawn = dict(figures(config, given))
         args.out.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -22,6 +23,9 @@ from rich.progress import Progress as RichProgress
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
+from spire_jax import places
+from spire_jax.bucket import in_bucket
+from spire_jax.places import Lines, Place, locate
 from spire_jax.processes import is_first
 
 
@@ -51,9 +55,10 @@ class MetricsLog:
         MetricsError if a complete line is no record, if steps do not increase, or if the last
         step up to `resume_step` is not `expected_last` (where given; 0 means no record at all).
         """
-        self.path, self._file, self._events = pathlib.Path(path), -1, None
-        self._silent = not is_first()
-        if self._silent:
+        self.path: Place = locate(path)
+        self._lines: Lines | None = None
+        self._events: EventsLog | None = None
+        if not is_first():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         before = self.path.read_bytes() if self.path.exists() else b""
@@ -69,7 +74,7 @@ class MetricsLog:
         if before != after:
             write_whole(self.path, after)
         self._step = max(last, resume_step)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._lines = places.grow(self.path, after)
         if events is not None:
             self._events = EventsLog(events, kept)
 
@@ -80,36 +85,35 @@ class MetricsLog:
         null, since JSON has no word for it. MetricsError for a wrong step, OSError naming the
         file if it cannot be written.
         """
-        if self._silent:
+        if self._lines is None:
             return
         step = record.get("step")
         if not isinstance(step, int) or isinstance(step, bool) or step <= self._step:
             raise MetricsError(f"{self.path}: step {step!r} does not come after {self._step}")
         line = _line(record)
         try:
-            written = os.write(self._file, line)
+            self._lines.append(line)
         except OSError as error:
             raise self._cannot_write(error.errno, error.strerror) from error
-        if written != len(line):
-            raise self._cannot_write(None, f"{written} of {len(line)} bytes were written")
         self._step = step
         if self._events is not None:
             self._events.write(_jsonable(record))
 
     def sync(self) -> None:
-        """Return when everything written is on the disk; call before committing a checkpoint."""
-        if self._silent:
+        """Return when everything written is kept; call before committing a checkpoint."""
+        if self._lines is None:
             return
         try:
-            os.fsync(self._file)
+            self._lines.sync()
+            if self._events is not None:
+                self._events.sync()
         except OSError as error:
-            raise self._cannot_write(error.errno, error.strerror) from error
+            raise self._cannot_write(error.errno, error.strerror or repr(error)) from error
 
     def close(self) -> None:
         """Close the file; a second time does nothing."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        if self._lines is not None:
+            self._lines.close()
         if self._events is not None:
             self._events.close()
 
@@ -131,17 +135,23 @@ class MetricsLog:
 class EventsLog:
     """The numbers of a metrics file for TensorBoard, in a folder of their own.
 
+    In a bucket they appear when `sync` is called; until then they are in a temporary folder.
+
     The metrics file is the truth: opening writes its records anew, so that no curve has a step
     twice or one that a kill took. Lists become curves `name/1`, `name/2`, ...; what was not finite
     is left out. The times of records that were written anew are those of the opening.
     """
 
     def __init__(self, folder: str | os.PathLike[str], records: list[dict[str, Any]]):
-        self._folder = pathlib.Path(folder)
+        self._folder = locate(folder)
+        self._near: tempfile.TemporaryDirectory[str] | None = None
         self._folder.mkdir(parents=True, exist_ok=True)
         for old in self._folder.glob("events.out.tfevents.*"):
             old.unlink()
-        self._writer = EventsWriter(str(self._folder / "events"))
+        if in_bucket(self._folder):
+            self._near = tempfile.TemporaryDirectory()
+        near = pathlib.Path(self._near.name) if self._near else self._folder
+        self._writer = EventsWriter(str(near / "events"))
         for record in records:
             self._add(record)
         self.flush()
@@ -168,13 +178,21 @@ class EventsLog:
         except OSError as error:
             raise _cannot_write("events", self._folder, error.errno, error.strerror) from error
 
+    def sync(self) -> None:
+        """Copy the file to where it belongs, if it is elsewhere."""
+        if self._near is not None:
+            for file in pathlib.Path(self._near.name).iterdir():
+                places.write_whole(self._folder / file.name, file.read_bytes())
+
     def close(self) -> None:
         """Close the file; everything is in it already."""
         with contextlib.suppress(OSError):
             self._writer.close()
+        if self._near is not None:
+            self._near.cleanup()
 
 
-def _cannot_write(kind: str, path: pathlib.Path, errno: int | None, what: str | None) -> OSError:
+def _cannot_write(kind: str, path: Place, errno: int | None, what: str | None) -> OSError:
     message = f"cannot write {kind} ({what}); free some space and start again to resume"
     return OSError(errno, message, str(path))
 
@@ -184,10 +202,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     MetricsError for any other line that is no record, OSError if there is no such file.
     """
-    return _parse(pathlib.Path(path).read_bytes(), pathlib.Path(path))
+    return _parse(locate(path).read_bytes(), locate(path))
 
 
-def _parse(content: bytes, path: pathlib.Path) -> list[dict[str, Any]]:
+def _parse(content: bytes, path: Place) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     lines = content.splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
@@ -223,16 +241,10 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-def write_whole(path: pathlib.Path, content: bytes | str) -> None:
+def write_whole(path: Place, content: bytes | str) -> None:
     """Write a file at once, the first process does: a kill leaves the old content or the new."""
-    if not is_first():
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    if is_first():
+        places.write_whole(path, content)
 
 
 class Progress:

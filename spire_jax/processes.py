@@ -23,9 +23,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
+from spire_jax.bucket import in_bucket, owned
 from spire_jax.config import ConfigError
+from spire_jax.places import Place
 
 PREEMPTED = 75  # exit status: stopped by SIGTERM, goes on when started again (EX_TEMPFAIL)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -194,6 +197,22 @@ def of_first(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
+def by_first(check: Callable[[], None]) -> None:
+    """Let the first process check something: what it raises ends the others, too.
+
+    Raises:
+        ConfigError: in every process.
+    """
+    failed = None
+    if is_first():
+        try:
+            check()
+        except ConfigError as error:
+            failed = error
+    if not of_first(failed is None):
+        raise failed or ConfigError("worker 0 cannot go on; see its error")
+
+
 def to_host(x: Any) -> np.ndarray:
     """The whole of an array in every process, wherever its parts are."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -204,14 +223,19 @@ def to_host(x: Any) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def only_one(workdir: pathlib.Path) -> Iterator[None]:
+def only_one(workdir: Place) -> Iterator[None]:
     """Hold the work directory: two runs in it would overwrite each other.
 
     Raises:
-        ConfigError: it cannot be written, or another run holds it.
+        ConfigError: it cannot be written, or another run holds it; in a bucket it is the one before
+            that ends (`owned`).
     """
     if not is_first():
         yield
+        return
+    if in_bucket(workdir):
+        with owned(epath.Path(workdir)):
+            yield
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)

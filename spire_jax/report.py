@@ -12,7 +12,6 @@ Nothing is written before everything has been read, computed and rendered.
 import itertools
 import json
 import os
-import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ import rich.table
 from spire_jax import config as config_lib
 from spire_jax import report_page, throughput
 from spire_jax.intervals import Interval, difference_interval, ratio, ratio_interval
+from spire_jax.places import locate, write_together
 from spire_jax.report_page import number, spread
 from spire_jax.report_records import (
     AUTOREGRESSIVE,
@@ -48,7 +48,7 @@ def summarize(
     `stages` maps each stage to its hash. Keys are strings throughout, so that the result equals
     what is read back from the file. Raises ReportError as `read_inputs` does.
     """
-    return _summary(read_inputs(pathlib.Path(workdir), config), config, stages)
+    return _summary(read_inputs(locate(workdir), config), config, stages)
 
 
 def _summary(
@@ -288,23 +288,14 @@ def write_report(
     Both files are replaced only after both have been written in full beside their places.
     Raises ReportError for unusable records and OSError where the directory takes no file.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = locate(workdir)
     inputs = read_inputs(workdir, config)
     summary = _summary(inputs, config, stages)
     page = report_page.render(summary, inputs.metrics, inputs.evaluation["examples"])
     texts = {"index.html": page, "summary.json": json.dumps(summary, indent=1, allow_nan=False)}
     folder = workdir / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    written = {folder / f".{name}.partial": folder / name for name in texts}
-    try:
-        for partial, text in zip(written, texts.values(), strict=True):
-            # Text of the corpus may hold halves of surrogate pairs, which UTF-8 cannot.
-            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        for partial, place in written.items():
-            os.replace(partial, place)
-    finally:
-        for partial in written:
-            partial.unlink(missing_ok=True)
+    write_together({folder / name: text for name, text in texts.items()})
     return summary
 
 

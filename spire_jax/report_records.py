@@ -7,7 +7,6 @@ experiment or not paired is an error that names the file and the row, never a ga
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from jaxtyping import Float
 
 from spire_jax import config as config_lib
 from spire_jax.config import AUTOREGRESSIVE
+from spire_jax.places import Place
 
 EVALUATE_AGAIN = "run the stage `evaluate` again"
 PIECES = ("accepted", "correction", "bonus", "target")  # where an emitted token came from
@@ -53,7 +53,7 @@ class Inputs:
     metrics: dict[str, list[dict[str, Any]]]
 
 
-def read_inputs(workdir: pathlib.Path, config: config_lib.ExperimentConfig) -> Inputs:
+def read_inputs(workdir: Place, config: config_lib.ExperimentConfig) -> Inputs:
     """Read and check every record of a work directory.
 
     Raises ReportError for a file that is missing, torn, from another config, or not paired with
@@ -78,7 +78,7 @@ def read_inputs(workdir: pathlib.Path, config: config_lib.ExperimentConfig) -> I
 
 
 def read_counts(
-    folder: pathlib.Path, names: Sequence[str], config: config_lib.ExperimentConfig
+    folder: Place, names: Sequence[str], config: config_lib.ExperimentConfig
 ) -> dict[str, dict[int, Counts]]:
     """Method -> context length -> counts, of the files ``<method>.jsonl`` of a folder.
 
@@ -99,7 +99,7 @@ def read_counts(
     return counts
 
 
-def _check_evaluation(evaluation: Any, path: pathlib.Path) -> None:
+def _check_evaluation(evaluation: Any, path: Place) -> None:
     for key in ("corpus", "heldout_bits_per_byte", "machine", "timing"):
         _get(evaluation, key, dict, path)
     for name, row in evaluation["timing"].items():
@@ -120,9 +120,7 @@ def _check_evaluation(evaluation: Any, path: pathlib.Path) -> None:
                 )
 
 
-def _counts(
-    path: pathlib.Path, method: str, config: config_lib.ExperimentConfig
-) -> dict[int, Counts]:
+def _counts(path: Place, method: str, config: config_lib.ExperimentConfig) -> dict[int, Counts]:
     """Context length -> counts of one method's file."""
     rows: dict[int, dict[int, dict[str, Any]]] = {n: {} for n in config.eval.context_lengths}
     for number, row in _rows(path, EVALUATE_AGAIN):
@@ -155,7 +153,7 @@ def _counts(
     return {length: _sum_documents(list(found.values()), path) for length, found in rows.items()}
 
 
-def _sum_documents(rows: list[dict[str, Any]], path: pathlib.Path) -> Counts:
+def _sum_documents(rows: list[dict[str, Any]], path: Place) -> Counts:
     documents = sorted({row["document"] for row in rows})
     row_of = {document: i for i, document in enumerate(documents)}
     oracles = [row.get("oracle") for row in rows]
@@ -207,7 +205,7 @@ def _get(row: Any, key: str, kind: Any, where: Any) -> Any:
     return value
 
 
-def _text(path: pathlib.Path, remedy: str) -> str:
+def _text(path: Place, remedy: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -221,7 +219,7 @@ def _parse(text: str, where: Any, remedy: str) -> Any:
         raise ReportError(f"{where} is not whole JSON ({error}); {remedy}") from None
 
 
-def _rows(path: pathlib.Path, remedy: str) -> list[tuple[int, dict[str, Any]]]:
+def _rows(path: Place, remedy: str) -> list[tuple[int, dict[str, Any]]]:
     """(line number, object) of a JSONL file that holds at least one."""
     lines = enumerate(_text(path, remedy).split("\n"), start=1)
     rows = [(n, _parse(line, f"{path}:{n}", remedy)) for n, line in lines if line.strip()]

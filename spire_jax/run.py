@@ -16,8 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,7 +24,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from spire_jax.checkpoints import CheckpointError, Checkpoints, load_params, save_params
+from spire_jax.bucket import check_bucket, in_bucket, trouble, watch_the_end
+from spire_jax.checkpoints import CheckpointError, Checkpoints, has_params, load_params, save_params
 from spire_jax.config import (
     ConfigError,
     ExperimentConfig,
@@ -41,6 +40,7 @@ from spire_jax.decode import DecodeError
 from spire_jax.evaluate import choose_contexts, evaluate, for_decoding
 from spire_jax.metrics import MetricsError, write_whole
 from spire_jax.models.transformer import Params
+from spire_jax.places import Place, cache_folder, free_bytes, locate, move_aside
 from spire_jax.plan import batch_seed, differences, plan
 from spire_jax.pretrained import PretrainedError
 from spire_jax.pretrained.checkpoint import open_checkpoint
@@ -49,6 +49,7 @@ from spire_jax.processes import (
     Preempted,
     ProcessError,
     add_arguments,
+    by_first,
     check_alike,
     ends_on_sigterm,
     facts,
@@ -87,17 +88,12 @@ class Pipeline:
     """The stages of one config in one work directory."""
 
     def __init__(self, config: ExperimentConfig, workdir: str | os.PathLike[str]):
-        if "://" in os.fspath(workdir):
-            raise ConfigError(
-                f"--workdir={workdir}: a work directory in a bucket is not supported yet; use a "
-                f"folder that all workers see (a network file system, or the bucket mounted)"
-            )
         self.config = config
-        self.workdir = pathlib.Path(workdir).absolute()
+        self.workdir = locate(workdir)
         self.console = Console(stderr=True)
         self.mesh = make_mesh(config.mesh)
         check_mesh(self.mesh, config)
-        self.corpus: Corpus = load_corpus(config.data, self.workdir)
+        self.corpus: Corpus = load_corpus(config.data, cache_folder(self.workdir))
         self.dataset = Dataset(self.corpus, config.train.seq_len)
         self.pretrained = open_checkpoint(path) if (path := config.pretrained.path) else None
         of_target = self.target_sha256 if self.pretrained else ""
@@ -200,7 +196,6 @@ class Pipeline:
         if not jobs:
             return
         config, metrics = self.config.train, self.workdir / "metrics"
-        metrics.mkdir(exist_ok=True, parents=True)
         rows = self.written_rows() if frozen is not None else None
 
         def describe(example: int) -> str:
@@ -276,7 +271,7 @@ class Pipeline:
     def target_sha256(self) -> str:
         """The hash of the target's weights: of its checkpoint, or of what was trained here."""
         if self.pretrained is not None:
-            return self.pretrained.cached_sha256(self.workdir)
+            return self.pretrained.cached_sha256(cache_folder(self.workdir))
         content = hashlib.sha256()
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params("target")):
             content.update(jax.tree_util.keystr(path).encode())
@@ -326,7 +321,7 @@ class Pipeline:
 
     # --- what is in the work directory ---------------------------------------------------------
 
-    def _folder(self, stage: str) -> pathlib.Path:
+    def _folder(self, stage: str) -> Place:
         draft = stage.removeprefix("draft ")
         return self.workdir / "target" if stage == "target" else self.workdir / "drafts" / draft
 
@@ -335,30 +330,26 @@ class Pipeline:
         if stage == "target" and self.pretrained is not None:
             return True
         folder = self._folder(stage) / "params"
-        if not folder.exists():
+        if not has_params(folder):
             return False
         load_params(folder, None, self.plan.stages[stage], check_only=True)
         return True
 
-    def _current(self, folder: pathlib.Path, stage: str) -> bool:
+    def _current(self, folder: Place, stage: str) -> bool:
         stamp = folder / "identity.json"
-        return of_first(
-            stamp.is_file() and json.loads(stamp.read_text()) == self.plan.stages[stage]
-        )
+        return of_first(stamp.exists() and json.loads(stamp.read_text()) == self.plan.stages[stage])
 
-    def _stamp(self, folder: pathlib.Path, stage: str) -> None:
+    def _stamp(self, folder: Place, stage: str) -> None:
         write_whole(folder / "identity.json", json.dumps(self.plan.stages[stage], indent=1))
 
-    def _set_aside(self, folder: pathlib.Path, stage: str) -> None:
+    def _set_aside(self, folder: Place, stage: str) -> None:
         """Move results of other values out of the way, under the hash of those values."""
         stamp = folder / "identity.json"
-        if not is_first() or not stamp.is_file():
+        if not is_first() or not stamp.exists():
             return
         old = json.loads(stamp.read_text())
         kept = folder.with_name(f"{folder.name}-{digest(old)}")
-        if kept.exists():
-            shutil.rmtree(kept)  # the same values: the same results
-        folder.rename(kept)
+        move_aside(folder, kept, stamp.name)  # over one of the same values: the same results
         changed = differences(old, self.plan.stages[stage])
         self.console.print(f"{folder.name}/ was made with {changed}; kept as {kept.name}/")
 
@@ -379,7 +370,7 @@ class Pipeline:
                     else draft_task(self.config, stage.removeprefix("draft ")))  # fmt: skip
             copies = 3 * (self.config.train.checkpoints_kept + 1) + 1
             need += 4 * task.model.count() * copies
-        free = shutil.disk_usage(self.workdir).free
+        free = free_bytes(self.workdir)
         if need > free:
             raise ConfigError(
                 f"--workdir={self.workdir} has {free / 1e9:.2f} GB free, but checkpoints need "
@@ -401,6 +392,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         start(args)
         with ends_on_sigterm():
             check_alike({**facts(), "stages": args.stages, "config": to_dict(config)})
+            if in_bucket(workdir := locate(args.workdir)):
+                by_first(functools.partial(check_bucket, workdir))
             pipeline = Pipeline(config, args.workdir)
             check_alike({"data": pipeline.corpus.sha256, "stages": pipeline.plan.hashes})
             with only_one(pipeline.workdir):
@@ -411,10 +404,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         nameless = isinstance(error, OSError) and error.filename is None
         where = f" (work directory: {args.workdir})" if nameless else ""
         say(f"error: {error}{where}")
+        watch_the_end(args.workdir)
         return 2
     except Preempted as stopped:
         say(f"{stopped}; the same command goes on")
         return PREEMPTED
+    except Exception as error:
+        if (said := trouble(error)) is None:
+            raise
+        say(f"error: {said} (work directory: {args.workdir})")
+        watch_the_end(args.workdir)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

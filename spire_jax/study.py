@@ -10,7 +10,6 @@ cost model then prefers are checked by decoding.
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +33,7 @@ from spire_jax.evaluate import (
 from spire_jax.hardware import describe
 from spire_jax.metrics import Progress, write_whole
 from spire_jax.models.transformer import Params
+from spire_jax.places import locate
 
 # Two-sided 5% and 80% power: a true effect of this many standard errors is called in 4 of 5 cases.
 DETECTABLE = 1.96 + 0.84
@@ -63,7 +63,7 @@ def evaluate_study(
     directory: str | os.PathLike[str],
 ) -> None:
     """Write `plan.json`, `<method>.jsonl` for every variant, and `decoded.json` to `directory`."""
-    directory = pathlib.Path(directory)
+    directory = locate(directory)
     directory.mkdir(parents=True, exist_ok=True)
     deep, full = set(deep_methods(config)), study_config(config)
     target, models = for_decoding(full, target, drafts)
@@ -145,7 +145,8 @@ def smallest_effect(
             np.array([r["oracle"][key][k - 1] for r in records[name]])
             for key in ("lengths_by_k", "rounds_by_k")
         )
-        terms.append((lengths - lengths.sum() / rounds.sum() * rounds) / rounds.mean())
+        tau = float(lengths.sum()) / float(rounds.sum())
+        terms.append((lengths - tau * rounds) / rounds.mean())
     spread = float(np.std(terms[0] - terms[1], ddof=1)) if len(terms[0]) > 1 else float("nan")
     n = config.study.contexts
     return {

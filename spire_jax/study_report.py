@@ -6,7 +6,6 @@ order of the training batches would have given, which no interval over contexts 
 """
 
 import json
-import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,13 +18,14 @@ from spire_jax.ablations import ABLATIONS, FULL_PAPER_TAU
 from spire_jax.config import ExperimentConfig, self_drafting
 from spire_jax.intervals import Interval, difference_interval, ratio, ratio_interval
 from spire_jax.metrics import write_whole
+from spire_jax.places import Place
 from spire_jax.report_records import Counts, read_counts
 from spire_jax.study import best_k, deep_methods, study_config
 
 JSON, TEXT = "study.json", "study.md"
 
 
-def write_study(config: ExperimentConfig, folder: pathlib.Path) -> dict[str, Any]:
+def write_study(config: ExperimentConfig, folder: Place) -> dict[str, Any]:
     """Write both files, from all records of `folder`; return what is in the first.
 
     Raises:
@@ -38,7 +38,7 @@ def write_study(config: ExperimentConfig, folder: pathlib.Path) -> dict[str, Any
     return summary
 
 
-def print_study(folder: pathlib.Path, console: rich.console.Console) -> None:
+def print_study(folder: Place, console: rich.console.Console) -> None:
     """Print what `write_study` wrote."""
     console.print(rich.markdown.Markdown((folder / TEXT).read_text()))
     console.print(f"study: {folder / TEXT}", soft_wrap=True)
@@ -47,7 +47,7 @@ def print_study(folder: pathlib.Path, console: rich.console.Console) -> None:
 # --- from records to numbers -------------------------------------------------------------------
 
 
-def summarize(config: ExperimentConfig, folder: pathlib.Path) -> dict[str, Any]:
+def summarize(config: ExperimentConfig, folder: Place) -> dict[str, Any]:
     """The content of ``study.json``."""
     full, at = study_config(config), config.study
     names = [*dict(full.drafts), *self_drafting(config)]
@@ -90,7 +90,7 @@ def _method(counts: Counts, base: Counts, k: int, resamples: int) -> dict[str, A
     }
 
 
-def _tau_of(folder: pathlib.Path, name: str, verification: str, k: int) -> float:
+def _tau_of(folder: Place, name: str, verification: str, k: int) -> float:
     """tau under one verification; records hold both."""
     rows = [json.loads(line)["oracle"][verification]
             for line in (folder / f"{name}.jsonl").read_text().splitlines()]  # fmt: skip

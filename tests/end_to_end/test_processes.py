@@ -28,12 +28,12 @@ def devices(n: int) -> dict[str, str]:
     return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n}"}
 
 
-def together(corpus, workdir, *more, n=2, each=2, of=()) -> list[subprocess.Popen]:
+def together(corpus, workdir, *more, n=2, each=2, of=(), env=None) -> list[subprocess.Popen]:
     """`n` processes of `each` devices; `of[i]` are arguments of process i alone."""
     join = (f"--coordinator=localhost:{free_port()}", f"--num-processes={n}")
     return [
         pipelines.process(corpus, workdir, *FSDP, *join, f"--process-id={i}", *more,
-                          *(of[i] if of else ()), env=devices(each))
+                          *(of[i] if of else ()), env={**(env or {}), **devices(each)})
         for i in range(n)
     ]  # fmt: skip
 

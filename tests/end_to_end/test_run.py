@@ -9,7 +9,6 @@ import pipelines
 import pytest
 
 from spire_jax import processes
-from spire_jax import run as run_module
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -150,7 +149,7 @@ def test_bad_data_and_work_directories(corpus, tmp_path, capsys, monkeypatch):
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and "Traceback" not in error
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     assert pipelines.main(corpus, work) == 2
     assert "GB free, but checkpoints need" in capsys.readouterr().err
     assert not (work / "target" / "params").exists()
