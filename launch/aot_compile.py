@@ -1,43 +1,53 @@
-"""Compile for TPUs that are not here: every kernel at every production shape, and whole steps.
+"""Compile for TPUs that are not here: kernels at production shapes, whole steps, for whole slices.
 
     bash launch/setup_libtpu.sh                          # the compiler, once
     python -m launch.aot_compile kernels                 # both kernels, forward and backward
     python -m launch.aot_compile steps --config=configs/paper_67m.py
     python -m launch.aot_compile steps --chips=v6e ... --config.target.n_layers=4
+    python -m launch.aot_compile --config=configs/paper_67m.py --topology=v5e:2x4 --json=FILE
 
-`steps` compiles the target's and the drafts' training steps, prefill, the draft step, the verify
-step and the whole round of a config for one chip of each kind, and checks that the round updates
-its caches in place: they are aliased, and nothing as large as a layer of the target's is copied.
-The last line sums up; the status is 1 if anything did not compile or check out.
+With `--topology` the steps are compiled for all chips of a slice, over the config's mesh
+(--config.mesh.data, .fsdp, .tensor): compile time, HBM by kind, whether it fits, and every
+collective with its bytes. `steps` compiles the same for one chip of each kind, and checks that
+caches are updated in place: they are aliased, and nothing as large as a layer of the target's is
+copied.
+
+The steps are the target's and the drafts' training steps, the teacher's pass, prefill, the draft
+step, the verify step and the whole round. A failure does not keep the others from compiling. The
+last line sums up; the status is 1 if anything did not compile, check out or fit.
 """
 
 import argparse
 import functools
+import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from launch.tpu_compiler import CHIPS, MEBIBYTE, NoCompiler, Report, compile_for, one_device
+from launch.aot_pods import GIB, hbm_bytes, report, write_json
+from launch.aot_programs import Failed, Program, check_in_place, programs
+from launch.topologies import devices
+from launch.tpu_compiler import (
+    CHIPS,
+    MEBIBYTE,
+    NoCompiler,
+    Report,
+    compile_for,
+    describe,
+    one_device,
+    quiet,
+)
 from pallas_kernels.decode_attention import specs as decode_specs
 from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.streaming_attention import specs as streaming_specs
 from pallas_kernels.streaming_attention.api import streaming_attention
-from spire_jax.config import ExperimentConfig, MeshConfig
+from spire_jax.config import ConfigError, ExperimentConfig, MeshConfig
 from spire_jax.config_files import command_line, exit_with_error
-from spire_jax.decode.rounds import Decoder, DecodeState, Weights, _prefill, decode_rounds
-from spire_jax.drafting.build import compute_for, strategy, target_model
-from spire_jax.drafting.spire import Spire
-from spire_jax.sharding import make_mesh, replicated
-from spire_jax.tasks import TrainBatch, draft_task, target_task, teach, teacher, trainable
-from spire_jax.train import make_optimizer, train_step
-
-
-class Failed(Exception):
-    """A program that compiled, but not to what it should be."""
-
+from spire_jax.sharding import check_mesh, make_mesh
 
 # --- kernels -----------------------------------------------------------------------------------
 
@@ -70,6 +80,11 @@ def compile_streaming(spec: streaming_specs.Spec, chip: str, backward: bool) -> 
     return compile_for(jax.jit(function), *_at(place, spec.shapes))
 
 
+def _at(place: jax.sharding.Sharding, tree: Any) -> Any:
+    """Shapes of a pytree, each with its place."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
 def kernels(chips: list[str]) -> Iterator[tuple[str, Callable[[], Report]]]:
     """Every kernel at every production shape, as (name, what compiles it)."""
     for chip in chips:
@@ -87,147 +102,59 @@ def kernels(chips: list[str]) -> Iterator[tuple[str, Callable[[], Report]]]:
 def steps(config: ExperimentConfig, chips: list[str]) -> Iterator[tuple[str, Callable[[], Report]]]:
     """The steps of training and decoding a config on one chip of each kind."""
     for chip in chips:
-        on_chip = functools.partial(_on_chip, chip)
-        yield f"{chip:6} target's train step", on_chip(_train_step, config, "target")
-        for name, _ in config.drafts:
-            yield f"{chip:6} {name}'s train step", on_chip(_train_step, config, name)
-        yield f"{chip:6} autoregressive step", on_chip(_round, config, None)
-        for name, _ in config.drafts:
-            serving = functools.partial(on_chip, _serving_step, config, name)
-            yield f"{chip:6} {name}: prefill", serving("prefill")
-            if isinstance(strategy(config, name, compute_for(config.decode, config.train)), Spire):
-                yield f"{chip:6} {name}: draft step", serving("draft")
-            yield f"{chip:6} {name}: verify step", serving("verify")
-            yield f"{chip:6} {name}: whole round", on_chip(_round, config, name)
+        with quiet():
+            mesh = make_mesh(MeshConfig(), describe(CHIPS[chip])[:1])
+        for name, make in programs(config, mesh):
+            yield f"{chip:6} {name}", functools.partial(compile_on, mesh, make)
 
 
-def _on_chip(chip: str, compile_step, *arguments) -> Callable[[], Report]:
-    def run() -> Report:
-        mesh = make_mesh(MeshConfig(), [*one_device(chip).device_set])
-        with jax.set_mesh(mesh):
-            report = compile_step(functools.partial(_at, replicated(mesh)), *arguments)
-        if not report.kernels:
-            raise Failed("no kernel is in it")
-        return report
+def compile_on(mesh: Mesh, make: Callable[[], Program]) -> Report:
+    """A step on a chip.
 
-    return run
-
-
-def _at(place: jax.sharding.Sharding, tree: Any) -> Any:
-    """Shapes of a pytree, each with its place."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
-
-
-def _train_step(at, config: ExperimentConfig, name: str) -> Report:
-    task = target_task(config) if name == "target" else draft_task(config, name)
-    optimizer = make_optimizer(config.train, task)
-    params, fixed = trainable(task, task.model.shapes())
-    state = {
-        "params": params,
-        "opt_state": jax.eval_shape(optimizer.init, params),
-        "step": jax.ShapeDtypeStruct((), jnp.int32),
-    }
-    shape = config.train.batch_size, config.train.seq_len
-    ids, mask = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool_))
-    batch = at(TrainBatch(ids, ids, mask))  # type: ignore[arg-type]
-    lesson = None
-    if task.reads is not None:
-        teaching = teacher(config, [task])
-        lesson = at(jax.eval_shape(
-            functools.partial(teach, teaching), teaching.model.shapes(), batch
-        ))  # fmt: skip
-    return compile_for(
-        train_step, task, config.train, optimizer, at(state), lesson, batch, at(fixed)
-    )
-
-
-class _Serving:
-    """A decoder of the config's headline batch and context, and its arguments' shapes."""
-
-    def __init__(self, at, config: ExperimentConfig, name: str | None):
-        compute = compute_for(config.decode, config.train)
-        target = target_model(config, compute)
-        drafting = None if name is None else strategy(config, name, compute)
-        k = config.decode.k if name is not None else 0
-        self.decoder = Decoder(target, drafting, k)
-        batch, context = config.throughput.batch_size, config.throughput.context_length
-        self.capacity = context + config.eval.output_length + k
-        draft = None if drafting is None else _cast(drafting.model)
-        self.weights = at(Weights(_cast(target), draft))
-        self.prompts = at(jax.ShapeDtypeStruct((batch, context - 1), jnp.int32))
-        self.rows = at(jax.ShapeDtypeStruct((batch,), jnp.int32))
-        fill = functools.partial(_prefill, self.decoder, capacity=self.capacity)
-        self.caches = at(jax.eval_shape(fill, self.weights, self.prompts, self.rows))
-
-        def state(caches):
-            def row(kind, *more):
-                return jnp.zeros((batch, *more), kind)
-
-            return DecodeState(
-                tokens=row(jnp.int32, self.capacity), kinds=row(jnp.int8, self.capacity),
-                lengths=row(jnp.int32), ends=row(jnp.int32), done=row(jnp.bool_),
-                rounds=row(jnp.int32), counts=row(jnp.int32, k + 1),
-                seeds=jax.vmap(jax.random.key)(row(jnp.uint32)),
-                target_cache=caches[0], draft_cache=caches[1],
-            )  # fmt: skip
-
-        self.state = at(jax.eval_shape(state, self.caches))
-
-
-def _cast(model) -> Any:
-    return jax.eval_shape(model.cast, model.shapes())
-
-
-def _serving_step(at, config: ExperimentConfig, name: str, which: str) -> Report:
-    serving = _Serving(at, config, name)
-    decoder, weights = serving.decoder, serving.weights
-    if which == "prefill":
-        return compile_for(
-            _prefill, decoder, weights, serving.prompts, serving.rows, serving.capacity
-        )
-    if which == "draft":
-        assert decoder.strategy is not None
-        model = decoder.strategy.model
-
-        def draft(cache, params, tokens, positions):
-            return model.bind(params).step(cache, tokens, positions)
-
-        step = jax.jit(draft, donate_argnums=0)
-        report = compile_for(step, serving.caches[1], weights.draft, serving.rows, serving.rows)
-        return _in_place(report, serving.caches[1], small=True)
-
-    def verify(cache, params, tokens, positions):
-        return decoder.target.bind(params).extend(cache, tokens, positions)
-
-    block = at(jax.ShapeDtypeStruct((*serving.rows.shape, decoder.k + 1), jnp.int32))
-    step = jax.jit(verify, donate_argnums=0)
-    return _in_place(
-        compile_for(step, serving.caches[0], weights.target, block, block), serving.caches[0]
-    )
-
-
-def _round(at, config: ExperimentConfig, name: str | None) -> Report:
-    serving = _Serving(at, config, name)
-    count = at(jax.ShapeDtypeStruct((), jnp.int32))
-    report = compile_for(decode_rounds, serving.decoder, serving.weights, serving.state, count)
-    return _in_place(report, serving.caches)
-
-
-def _in_place(report: Report, caches: Any, small: bool = False) -> Report:
-    """Raise Failed unless the caches are updated where they lie.
-
-    `small`: a draft's ring, which other temporaries may well outgrow.
+    Raises:
+        Failed: it has no kernel, or does not update its caches in place.
     """
-    arrays = [x for x in jax.tree.leaves(caches) if x.ndim == 3]
-    held = sum(x.size * x.dtype.itemsize for x in arrays)
-    layer = max(x.size * x.dtype.itemsize for x in arrays)
-    if report.temporaries >= held and not small:
-        raise Failed(f"temporaries of {report.temporaries} bytes; the caches have {held}")
-    if report.aliased < held:
-        raise Failed(f"{report.aliased} bytes are aliased, but the caches have {held}")
-    if report.largest_copy >= layer:
-        raise Failed(f"an array of {report.largest_copy} bytes is copied; a cache has {layer}")
+    with jax.set_mesh(mesh):
+        program = make()
+        report = program.compile()
+        check_in_place(report, program)
+    if program.kernels and not report.kernels:
+        raise Failed("no kernel is in it")
     return report
+
+
+# --- a slice -----------------------------------------------------------------------------------
+
+
+def pods(config: ExperimentConfig, args: argparse.Namespace) -> int:
+    """Compile a config's steps for all chips of a slice and print what they take; the status."""
+    try:
+        mesh = make_mesh(config.mesh, devices(args.topology))
+        check_mesh(mesh, config)
+    except (ConfigError, NoCompiler) as error:
+        exit_with_error(error)
+    sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    print(
+        f"{args.topology}: {mesh.size} devices ({mesh.devices.flat[0].device_kind}) of "
+        f"{hbm_bytes(mesh) / GIB:.2f} GiB, {args.reserve:.0%} of it reserved; mesh {sizes}; "
+        f"everything is per device",
+        flush=True,
+    )
+    done = []
+    only = tuple(args.steps.split(",")) if args.steps else ()
+    for step in report(config, mesh, args.reserve, only, args.quick):
+        done.append(step)
+        print("\n".join(step.lines()), flush=True)
+        if args.json:
+            write_json(args.json, args.topology, mesh, args.reserve, done)
+    if not done:
+        exit_with_error(f"--steps={args.steps}: no step's name has that in it; there are "
+                        f"{', '.join(name for name, _ in programs(config, mesh))}")  # fmt: skip
+    bad = [step.name for step in done if not step.fits]
+    seconds = sum(step.seconds for step in done)
+    print(f"{args.topology}: {len(done) - len(bad)} of {len(done)} steps compiled and fit, in "
+          f"{seconds:.0f} s" + "".join(f"; not: {name}" for name in bad))  # fmt: skip
+    return 1 if bad else 0
 
 
 # --- the command -------------------------------------------------------------------------------
@@ -239,8 +166,8 @@ def compile_all(what: str, work: Iterator[tuple[str, Callable[[], Report]]]) -> 
     for name, run in work:
         try:
             report = run()
-        except NoCompiler as error:
-            exit_with_error(error)
+        except NoCompiler:
+            raise
         except Exception as error:
             failed.append(name)
             print(f"{name:58} FAILED: {' '.join(str(error).split())[:600]}", flush=True)
@@ -256,19 +183,42 @@ def compile_all(what: str, work: Iterator[tuple[str, Callable[[], Report]]]) -> 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("kernels", "steps"))
-    parser.add_argument("--chips", default=",".join(CHIPS), help=f"of {', '.join(CHIPS)}")
+    parser.add_argument("what", nargs="?", choices=("kernels", "steps"))
+    parser.add_argument("--chips", help=f"of {', '.join(CHIPS)}; all unless given")
+    parser.add_argument("--topology", help="a slice such as v5e:16x16: the steps of a config on "
+                        "all its chips, over the config's mesh")  # fmt: skip
+    parser.add_argument("--steps", default="", help="with --topology: only those whose names have "
+                        "one of these in them, such as round,train")  # fmt: skip
+    parser.add_argument("--reserve", type=float, default=0.05, help="with --topology: share of HBM "
+                        "that is left free (default 0.05)")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="with --topology: let the compiler "
+                        "optimize less; quicker, and with more temporaries")  # fmt: skip
+    parser.add_argument("--json", metavar="PATH", help="with --topology: the report as a file too")
     argv = list(sys.argv[1:] if argv is None else argv)
-    config = None
-    if "steps" in argv:
-        args, config = command_line(parser, argv)
+    if "kernels" in argv:
+        args, config = parser.parse_args(argv), None
     else:
-        args = parser.parse_args(argv)
-    chips = args.chips.split(",")
+        args, config = command_line(parser, argv)
+    if args.topology and (args.what or args.chips):
+        exit_with_error("--topology stands alone: kernels, steps and --chips are for one chip")
+    if not args.topology and args.what is None:
+        exit_with_error("say what to compile: --topology=v5e:16x16 for a slice, steps or kernels "
+                        "for one chip")  # fmt: skip
+    if not 0 <= args.reserve < 1:
+        exit_with_error(f"--reserve={args.reserve} must be 0 or more, and under 1")
+    if args.json and not pathlib.Path(args.json).parent.is_dir():
+        exit_with_error(f"--json={args.json}: {pathlib.Path(args.json).parent} is no folder")
+    if args.topology:
+        assert config is not None
+        return pods(config, args)
+    chips = args.chips.split(",") if args.chips else list(CHIPS)
     if unknown := [chip for chip in chips if chip not in CHIPS]:
         exit_with_error(f"no chip {unknown[0]!r}; there are {', '.join(CHIPS)}")
     work = kernels(chips) if config is None else steps(config, chips)
-    return compile_all(args.what, work)
+    try:
+        return compile_all(args.what, work)
+    except NoCompiler as error:
+        exit_with_error(error)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,14 @@ accepts exactly the argmax and nothing else needs to change.
 import dataclasses
 import math
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
+
+from spire_jax.sharding import RULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +79,92 @@ def sample(keys: Key[Array, " B"], logits: Float[Array, "B V"]) -> Int[Array, " 
     """One token per row from softmax(logits), one key per row; a logit of -inf is never drawn.
 
     First a run of about sqrt(V) tokens, by its share, then a token of it: two draws of sqrt(V)
-    random numbers instead of V, which would be most of a round's sampling.
+    random numbers instead of V, which would be most of a round's sampling. Where a mesh splits the
+    vocabulary, devices exchange the runs' shares and the run drawn, never the logits.
     """
-    rows, size = logits.shape
-    width = math.isqrt(size - 1) + 1
-    runs = jnp.pad(logits, ((0, 0), (0, -size % width)), constant_values=-jnp.inf)
-    runs = runs.reshape(rows, -1, width)
+    width = math.isqrt(logits.shape[1] - 1) + 1
     draw = jax.vmap(jax.random.categorical)
-    run = draw(stream(keys, "run"), jax.nn.logsumexp(runs, axis=-1))
-    inside = jnp.take_along_axis(runs, run[:, None, None], axis=1)[:, 0]
+    run = draw(stream(keys, "run"), _shares(logits, width))
+    inside = _run_of(logits, run, width)
     return (run * width + draw(stream(keys, "token"), inside)).astype(jnp.int32)
+
+
+def _shares(logits: Float[Array, "B V"], width: int) -> Float[Array, "B runs"]:
+    """The log-sum-exp of each run of `width` tokens."""
+    if not _split(logits):
+        return jax.nn.logsumexp(_runs(logits, width), axis=-1)
+
+    def of_devices(part, ids):
+        runs, first = _own_runs(part, ids, width)
+        mine = jnp.full((part.shape[0], n_runs + runs.shape[1]), -jnp.inf)
+        mine = jax.lax.dynamic_update_slice(mine, jax.nn.logsumexp(runs, axis=-1), (0, first))
+        mine = mine[:, :n_runs]
+        # Exactly one device's share where a run is one's alone; only runs at its ends are not.
+        top = jax.lax.pmax(mine, _VOCAB)
+        finite = jnp.where(jnp.isfinite(top), top, 0.0)
+        return jnp.log(jax.lax.psum(jnp.exp(mine - finite), _VOCAB)) + finite
+
+    n_runs = -(-logits.shape[1] // width)
+    return _on_vocabulary(of_devices)(logits, jnp.arange(logits.shape[1]))
+
+
+def _run_of(
+    logits: Float[Array, "B V"], run: Int[Array, " B"], width: int
+) -> Float[Array, "B width"]:
+    """The logits of one run per row."""
+
+    def take(runs, at):
+        return jnp.take_along_axis(runs, at[:, None, None], axis=1)[:, 0]
+
+    if not _split(logits):
+        return take(_runs(logits, width), run)
+
+    def of_devices(part, ids, run):
+        runs, first = _own_runs(part, ids, width)
+        at = run - first
+        own = (at >= 0) & (at < runs.shape[1])
+        mine = take(runs, jnp.where(own, at, 0))
+        return jax.lax.pmax(jnp.where(own[:, None], mine, -jnp.inf), _VOCAB)
+
+    return _on_vocabulary(of_devices, 1)(logits, jnp.arange(logits.shape[1]), run)
+
+
+def _runs(logits: Float[Array, "B V"], width: int) -> Float[Array, "B runs width"]:
+    padding = ((0, 0), (0, -logits.shape[1] % width))
+    return jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(len(logits), -1, width)
+
+
+# --- a vocabulary that a mesh splits -----------------------------------------------------------
+# XLA by itself gathers the logits: runs seldom end where a device's share does.
+
+_VOCAB = RULES["vocab"]
+
+
+def _split(logits: Float[Array, "B V"]) -> bool:
+    devices = jax.sharding.get_abstract_mesh().shape.get(_VOCAB, 1)
+    return devices > 1 and logits.shape[1] % devices == 0
+
+
+def _on_vocabulary(function: Callable[..., Array], others: int = 0) -> Callable[..., Array]:
+    """`function` of each device's share of (logits, token ids), and of `others` whole arrays."""
+    specs = PartitionSpec(None, _VOCAB), PartitionSpec(_VOCAB), *(PartitionSpec(),) * others
+    return jax.shard_map(
+        function, in_specs=specs, out_specs=PartitionSpec(), axis_names={_VOCAB}, check_vma=False
+    )
+
+
+def _own_runs(
+    part: Float[Array, "B W"], ids: Int[Array, " W"], width: int
+) -> tuple[Float[Array, "B runs width"], Int[Array, ""]]:
+    """The runs that a device's share of the logits has tokens of, and which the first one is."""
+    first, shift = ids[0] // width, ids[0] % width
+    n_runs = -(-(width - 1 + part.shape[1]) // width)
+    room = jnp.full((part.shape[0], n_runs * width), -jnp.inf)
+    room = jax.lax.dynamic_update_slice(room, part, (0, shift))
+    return room.reshape(part.shape[0], n_runs, width), first
+
+
+# --- random keys -------------------------------------------------------------------------------
 
 
 def stream(keys: Key[Array, " B"], name: str) -> Key[Array, " B"]:

@@ -4,33 +4,33 @@ Where libtpu does not install, the tests that need it are skipped (`launch/test.
 """
 
 import dataclasses
-import functools
 
 import jax
 import pytest
 
 import launch.tpu_compiler as compiler
 from launch.aot_compile import (
-    Failed,
-    _in_place,
-    _on_chip,
-    _round,
-    _serving_step,
-    _train_step,
     compile_all,
     compile_decode,
+    compile_on,
     compile_streaming,
     kernels,
     main,
 )
+from launch.aot_programs import Failed, Program, check_in_place, programs
 from launch.tpu_compiler import CHIPS, NoCompiler, Report, compile_for, copies, one_device
 from pallas_kernels.decode_attention import specs as decode_specs
 from pallas_kernels.decode_attention import tpu
 from pallas_kernels.platform import VMEM_LIMIT
 from pallas_kernels.streaming_attention import specs as streaming_specs
+from spire_jax.config import MeshConfig
 from spire_jax.config_files import load
+from spire_jax.sharding import make_mesh
 
-GOOD = Report(1.0, 2**20, 1, 0, aliased=100, largest_copy=0)
+GOOD = Report(
+    1.0, 2**20, 1, temporaries=0, aliased=100, largest_copy=0, arguments=100, outputs=0, program=0,
+    sends=(),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +67,21 @@ def test_vector_memory_is_that_of_the_kernels():
 
 
 def test_caches_must_be_updated_in_place():
-    caches = [jax.ShapeDtypeStruct((2, 5, 5), "int8")] * 2
-    assert _in_place(GOOD, caches) is GOOD
-    with pytest.raises(Failed, match="99 bytes are aliased, but the caches have 100"):
-        _in_place(dataclasses.replace(GOOD, aliased=99), caches)
-    with pytest.raises(Failed, match="temporaries of 100 bytes"):
-        _in_place(dataclasses.replace(GOOD, temporaries=100), caches)
-    with pytest.raises(Failed, match="50 bytes is copied"):
-        _in_place(dataclasses.replace(GOOD, largest_copy=50), caches)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    program = Program(None, (), {}, [jax.ShapeDtypeStruct((2, 5, 5), "int8", sharding=here)] * 2)
+    small = dataclasses.replace(program, small=True)
+    check_in_place(GOOD, program)
+    for case in (program, small):
+        with pytest.raises(Failed, match="99 bytes are aliased, but the caches have 100"):
+            check_in_place(dataclasses.replace(GOOD, aliased=99), case)
+    copied = dataclasses.replace(GOOD, largest_copy=50)
+    for report, message in (
+        (dataclasses.replace(GOOD, temporaries=100), "temporaries of 100 bytes"),
+        (copied, "50 bytes is copied"),
+    ):
+        with pytest.raises(Failed, match=message):
+            check_in_place(report, program)
+        check_in_place(report, small)
 
 
 def test_the_last_line_sums_up_and_failures_count(capsys):
@@ -158,25 +165,23 @@ def small():
 
 
 @pytest.mark.parametrize(
-    "which, n_kernels",
+    "name, n_kernels",
     [
         # Two layers, forward and twice backward; one layer, four passes. A minute each.
-        pytest.param("target", 2 * 3, marks=pytest.mark.slow),
-        pytest.param("spire", 4 * 3, marks=pytest.mark.slow),
-        ("prefill", 1),  # nothing needs what the last layer attends to
-        ("draft", 1),
-        ("verify", 2),
-        ("round", 4 * 1 + 2),
-        ("autoregressive", 2),
+        pytest.param("target's train step", 2 * 3, marks=pytest.mark.slow),
+        pytest.param("spire's train step", 4 * 3, marks=pytest.mark.slow),
+        ("teacher's pass", 2),
+        ("spire: prefill", 1),  # nothing needs what the last layer attends to
+        ("spire: prefill of a chunk", 0),
+        ("spire: draft step", 1),
+        ("spire: verify step", 2),
+        ("spire: whole round", 4 * 1 + 2),
+        ("autoregressive step", 2),
     ],
 )
-def test_steps_compile_with_the_kernels_inside(libtpu, small, which, n_kernels):
+def test_steps_compile_with_the_kernels_inside(libtpu, small, name, n_kernels):
     """By default, since the device is a TPU; the caches of serving steps are updated in place."""
-    on_chip = functools.partial(_on_chip, "v5e")
-    if which in ("target", "spire"):
-        report = on_chip(_train_step, small, which)()
-    elif which in ("round", "autoregressive"):
-        report = on_chip(_round, small, "spire" if which == "round" else None)()
-    else:
-        report = on_chip(_serving_step, small, "spire", which)()
-    assert report.kernels == n_kernels
+    mesh = make_mesh(MeshConfig(), [*one_device("v5e").device_set])
+    with jax.set_mesh(mesh):
+        steps = dict(programs(small, mesh))
+    assert compile_on(mesh, steps[name]).kernels == n_kernels

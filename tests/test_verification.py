@@ -74,7 +74,7 @@ def chi_square(counts: np.ndarray, p: np.ndarray) -> float:
     small = expected < 5
     groups = [(counts[~small], expected[~small])]
     if expected[small].sum() > 0:
-        groups.append(([counts[small].sum()], [expected[small].sum()]))
+        groups.append((np.array([counts[small].sum()]), np.array([expected[small].sum()])))
     observed, wanted = (np.concatenate([group[i] for group in groups]) for i in range(2))
     return scipy.stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue
 

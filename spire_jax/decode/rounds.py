@@ -144,11 +144,12 @@ def _emit(
     emitted &= active[:, None] & (state.lengths[:, None] + depth < state.ends[:, None])
     lengths = state.lengths + jnp.sum(emitted, axis=1, dtype=jnp.int32)
     columns = jnp.where(emitted, state.lengths[:, None] + depth, state.tokens.shape[1])
-    rows = jnp.arange(columns.shape[0])[:, None]
+    # Row by row: told so, no device of a mesh asks the others for their rows' tokens.
+    put = jax.vmap(lambda old, at, new: old.at[at].set(new, mode="drop"))
     return dataclasses.replace(
         state,
-        tokens=state.tokens.at[rows, columns].set(new, mode="drop"),
-        kinds=state.kinds.at[rows, columns].set(kinds.astype(jnp.int8), mode="drop"),
+        tokens=put(state.tokens, columns, new),
+        kinds=put(state.kinds, columns, kinds.astype(jnp.int8)),
         lengths=lengths,
         done=state.done | (active & ended) | (lengths >= state.ends),
         rounds=state.rounds + active,
@@ -241,8 +242,8 @@ def start(
                 )
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     ends = lengths + np.array(budgets, np.int32)
-    capacity = width or int(ends.max()) + decoder.k
-    prompt_width = int(lengths.max())
+    capacity = width or int(np.max(ends)) + decoder.k
+    prompt_width = int(np.max(lengths))
     tokens = np.zeros((len(prompts), capacity), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt

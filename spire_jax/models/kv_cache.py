@@ -9,8 +9,9 @@ heads side by side: the layout that a TPU's kernel reads in whole registers.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from spire_jax.config import ModelConfig
 from spire_jax.masks import EMPTY
@@ -53,12 +54,11 @@ class _Cache:
             # for it; a second entry, dropped, makes it a loop.
             slots = jnp.pad(slots, ((0, 0), (0, 1)), constant_values=self.keys[0].shape[1])
             k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (k, v))
-        rows = _each(slots, rows)
 
         def put(layers, new):
             old = layers[layer]
             new = packed(new.astype(old.dtype), old.shape[2])
-            new = old.at[rows, slots].set(new, mode="drop")
+            new = _put(old, slots, new, rows)
             return (*layers[:layer], _pinned(new), *layers[layer + 1 :])
 
         return dataclasses.replace(self, keys=put(self.keys, k), values=put(self.values, v))  # type: ignore[type-var]
@@ -117,10 +117,8 @@ class RingCache(_Cache):
         self, positions: Int[Array, "B T"], rows: Int[Array, " B"] | None = None
     ) -> "RingCache":
         """The cache with the positions stored whose entries are about to be written (in `rows`)."""
-        at = _each(positions, rows), self.slots(positions)
-        return dataclasses.replace(
-            self, positions=self.positions.at[at].set(positions, mode="drop")
-        )
+        slots = self.slots(positions)
+        return dataclasses.replace(self, positions=_put(self.positions, slots, positions, rows))
 
     def lasting(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
         """Of positions in sequence, what the ring still holds after the last; -1 for the others.
@@ -188,8 +186,17 @@ def write_rows(
     return cache
 
 
-def _each(slots: Int[Array, "B T"], rows: Int[Array, " B"] | None) -> Int[Array, "B 1"]:
-    return (jnp.arange(slots.shape[0]) if rows is None else rows)[:, None]
+def _put(
+    old: Shaped[Array, "rows S *W"],
+    slots: Int[Array, "B T"],
+    new: Shaped[Array, "B T *W"],
+    rows: Int[Array, " B"] | None,
+) -> Shaped[Array, "rows S *W"]:
+    """`old` with `new` at `slots`; those outside are dropped."""
+    if rows is not None:
+        return old.at[rows[:, None], slots].set(new, mode="drop")
+    # Row by row: told so, no device of a mesh asks the others for their rows' new entries.
+    return jax.vmap(lambda old, at, new: old.at[at].set(new, mode="drop"))(old, slots, new)
 
 
 def ring_positions(
