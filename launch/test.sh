@@ -18,7 +18,8 @@ bin=.venv/bin
 "$bin/mypy"
 
 # One worker a core, at most four: each compiles its own programs and holds its own arrays. A file
-# stays with one worker, so that what its tests share is made once. Two workers on two cores leave
-# none for XLA's own threads, which at these sizes cost more than they bring.
-workers=(-n logical --maxprocesses=4 --dist=loadfile)
+# stays with one worker, so that what its tests share is made once; files come in the order of their
+# names, the long ones of end_to_end first. Two workers on two cores leave none for XLA's own
+# threads, which at these sizes cost more than they bring.
+workers=(-n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder)
 exec "$bin/python" -m pytest "${workers[@]}" "$@"

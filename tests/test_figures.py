@@ -80,10 +80,10 @@ def test_costs_of_training_are_flops_unless_given(paper):
 
 def test_the_grid_takes_less_than_a_second(paper):
     config, given = paper
-    begin = time.perf_counter()
+    begin = time.process_time()  # of this process: whatever else the machine does
     for variant in VARIANTS:
         throughput.grid(config, given.tau, variant=variant)
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
 
 
 def own_run(folder: pathlib.Path, **over) -> pathlib.Path:

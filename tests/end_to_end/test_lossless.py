@@ -87,7 +87,7 @@ def test_greedy_equals_autoregressive(kind, k, batch):
             check_greedy(prompt, got, want)
 
 
-@pytest.mark.parametrize("k", [1, 4, 8])
+@pytest.mark.parametrize("k", [1, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_dense_target_as_its_own_draft(k):
     """Every greedy draft is accepted but near-ties; sampled, more than 0.9999 of them."""
     pair, prompts = models.pair("self"), models.ragged(CONTEXTS)
