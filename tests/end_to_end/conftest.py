@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import pathlib
+from collections.abc import Callable
 
 import jax
 import pipelines
@@ -46,20 +48,29 @@ def kept_programs(programs):
     compilation_cache.reset_cache()
 
 
+def made_once(tmp_path_factory, name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
+    """A folder of all workers: the first to come makes it, the others wait."""
+    base = of_all_workers(tmp_path_factory)
+    folder, done = base / name, base / f"{name}.ok"
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    return pipelines.write_corpus(tmp_path_factory.mktemp("data") / "corpus")
+    # One for all, since its path is in what a run writes.
+    return made_once(tmp_path_factory, "corpus", pipelines.write_corpus)
 
 
 @pytest.fixture(scope="session")
 def finished(corpus, programs, tmp_path_factory):
-    base = of_all_workers(tmp_path_factory)  # the first to come makes the run, the others wait
-    workdir, done = base / "finished-run", base / "finished-run.ok"
-    with open(base / "finished-run.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
-            # In a process of its own, as those that are held against it to the bit.
-            process = pipelines.process(corpus, workdir)
-            assert process.wait() == 0, process.stderr and process.stderr.read()
-            done.touch()
-    return workdir
+    def make(workdir: pathlib.Path) -> None:
+        # In a process of its own, as those that are held against it to the bit.
+        process = pipelines.process(corpus, workdir)
+        assert process.wait() == 0, process.stderr and process.stderr.read()
+
+    return made_once(tmp_path_factory, "finished-run", make)
