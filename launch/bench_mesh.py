@@ -44,7 +44,9 @@ def parse_meshes(text: str) -> list[tuple[int, dict[str, int]]]:
         count, _, axes = part.strip().partition(":")
         sizes = {"data": 1} | dict(axis.split("=") for axis in axes.split(",") if axis)
         if unknown := set(sizes) - set(MESH_AXES):
-            raise ValueError(f"no mesh axis {min(unknown)!r}; there are {', '.join(MESH_AXES)}")
+            raise argparse.ArgumentTypeError(
+                f"no mesh axis {min(unknown)!r}; there are {', '.join(MESH_AXES)}"
+            )
         meshes.append((int(count), {axis: int(size) for axis, size in sizes.items()}))
     return meshes
 

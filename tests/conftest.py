@@ -23,6 +23,7 @@ jaxtyping.install_import_hook(["spire_jax", "pallas_kernels"], "beartype.beartyp
 
 from paper_numbers import PAPER_67M, PAPER_70B  # noqa: E402
 
+from launch.tpu_compiler import NoCompiler, find_libtpu  # noqa: E402
 from spire_jax import config_files  # noqa: E402
 
 
@@ -77,3 +78,12 @@ def pair():
 def llama():
     """The paper's Llama 3 70B and its drafts."""
     return config_files.load(PAPER_70B)
+
+
+@pytest.fixture(scope="session")
+def libtpu():
+    """The TPU compiler; what needs it is skipped where it does not install."""
+    try:
+        find_libtpu()
+    except NoCompiler as error:
+        pytest.skip(str(error))

@@ -33,14 +33,6 @@ GOOD = Report(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def libtpu():
-    try:
-        compiler.find_libtpu()
-    except NoCompiler as error:
-        pytest.skip(str(error))
-
-
 # --- without the compiler ----------------------------------------------------------------------
 
 HLO = """

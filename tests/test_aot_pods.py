@@ -27,7 +27,7 @@ from launch.aot_pods import StepReport, report
 from launch.aot_programs import Program, bytes_per_device, programs
 from launch.hlo_collectives import Collective, collectives
 from launch.topologies import SLICES, check_topology, devices
-from launch.tpu_compiler import NoCompiler, OutOfMemory
+from launch.tpu_compiler import OutOfMemory
 from spire_jax.config import ExperimentConfig, MeshConfig
 from spire_jax.config_files import load
 from spire_jax.sampling import Sampling, sample, transformed_logits
@@ -289,14 +289,6 @@ def test_a_step_that_fails_or_does_not_fit_does_not_end_the_report(monkeypatch, 
 
 
 # --- with the compiler -------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def libtpu():
-    try:
-        compiler.find_libtpu()
-    except NoCompiler as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("name", [GREEDY, PLAIN, pytest.param(BLOCKS, marks=pytest.mark.slow)])

@@ -1,5 +1,6 @@
 """The commands that measure a finished run: decoding against the clock, tau by training tokens."""
 
+import argparse
 import json
 import pathlib
 import shutil
@@ -109,7 +110,9 @@ def test_meshes_by_their_axes():
     assert parse_meshes("1; 4:data=2,tensor=2;2:fsdp=2") == [
         (1, {"data": 1}), (4, {"data": 2, "tensor": 2}), (2, {"data": 1, "fsdp": 2}),
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="no mesh axis 'model'; there are data, fsdp, tensor"):
+    with pytest.raises(
+        argparse.ArgumentTypeError, match="no mesh axis 'model'; there are data, fsdp, tensor"
+    ):
         parse_meshes("4:model=4")
 
 
