@@ -1,6 +1,6 @@
 """A 1.3B target and its SPIRe draft, for a slice of 256 TPU v5e: what training at scale would take.
 
-    python -m launch.aot_compile --config=configs/pod_1b.py --topology=v5e:16x16 --steps=train
+    python -m launch.compile --config=configs/pod_1b.py --topology=v5e:16x16 --steps=train
 
 compiles the training steps for the whole slice without one (docs/scaling.md, "Compiled", has what
 it says and how long it takes). Decoding has another mesh: --config.mesh.fsdp=1

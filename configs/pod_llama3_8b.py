@@ -1,6 +1,6 @@
 """Llama 3 8B, frozen in bfloat16, and a SPIRe draft of 8 of its 32 layers, on TPU slices.
 
-    python -m launch.aot_compile --config=configs/pod_llama3_8b.py --topology=v5p:2x2x2
+    python -m launch.compile --config=configs/pod_llama3_8b.py --topology=v5p:2x2x2
 
 compiles the draft's training, and decoding of 64 requests of 65,536 tokens, without the chips
 (docs/scaling.md, "Compiled", has the meshes, what it says and how long it takes). To train the

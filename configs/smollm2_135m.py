@@ -6,7 +6,7 @@ bash launch/fetch_smollm2.sh
 Training both drafts at once on 327,680 tokens took 58 minutes on two cores of an AMD EPYC on which
 other programs ran (the loss of the last step: 2.05, of the first 4.63), and then
 
-.venv/bin/python -m launch.tau_by_tokens --config=configs/smollm2_135m.py --workdir=runs/smollm2
+python -m launch.bench.tau_by_tokens --config=configs/smollm2_135m.py --workdir=runs/smollm2
 
 printed tau at k = 4, contexts of 128 and 512 tokens, temperature 1: the quarter 1.64 and 1.62
 (untrained 1.07), the tenth 1.42 and 1.42 (1.05), MagicDec 3.71 and 3.26. Both still rise.
@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
         "k": 4,
         "peak_lr": 3e-4,
         "checkpoint_every": 40,
-        "checkpoints_kept": 4,  # for launch/tau_by_tokens.py
+        "checkpoints_kept": 4,  # for launch/bench/tau_by_tokens.py
     }
     config.eval = {
         "contexts": 32,

@@ -19,7 +19,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 
-from spire_jax.config_files import exit_with_error
+from spire_jax.config.files import exit_with_error
 from spire_jax.data.sources import DataError
 
 STAMP = ".packages.json"  # hidden: no part of the corpus

@@ -13,8 +13,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from spire_jax.config import BYTES
-from spire_jax.config_files import command_line, exit_with_error
+from spire_jax.config.files import command_line, exit_with_error
+from spire_jax.config.schema import BYTES
 from spire_jax.data.sources import DataError, load_corpus
 from spire_jax.data.tokenizer import make_tokenizer, train_bpe
 

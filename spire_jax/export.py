@@ -13,11 +13,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from spire_jax.config import ExperimentConfig, identity, trained_depth
-from spire_jax.config_files import command_line
-from spire_jax.exported_draft import export_draft
+from spire_jax.config.files import command_line
+from spire_jax.config.schema import ExperimentConfig, identity, trained_depth
+from spire_jax.pretrained.exported_draft import export_draft
 from spire_jax.run import ERRORS, Pipeline
-from spire_jax.tasks import draft_task
+from spire_jax.training.tasks import draft_task
 
 
 def export(config: ExperimentConfig, workdir: str, name: str, out: str) -> str:

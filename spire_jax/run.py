@@ -24,27 +24,37 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from spire_jax.bucket import check_bucket, in_bucket, trouble, watch_the_end
-from spire_jax.checkpoints import CheckpointError, Checkpoints, has_params, load_params, save_params
-from spire_jax.config import (
+from spire_jax.config.files import command_line
+from spire_jax.config.identity import batch_seed, differences, plan
+from spire_jax.config.schema import (
     ConfigError,
     ExperimentConfig,
     digest,
     to_dict,
 )
-from spire_jax.config_files import command_line
-from spire_jax.continuations import read_continuations, write_continuations, written
 from spire_jax.data.pipeline import Dataset, WrittenRows, most_frequent, train_batches
 from spire_jax.data.sources import Corpus, DataError, load_corpus
-from spire_jax.decode import DecodeError
-from spire_jax.evaluate import choose_contexts, evaluate, for_decoding
-from spire_jax.metrics import MetricsError, write_whole
+from spire_jax.decoding import DecodeError
+from spire_jax.models.sharding import check_mesh, make_mesh, shardings
 from spire_jax.models.transformer import Params
-from spire_jax.places import Place, cache_folder, free_bytes, locate, move_aside
-from spire_jax.plan import batch_seed, differences, plan
 from spire_jax.pretrained import PretrainedError
 from spire_jax.pretrained.checkpoint import open_checkpoint
-from spire_jax.processes import (
+from spire_jax.results.evaluate import choose_contexts, evaluate, for_decoding
+from spire_jax.results.records import ReportError
+from spire_jax.results.report import print_table, write_report
+from spire_jax.results.study import evaluate_study, study_config
+from spire_jax.results.study_report import print_study, write_study
+from spire_jax.storage.bucket import check_bucket, in_bucket, trouble, watch_the_end
+from spire_jax.storage.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    has_params,
+    load_params,
+    save_params,
+)
+from spire_jax.storage.metrics import MetricsError, write_whole
+from spire_jax.storage.paths import Place, cache_folder, free_bytes, locate, move_aside
+from spire_jax.storage.processes import (
     PREEMPTED,
     Preempted,
     ProcessError,
@@ -59,12 +69,9 @@ from spire_jax.processes import (
     say,
     start,
 )
-from spire_jax.report import print_table, write_report
-from spire_jax.report_records import ReportError
-from spire_jax.sharding import check_mesh, make_mesh, shardings
-from spire_jax.study import evaluate_study, study_config
-from spire_jax.study_report import print_study, write_study
-from spire_jax.tasks import (
+from spire_jax.training.continuations import read_continuations, write_continuations, written
+from spire_jax.training.loop import Learner, TrainingError, train
+from spire_jax.training.tasks import (
     Task,
     Teacher,
     draft_task,
@@ -75,7 +82,6 @@ from spire_jax.tasks import (
     teacher,
     with_shared,
 )
-from spire_jax.train import Learner, TrainingError, train
 
 ERRORS = (  # what a user can mend: shown without a traceback
     ConfigError, DataError, CheckpointError, MetricsError, TrainingError, DecodeError, ReportError,

@@ -23,8 +23,8 @@ jaxtyping.install_import_hook(["spire_jax", "pallas_kernels"], "beartype.beartyp
 
 from paper_numbers import PAPER_67M, PAPER_70B  # noqa: E402
 
-from launch.tpu_compiler import NoCompiler, find_libtpu  # noqa: E402
-from spire_jax import config_files  # noqa: E402
+from launch.compile.tpu_compiler import NoCompiler, find_libtpu  # noqa: E402
+from spire_jax.config import files  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,13 +71,13 @@ def quick_compilation():
 @pytest.fixture(scope="session")
 def pair():
     """The paper's target of 67M parameters and its drafts."""
-    return config_files.load(PAPER_67M)
+    return files.load(PAPER_67M)
 
 
 @pytest.fixture(scope="session")
 def llama():
     """The paper's Llama 3 70B and its drafts."""
-    return config_files.load(PAPER_70B)
+    return files.load(PAPER_70B)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from spire_jax.config import DataConfig
+from spire_jax.config.schema import DataConfig
 from spire_jax.data.sources import load_corpus
 
 SEPARATOR = 256

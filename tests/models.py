@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spire_jax.config import ModelConfig
-from spire_jax.decode import Decoder, Weights
+from spire_jax.config.schema import ModelConfig
+from spire_jax.decoding import Decoder, Weights
 from spire_jax.drafting import Strategy
 from spire_jax.drafting.magicdec import magicdec
 from spire_jax.drafting.snapkv import snapkv
@@ -16,9 +16,9 @@ from spire_jax.drafting.spire import Spire
 from spire_jax.drafting.vanilla import Vanilla
 from spire_jax.models.attention import Compute
 from spire_jax.models.pruning import prune
+from spire_jax.models.sampling import Sampling
 from spire_jax.models.spire import SpireDraft, initial_mix
 from spire_jax.models.transformer import Model, Params, Transformer
-from spire_jax.sampling import Sampling
 
 TINY = ModelConfig(
     n_layers=3, d_model=32, n_kv_heads=2, q_per_kv=2, d_head=8, d_ff=48, vocab_size=24, n_tokens=21

@@ -5,8 +5,8 @@ import pathlib
 
 import numpy as np
 
-from spire_jax import config as config_lib
-from spire_jax import config_files, report
+from spire_jax.config import files, schema
+from spire_jax.results import report
 
 HOSTILE = (
     "<script>alert('x')</script> & \"</pre><img src=http://evil.example/x>\" {{ 7 * 7 }} \x00\x1b"
@@ -18,7 +18,7 @@ ALPHA = {"spire": 0.84, "vanilla": 0.62, "magicdec": 0.9}
 STAGES = {"target": "0123456789abcdef", "evaluate": "fedcba9876543210"}
 
 
-def experiment(**evaluation) -> config_lib.ExperimentConfig:
+def experiment(**evaluation) -> schema.ExperimentConfig:
     values = {
         "target": dict(n_layers=8, d_model=96, n_kv_heads=4, d_head=32, d_ff=288),
         "drafts": {
@@ -30,7 +30,7 @@ def experiment(**evaluation) -> config_lib.ExperimentConfig:
         "decode": dict(k=K),
         "eval": dict(context_lengths=LENGTHS, bootstrap=300) | evaluation,
     }  # fmt: skip
-    return config_files.build(config_files.defaults(values))
+    return files.build(files.defaults(values))
 
 
 def write_lines(path: pathlib.Path, rows) -> None:

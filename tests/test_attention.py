@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spire_jax.config import ModelConfig
+from spire_jax.config.schema import ModelConfig
 from spire_jax.models.attention import (
     Compute,
     attention,
@@ -14,7 +14,7 @@ from spire_jax.models.attention import (
     merge_attention,
     unpacked,
 )
-from spire_jax.models.kv_cache import empty_full, empty_ring
+from spire_jax.models.caches import empty_full, empty_ring
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

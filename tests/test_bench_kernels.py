@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import bench_kernels
-from launch.kernel_timing import Run, compared, compiled
+from launch.bench import kernels as bench_kernels
+from launch.bench.timing import Run, compared, compiled
 
 
 @pytest.fixture

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import bench_round, round_pieces, round_report
-from launch.round_report import DRAFT, GOALS, SMALL, experiment
-from spire_jax.config import ModelConfig, body_parameters
-from spire_jax.cost_model import VARIANTS
-from spire_jax.decode import Weights
-from spire_jax.masks import EMPTY
-from spire_jax.throughput import round_cost
+from launch.bench import round as bench_round
+from launch.bench import round_pieces, round_report
+from launch.bench.round_report import DRAFT, GOALS, SMALL, experiment
+from spire_jax.config.schema import ModelConfig, body_parameters
+from spire_jax.costs.roofline import VARIANTS
+from spire_jax.costs.throughput import round_cost
+from spire_jax.decoding import Weights
+from spire_jax.models.masks import EMPTY
 
 TINY = dataclasses.replace(
     SMALL,

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 from buckets import MISSING, Bucket, bucket
 
-from spire_jax.bucket import in_bucket, open_bucket
-from spire_jax.config import ConfigError
-from spire_jax.places import locate
+from spire_jax.config.schema import ConfigError
+from spire_jax.storage.bucket import in_bucket, open_bucket
+from spire_jax.storage.paths import locate
 
 # What a process is asked, a line each, it answers with the value of `answer(line)`.
 HEAD = """
 import json, sys, time
-from spire_jax import bucket
-from spire_jax.bucket import *
-from spire_jax.places import *
+from spire_jax.storage import bucket
+from spire_jax.storage.bucket import *
+from spire_jax.storage.paths import *
 """
 TAIL = """
 for line in sys.stdin:
@@ -164,7 +164,7 @@ def answer(_):
 def test_a_model_counts_when_its_last_object_is_there():
     code = """
 import jax.numpy as jnp
-from spire_jax.checkpoints import *
+from spire_jax.storage.checkpoints import *
 here, params, identity = "gs://bucket/run/target/params", {"a": jnp.arange(6.0)}, {"steps": 3}
 
 def answer(save):
@@ -189,7 +189,7 @@ def test_checkpoints_whose_objects_are_missing():
     code = """
 import warnings
 import jax.numpy as jnp
-from spire_jax.checkpoints import *
+from spire_jax.storage.checkpoints import *
 
 def answer(steps):
     with warnings.catch_warnings(record=True) as said, Checkpoints(

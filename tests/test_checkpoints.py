@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from spire_jax.checkpoints import (
+from spire_jax.storage.checkpoints import (
     CheckpointError,
     Checkpoints,
     load_params,
@@ -102,7 +102,7 @@ def test_restores_into_the_given_sharding(tmp_path):
 
 RESHARDED = """
     import sys, jax, jax.numpy as jnp, numpy as np
-    from spire_jax.checkpoints import Checkpoints, load_params, save_params
+    from spire_jax.storage.checkpoints import Checkpoints, load_params, save_params
     P = jax.sharding.PartitionSpec
     def placed(sizes, spec):
         auto = (jax.sharding.AxisType.Auto,) * 2
@@ -352,7 +352,7 @@ def test_a_read_only_directory_is_an_error_on_opening(tmp_path):
 KILLED_WHILE_SAVING = """
     import os, signal, sys
     import jax
-    from spire_jax.checkpoints import Checkpoints
+    from spire_jax.storage.checkpoints import Checkpoints
     noise = lambda seed: {"w": jax.random.normal(jax.random.key(seed), (1 << 22,))}
     checkpoints = Checkpoints(sys.argv[1], kept=1, identity={})
     checkpoints.save(1, noise(1))
@@ -385,7 +385,7 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(tmp_path):
 def test_saving_and_restoring_is_quiet(tmp_path):
     code = """
         import sys, jax.numpy as jnp
-        from spire_jax.checkpoints import Checkpoints, load_params, save_params
+        from spire_jax.storage.checkpoints import Checkpoints, load_params, save_params
         with Checkpoints(sys.argv[1], kept=1, identity={}) as checkpoints:
             for step in (1, 2):
                 checkpoints.save(step, {"w": jnp.ones(3), "examples": 3})

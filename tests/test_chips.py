@@ -3,19 +3,18 @@
 import pytest
 from paper_numbers import PAPER_67M
 
-from spire_jax import chips, config, config_files, throughput
+from spire_jax.config import files, schema
+from spire_jax.costs import chips, throughput
 
 
 def test_the_config_knows_the_chips_and_the_variants() -> None:
     for name in chips.CHIPS:
-        assert config_files.load(PAPER_67M, [f"throughput.chip={name}"]).throughput.chip == name
+        assert files.load(PAPER_67M, [f"throughput.chip={name}"]).throughput.chip == name
     for name in throughput.VARIANTS:
-        assert (
-            config_files.load(PAPER_67M, [f"throughput.variant={name}"]).throughput.variant == name
-        )
-    with pytest.raises(config.ConfigError, match=r"throughput\.chip='h300'") as of_config:
-        config_files.load(PAPER_67M, ["throughput.chip=h300"])
-    with pytest.raises(config.ConfigError, match=r"throughput\.chip='h300'") as of_chips:
+        assert files.load(PAPER_67M, [f"throughput.variant={name}"]).throughput.variant == name
+    with pytest.raises(schema.ConfigError, match=r"throughput\.chip='h300'") as of_config:
+        files.load(PAPER_67M, ["throughput.chip=h300"])
+    with pytest.raises(schema.ConfigError, match=r"throughput\.chip='h300'") as of_chips:
         chips.chip("h300")
     for name in chips.CHIPS:
         assert name in str(of_config.value)
@@ -31,7 +30,7 @@ def test_peaks_are_dense_and_cited() -> None:
         assert chip.peak(1) / chip.peak(2) == pytest.approx(2, rel=0.01)
         assert chip.hoi(1) == chip.peak(1) / chip.hbm_bytes_per_s
     assert chips.chip("h100").hoi(1) == pytest.approx(600, rel=0.02)  # the paper's, in FP8
-    with pytest.raises(config.ConfigError, match="no peak is given for v5e"):
+    with pytest.raises(schema.ConfigError, match="no peak is given for v5e"):
         chips.chip("v5e").peak(4)
 
 

@@ -6,16 +6,21 @@ import re
 
 import pytest
 
-from spire_jax import config as configs
-from spire_jax import config_files
-from spire_jax.ablations import ABLATIONS
-from spire_jax.config import ConfigError, DraftConfig, ModelConfig, TrainConfig, trained_depth
+from spire_jax.config import files, schema
+from spire_jax.config.schema import (
+    ConfigError,
+    DraftConfig,
+    ModelConfig,
+    TrainConfig,
+    trained_depth,
+)
+from spire_jax.config.variants import ABLATIONS
 
 QUICKSTART = pathlib.Path("configs/quickstart.py")
 
 
-def load(*overrides: str) -> configs.ExperimentConfig:
-    return config_files.load(QUICKSTART, overrides)
+def load(*overrides: str) -> schema.ExperimentConfig:
+    return files.load(QUICKSTART, overrides)
 
 
 @pytest.mark.parametrize("path", sorted(pathlib.Path("configs").glob("*.py")), ids=lambda p: p.stem)
@@ -25,7 +30,7 @@ def test_every_config_loads_and_says_how_to_run_it(path):
     overrides = ["data.tokenizer=bytes", "pretrained.path="]
     if "config.pretrained = " in text:
         overrides += ["target.n_layers=30", "target.n_tokens=49152"]
-    config_files.load(path, overrides)
+    files.load(path, overrides)
     assert "python -m" in text or "launch/" in text
     assert "import ml_collections" in text and "spire_jax import" not in text
 
@@ -158,7 +163,7 @@ def test_ablations_that_do_not_exist_are_named():
 
 def test_bad_files_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing\.py does not exist"):
-        config_files.load(tmp_path / "nothing.py")
+        files.load(tmp_path / "nothing.py")
     for text, message in (
         ("dict(train=5)", "train is a section, not a value"),
         ("dict(train=dict(steps='5'))", "train.steps='5' should be of type int"),
@@ -168,7 +173,7 @@ def test_bad_files_are_named(tmp_path):
         path = tmp_path / "bad.py"
         path.write_text(f"def get_config():\n    return {text}\n")
         with pytest.raises(ConfigError) as error:
-            config_files.load(path)
+            files.load(path)
         assert message in str(error.value)
 
 
@@ -181,27 +186,25 @@ def test_command_line_ends_without_a_traceback(capsys):
         ("--config.train.steps", "set as --config.train.steps=value"),
     ):
         with pytest.raises(SystemExit) as status:
-            config_files.command_line(
-                argparse.ArgumentParser(), [f"--config={QUICKSTART}", argument]
-            )
+            files.command_line(argparse.ArgumentParser(), [f"--config={QUICKSTART}", argument])
         assert status.value.code == 2
         assert message in capsys.readouterr().err
 
 
 def test_a_draft_takes_its_sizes_from_the_target():
     target = ModelConfig(n_layers=8, d_model=512, rope_base=5e5, tied=True, vocab_size=64)
-    model = configs.draft_model(target, DraftConfig(n_layers=2, window=64, sink=1))
+    model = schema.draft_model(target, DraftConfig(n_layers=2, window=64, sink=1))
     assert (model.n_layers, model.d_model, model.window, model.sink) == (2, 512, 64, 1)
     assert (model.rope_base, model.tied, model.vocab_size) == (5e5, True, 64)
-    dense = configs.draft_model(target, DraftConfig(kind="vanilla", window=0, d_model=256))
+    dense = schema.draft_model(target, DraftConfig(kind="vanilla", window=0, d_model=256))
     assert (dense.window, dense.sink, dense.d_model) == (0, 0, 256)
 
 
 def test_identity_leaves_out_what_computes_the_same():
     one, other = TrainConfig(), TrainConfig(remat=True, log_every=3, checkpoint_every=7)
-    assert configs.digest(configs.identity(one)) == configs.digest(configs.identity(other))
+    assert schema.digest(schema.identity(one)) == schema.digest(schema.identity(other))
     other = TrainConfig(weight_decay=0.2)
-    assert configs.digest(configs.identity(one)) != configs.digest(configs.identity(other))
+    assert schema.digest(schema.identity(one)) != schema.digest(schema.identity(other))
 
 
 @pytest.mark.parametrize(

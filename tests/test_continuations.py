@@ -8,21 +8,22 @@ import pytest
 from corpora import corpus_of, names, words
 from models import init
 
-from spire_jax import config_files, continuations
-from spire_jax.config import AUTOREGRESSIVE, ConfigError
-from spire_jax.continuations import (
+from spire_jax.config import files
+from spire_jax.config.identity import plan
+from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError
+from spire_jax.data.pipeline import Dataset, WrittenRows, train_batches
+from spire_jax.decoding import Weights, generate
+from spire_jax.models.sampling import Sampling
+from spire_jax.results.evaluate import make_decoder
+from spire_jax.training import continuations
+from spire_jax.training.continuations import (
     fitting,
     prompt,
     read_continuations,
     write_continuations,
     written,
 )
-from spire_jax.data.pipeline import Dataset, WrittenRows, train_batches
-from spire_jax.decode import Weights, generate
-from spire_jax.evaluate import make_decoder
-from spire_jax.plan import plan
-from spire_jax.sampling import Sampling
-from spire_jax.tasks import target_task
+from spire_jax.training.tasks import target_task
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -38,7 +39,7 @@ IDENTITY = {"of": "a test"}
 
 def experiment(**values):
     sections = VALUES | {"continuations": VALUES["continuations"] | values}
-    return config_files.build(config_files.defaults(sections))
+    return files.build(files.defaults(sections))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from models import TINY, pair, ragged
 
-from spire_jax.decode import (
+from spire_jax.decoding import (
     ACCEPTED,
     BONUS,
     CORRECTION,
@@ -28,7 +28,7 @@ from spire_jax.decode import (
     generation_lengths,
     start,
 )
-from spire_jax.sampling import Sampling
+from spire_jax.models.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from test_verification import CONFIG, EMITTED, Markov, V, chi_square, tables, transformed
 
-from spire_jax.decode import Decoder, DecodeState, Weights
-from spire_jax.decode.adaptive import MEMORY, DepthController
-from spire_jax.decode.rounds import speculation_round
+from spire_jax.decoding import Decoder, DecodeState, Weights
+from spire_jax.decoding.rounds import speculation_round
 from spire_jax.drafting.vanilla import Vanilla
 from spire_jax.models.attention import Compute
-from spire_jax.models.kv_cache import empty_full
+from spire_jax.models.caches import empty_full
+from spire_jax.models.sampling import Sampling
 from spire_jax.models.transformer import Model
-from spire_jax.sampling import Sampling
+from spire_jax.serving.adaptive import MEMORY, DepthController
 
 DEPTHS = (1, 2, 4, 8)
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from models import TINY, pair, ragged
 
-from spire_jax.config import MeshConfig
+from spire_jax.config.schema import MeshConfig
 from spire_jax.data.tokenizer import ByteTokenizer
-from spire_jax.decode import DecodeError, generate
-from spire_jax.decode.batching import PROGRAMS, Inbox, Server, Serving
-from spire_jax.decode.requests import Failure, Id, Request
-from spire_jax.decode.results import Result
-from spire_jax.sharding import make_mesh, replicated
+from spire_jax.decoding import DecodeError, generate
+from spire_jax.models.sharding import make_mesh, replicated
+from spire_jax.serving.batching import PROGRAMS, Inbox, Server, Serving
+from spire_jax.serving.outputs import Result
+from spire_jax.serving.requests import Failure, Id, Request
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

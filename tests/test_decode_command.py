@@ -15,7 +15,7 @@ import pytest
 from models import TINY, pair
 from rich.console import Console
 
-from spire_jax.config import (
+from spire_jax.config.schema import (
     ConfigError,
     DraftConfig,
     ExperimentConfig,
@@ -24,14 +24,13 @@ from spire_jax.config import (
     StudyConfig,
 )
 from spire_jax.data.tokenizer import ByteTokenizer
-from spire_jax.decode import __main__ as command
-from spire_jax.decode import loading
-from spire_jax.decode.batching import Server, Serving
-from spire_jax.decode.interactive import Printer, converse, visible
-from spire_jax.decode.loading import Loaded, load_for_decoding, method_name
-from spire_jax.decode.requests import Defaults, Request
-from spire_jax.decode.results import Result
-from spire_jax.sharding import MESH_AXES, make_mesh
+from spire_jax.models.sharding import MESH_AXES, make_mesh
+from spire_jax.serving import command, loading
+from spire_jax.serving.batching import Server, Serving
+from spire_jax.serving.interactive import Printer, converse, visible
+from spire_jax.serving.loading import Loaded, load_for_decoding, method_name
+from spire_jax.serving.outputs import Result
+from spire_jax.serving.requests import Defaults, Request
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

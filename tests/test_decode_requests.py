@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from spire_jax.data.tokenizer import ByteTokenizer
-from spire_jax.decode.requests import Defaults, Failure, Request, derived_seed, read_requests
-from spire_jax.decode.results import RequestError, Result, open_results
+from spire_jax.serving.outputs import RequestError, Result, open_results
+from spire_jax.serving.requests import Defaults, Failure, Request, derived_seed, read_requests
 
 DEFAULTS = Defaults(max_tokens=9, seed=3, stop=("END",))
 

@@ -9,10 +9,10 @@ import pytest
 from models import TINY, pair, ragged, target, texts
 from test_decode import K, rows_of
 
-from spire_jax.decode import ACCEPTED, BONUS, CORRECTION, Decoder, Weights, generate, start
+from spire_jax.decoding import ACCEPTED, BONUS, CORRECTION, Decoder, Weights, generate, start
+from spire_jax.models.sampling import Sampling, round_keys
 from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Model
-from spire_jax.sampling import Sampling, round_keys
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

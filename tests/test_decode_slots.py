@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from models import TINY, Pair, pair, ragged
 
-from spire_jax.decode import Decoder, DecodeState, start
-from spire_jax.decode.slots import admit, empty_slots, prefill_chunk, serve_rounds
-from spire_jax.masks import EMPTY
+from spire_jax.decoding import Decoder, DecodeState, start
+from spire_jax.decoding.slots import admit, empty_slots, prefill_chunk, serve_rounds
 from spire_jax.models.attention import Compute
-from spire_jax.models.kv_cache import RingCache, empty_ring
+from spire_jax.models.caches import RingCache, empty_ring
+from spire_jax.models.masks import EMPTY
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

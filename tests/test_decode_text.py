@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from spire_jax.data.tokenizer import ByteTokenizer
-from spire_jax.decode.text import TextStream, first_stop, tokens_of_text
+from spire_jax.serving.text import TextStream, first_stop, tokens_of_text
 
 TEXT = "naïve 日本語 👩‍💻 plain\n"
 

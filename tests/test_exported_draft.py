@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from models import TINY
 
-from spire_jax import exported_draft
-from spire_jax.config import DraftConfig, draft_model
-from spire_jax.exported_draft import export_draft, import_draft
-from spire_jax.pretrained import PretrainedError
+from spire_jax.config.schema import DraftConfig, draft_model
+from spire_jax.pretrained import PretrainedError, exported_draft
+from spire_jax.pretrained.exported_draft import export_draft, import_draft
 
 TARGET, SHA = dataclasses.replace(TINY, rope_base=500000.0), "a" * 64
 DRAFT = DraftConfig(n_layers=2, window=6, d_ff=24)

@@ -6,11 +6,12 @@ import time
 
 import pytest
 
-from spire_jax import figure_inputs, figures, throughput
-from spire_jax.ablations import ABLATIONS
-from spire_jax.config import ConfigError, to_dict
-from spire_jax.config_files import load
-from spire_jax.cost_model import VARIANTS
+from spire_jax.config.files import load
+from spire_jax.config.schema import ConfigError, to_dict
+from spire_jax.config.variants import ABLATIONS
+from spire_jax.costs import throughput
+from spire_jax.costs.roofline import VARIANTS
+from spire_jax.results import figure_inputs, figures
 
 PAPER = "configs/paper_67m.py"
 ALWAYS = {"speedup_over_context", "operational_intensity", "cost_analysis", "alternative_metric",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.hlo_collectives import KINDS, collectives, merged
+from launch.compile.hlo_collectives import KINDS, collectives, merged
 
 HLO = """HloModule jit_step, is_scheduled=true
 

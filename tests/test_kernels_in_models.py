@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from models import SINK, TINY, WINDOW, computed_by, init, pair, ragged, texts
 
-from spire_jax.config import DraftConfig, ExperimentConfig, TrainConfig
-from spire_jax.decode import generate
-from spire_jax.sampling import Sampling
-from spire_jax.tasks import TrainBatch, draft_task, target_task, teach, teacher
+from spire_jax.config.schema import DraftConfig, ExperimentConfig, TrainConfig
+from spire_jax.decoding import generate
+from spire_jax.models.sampling import Sampling
+from spire_jax.training.tasks import TrainBatch, draft_task, target_task, teach, teacher
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -282,7 +282,7 @@ def test_study_gets_its_corpus_and_tokenizer_before_it_runs(place):
     (place.root / "data/python_bpe_4096.json").touch()
     (place.root / "runs/study/report").mkdir(parents=True)
     (place.root / "runs/study/report/summary.json").touch()
-    figures = (f"{where} spire_jax.figures --config=configs/study.py --workdir=runs/study "
+    figures = (f"{where} spire_jax.results.figures --config=configs/study.py --workdir=runs/study "
                f"--out=runs/study/figures {given[0]}")  # fmt: skip
     assert study(*given) == (0, [fetch, f"{run} {given[0]} {given[1]}", figures])
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from models import TINY, init, texts
 
-from spire_jax.config import ModelConfig
+from spire_jax.config.schema import ModelConfig
 from spire_jax.models.attention import Compute
 from spire_jax.models.layers import RMSNorm, rope
 from spire_jax.models.layers import rope_frequencies as frequencies

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spire_jax.masks import EMPTY, may_attend
+from spire_jax.models.masks import EMPTY, may_attend
 
 # Rows are queries 0 .. 5, columns keys 0 .. 5 (method.md 3.1).
 MATRICES = {

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from spire_jax.metrics import MetricsError, MetricsLog, Progress, read_metrics
+from spire_jax.storage.metrics import MetricsError, MetricsLog, Progress, read_metrics
 
 
 def write(path, steps, resume_step=0):
@@ -127,7 +127,7 @@ def test_a_full_disk_names_the_file(tmp_path):
 def test_killed_while_writing(tmp_path):
     code = """
         import sys
-        from spire_jax.metrics import MetricsLog
+        from spire_jax.storage.metrics import MetricsLog
         with MetricsLog(sys.argv[1], resume_step=0) as log:
             for step in range(1, 10**9):
                 log.write({"step": step, "loss": [0.1] * 100})
@@ -194,7 +194,7 @@ def test_only_one_process_shows_and_descriptions_change():
 def test_a_terminal_gets_a_bar():
     """In a pseudo-terminal the line is redrawn in place, with loss, speed and time left."""
     code = """
-        from spire_jax.metrics import Progress
+        from spire_jax.storage.metrics import Progress
         with Progress("target", 10) as progress:
             for step in range(1, 10):
                 progress.update(step, loss=1.5, tokens_per_s=99.0)

@@ -17,17 +17,17 @@ import pytest
 from end_to_end.test_lossless import SMALL, chi_square, joint_of_three, sampled_joint
 from test_verification import decoded, tables, transformed
 
-import spire_jax.decode.rounds as decode
+import spire_jax.decoding.rounds as decode
+import spire_jax.decoding.verification as verification
 import spire_jax.drafting.spire as spire_drafting
 import spire_jax.drafting.vanilla as vanilla_drafting
 import spire_jax.models.attention as attention
 import spire_jax.models.spire as spire_model
-import spire_jax.verification as verification
-from spire_jax.masks import EMPTY
-from spire_jax.models.kv_cache import RingCache
+from spire_jax.models.caches import RingCache
+from spire_jax.models.masks import EMPTY
+from spire_jax.models.sampling import Sampling, round_keys
 from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Transformer
-from spire_jax.sampling import Sampling, round_keys
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -13,20 +13,20 @@ import pytest
 
 from launch import install_colab
 from spire_jax import notebook, run
-from spire_jax.config import ConfigError
-from spire_jax.config_files import load
-from spire_jax.cost_model import VARIANTS
+from spire_jax.config.files import load
+from spire_jax.config.schema import ConfigError
+from spire_jax.costs.roofline import VARIANTS
+from spire_jax.costs.throughput import multiplier
 from spire_jax.data.tokenizer import ByteTokenizer
-from spire_jax.decode.interactive import visible
-from spire_jax.decode.requests import Request
-from spire_jax.decode.results import LENGTH, Result
-from spire_jax.masks import may_attend
+from spire_jax.models.masks import may_attend
 from spire_jax.notebook import curves as curves_module
 from spire_jax.notebook.attention import ITSELF, NOTHING, OWN, TARGET, reads
 from spire_jax.notebook.costs import tau_at, with_settings
 from spire_jax.notebook.curves import curves
 from spire_jax.notebook.decoding import Answer, Decoded, Round
-from spire_jax.throughput import multiplier
+from spire_jax.serving.interactive import visible
+from spire_jax.serving.outputs import LENGTH, Result
+from spire_jax.serving.requests import Request
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 QUICK = "configs/quickstart.py"

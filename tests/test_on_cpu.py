@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spire_jax.config import ModelConfig
+from spire_jax.config.schema import ModelConfig
 from spire_jax.models import attention as attention_module
 from spire_jax.models import layers
 from spire_jax.models.attention import Compute, cached_attention
-from spire_jax.models.kv_cache import empty_full
-from spire_jax.models.on_cpu import SLOT_ROWS, reads_slots
+from spire_jax.models.caches import empty_full
+from spire_jax.models.cpu import SLOT_ROWS, reads_slots
 
 K, G, H, S = 3, 2, 8, 24
 CONFIG = ModelConfig(n_layers=1, d_model=K * G * H, n_kv_heads=K, q_per_kv=G, d_head=H, max_len=S)

@@ -11,11 +11,11 @@ import pytest
 import scipy.stats
 from models import TINY, pair, texts
 
-from spire_jax.decode import generate
-from spire_jax.models.kv_cache import full_cache
-from spire_jax.oracle import kept_at_least, ratios_along, round_statistics, target_along
-from spire_jax.sampling import Sampling, probabilities
-from spire_jax.verification import block_acceptance
+from spire_jax.decoding import generate
+from spire_jax.decoding.oracle import kept_at_least, ratios_along, round_statistics, target_along
+from spire_jax.decoding.verification import block_acceptance
+from spire_jax.models.caches import full_cache
+from spire_jax.models.sampling import Sampling, probabilities
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -168,7 +168,7 @@ def test_a_process_ends_in_the_middle_of_the_data(tmp_path):
     files = {n: words(i, 500) for i, n in enumerate([*names(False, 9), *names(True, 9)])}
     program = """
         import sys
-        from spire_jax.config import DataConfig
+        from spire_jax.config.schema import DataConfig
         from spire_jax.data.pipeline import Dataset, train_batches
         from spire_jax.data.sources import load_corpus
         corpus = load_corpus(DataConfig(source=sys.argv[1], heldout_percent=50))

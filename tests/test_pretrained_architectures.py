@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pretrained_models import LLAMA3, rope_divisors, tiny, write_gguf
 
-from spire_jax.config import ModelConfig
+from spire_jax.config.schema import ModelConfig
 from spire_jax.models.layers import rope_frequencies
 from spire_jax.pretrained import PretrainedError
 from spire_jax.pretrained.architectures import from_config_json, from_gguf

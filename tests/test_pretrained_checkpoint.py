@@ -21,14 +21,14 @@ if __name__ == "__main__":
 
 from pretrained_models import FAMILIES, logits, tiny, write_gguf, write_safetensors
 
-from spire_jax.config import MeshConfig
+from spire_jax.config.schema import MeshConfig
 from spire_jax.models.attention import Compute
+from spire_jax.models.sharding import make_mesh, shardings
 from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Model, Transformer
 from spire_jax.pretrained import PretrainedError, checkpoint, tensor_names
 from spire_jax.pretrained.checkpoint import open_checkpoint
 from spire_jax.pretrained.safetensors_file import SafetensorsFiles
-from spire_jax.sharding import make_mesh, shardings
 
 MESHES = {"whole": MeshConfig(8, 1, 1), "cut": MeshConfig(data=2, fsdp=2, tensor=2)}
 

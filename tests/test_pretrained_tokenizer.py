@@ -9,10 +9,10 @@ import tokenizers
 from tokenizers import AddedToken, pre_tokenizers, processors
 
 from spire_jax.data.tokenizer import Tokenizer, train_bpe
-from spire_jax.decode.text import TextStream
 from spire_jax.pretrained import PretrainedError
 from spire_jax.pretrained.tokenizer import PretrainedTokenizer, load_tokenizer
 from spire_jax.pretrained.tokenizer_sources import LLAMA3, SPLITS, from_gguf
+from spire_jax.serving.text import TextStream
 
 TEXTS = [f"def f_{i}(x):\n    return x + {i}  # naïve, don't\n" for i in range(200)]
 FAMILY = "\N{WOMAN}\u200d\N{WOMAN}\u200d\N{GIRL}\u200d\N{BOY}"

@@ -21,8 +21,8 @@ from report_files import (
     write_lines,
 )
 
-from spire_jax import config as config_lib
-from spire_jax import intervals, report
+from spire_jax.config import schema
+from spire_jax.results import intervals, report
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_depths_beyond_the_oracle_leave_the_decoder(tmp_path):
 
     for method in ALPHA:
         edit(tmp_path / "eval" / f"{method}.jsonl", deeper)
-    config = dataclasses.replace(experiment(), decode=config_lib.DecodeConfig(k=6))
+    config = dataclasses.replace(experiment(), decode=schema.DecodeConfig(k=6))
     summary = report.write_report(tmp_path, config, stages=STAGES)
     spire, vanilla = summary["methods"]["spire"], summary["methods"]["vanilla"]
     assert spire["tau"] is None and spire["tau_ci95"] is None and spire["tau_source"] == "decoder"
@@ -280,5 +280,5 @@ def test_an_untimed_method_is_shown_as_not_measured(tmp_path):
 
 
 def test_the_report_does_not_import_jax():
-    code = "import sys, spire_jax.report; sys.exit('jax' in sys.modules)"
+    code = "import sys, spire_jax.results.report; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -18,7 +18,7 @@ from report_files import (
     reported,
 )
 
-from spire_jax import report, report_page
+from spire_jax.results import report, report_page
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from spire_jax.sampling import (
+from spire_jax.models.sampling import (
     Sampling,
     probabilities,
     probability_of,

@@ -8,19 +8,20 @@ from typing import Any
 
 import pytest
 
-from spire_jax import chips, config, config_files, cost_model, scaling, throughput
-from spire_jax.cost_model import Group
-from spire_jax.scaling import TensorParallel
+from spire_jax.config import files, schema
+from spire_jax.costs import chips, roofline, scaling, throughput
+from spire_jax.costs.roofline import Group
+from spire_jax.costs.scaling import TensorParallel
 
 AT: dict[str, Any] = {"batch": 10, "context": 40}
 
 
-def _toy() -> config.ExperimentConfig:
+def _toy() -> schema.ExperimentConfig:
     """Sizes so small that costs can be counted by hand, and that 2 and 4 chips divide."""
     sizes = {"n_layers": 3, "d_model": 5, "n_kv_heads": 2, "q_per_kv": 2, "d_head": 4, "d_ff": 8,
              "n_tokens": 16}  # fmt: skip
     spire = {"n_layers": 1, "window": 6, "sink": 2}
-    full = config_files.defaults(
+    full = files.defaults(
         {
             "target": sizes,
             "drafts": {
@@ -34,7 +35,7 @@ def _toy() -> config.ExperimentConfig:
             "throughput": {"weight_bytes": 2.0, "cache_bytes": 0.5},
         }
     )  # fmt: skip
-    return config_files.build(full)
+    return files.build(full)
 
 
 TOY = _toy()
@@ -117,7 +118,7 @@ BY_HAND: dict[str, tuple[str, str, float, Group, tuple[float, float, float, floa
 }  # fmt: skip
 
 
-def _costs(case: str) -> cost_model.RoundCost:
+def _costs(case: str) -> roofline.RoundCost:
     variant, method, hoi, group, _ = BY_HAND[case]
     return throughput.round_cost(TOY, method, hoi=hoi, variant=variant, group=group, **AT)
 
@@ -298,14 +299,14 @@ def _changed(module: types.ModuleType, old: str, new: str) -> types.ModuleType:
 def test_the_numbers_catch_a_change_of_the_group(
     mutant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changed = _changed(cost_model, *_GROUP[mutant])
-    monkeypatch.setattr(changed, "ALONE", cost_model.ALONE)
-    monkeypatch.setattr(cost_model.RoundCost, "total", changed.RoundCost.total)
-    monkeypatch.setattr(changed, "RoundCost", cost_model.RoundCost)
+    changed = _changed(roofline, *_GROUP[mutant])
+    monkeypatch.setattr(changed, "ALONE", roofline.ALONE)
+    monkeypatch.setattr(roofline.RoundCost, "total", changed.RoundCost.total)
+    monkeypatch.setattr(changed, "RoundCost", roofline.RoundCost)
     for name in ("cache_shards", "weights", "communication", "handover", "drafting", "drafted"):
-        monkeypatch.setattr(cost_model.Group, name, getattr(changed.Group, name))
+        monkeypatch.setattr(roofline.Group, name, getattr(changed.Group, name))
     for name in ("forward", "round"):
-        monkeypatch.setattr(cost_model.Roofline, name, getattr(changed.Roofline, name))
+        monkeypatch.setattr(roofline.Roofline, name, getattr(changed.Roofline, name))
     assert _numbers() != pytest.approx(RIGHT, rel=1e-9)
 
 

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 from paper_numbers import PAPER_67M, PAPER_70B, ROOT, TAU
 
-from spire_jax import chips, config, config_files, scaling, throughput
-from spire_jax.scaling import TensorParallel
+from spire_jax.config import files, schema
+from spire_jax.costs import chips, scaling, throughput
+from spire_jax.costs.scaling import TensorParallel
 
 METHODS = {"autoregressive": 1.0, **TAU}
 DOCUMENT = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
 
 
 def _points(
-    of: config.ExperimentConfig, method: str, sizes: list[int], how: str = "tensor", **values: Any
+    of: schema.ExperimentConfig, method: str, sizes: list[int], how: str = "tensor", **values: Any
 ) -> list[scaling.Point]:
     at = {"tau": METHODS[method], "batch": 64, "context": 512, "chip": "v5p", **values}
     return [scaling.point(of, method, parallel=TensorParallel(n, how), **at) for n in sizes]
@@ -37,7 +38,7 @@ _ALONE = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_chip_is_the_model_without_groups_to_the_bit(
-    pair: config.ExperimentConfig, llama: config.ExperimentConfig, method: str
+    pair: schema.ExperimentConfig, llama: schema.ExperimentConfig, method: str
 ) -> None:
     """Whatever is assumed of links that a group of one does not use."""
     how = "replicated" if method in ("vanilla", "spire") else "tensor"
@@ -65,7 +66,7 @@ def test_one_chip_is_the_model_without_groups_to_the_bit(
 @pytest.mark.parametrize("variant", throughput.VARIANTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_group_never_gives_more_per_chip_than_one_chip_at_the_same_batch(
-    pair: config.ExperimentConfig, llama: config.ExperimentConfig, method: str, variant: str
+    pair: schema.ExperimentConfig, llama: schema.ExperimentConfig, method: str, variant: str
 ) -> None:
     ways = scaling.DRAFT_PARALLELISM if method in ("vanilla", "spire") else ("tensor",)
     for of in (pair, llama):
@@ -78,7 +79,7 @@ def test_a_group_never_gives_more_per_chip_than_one_chip_at_the_same_batch(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_sent_grows_with_the_group(pair: config.ExperimentConfig, method: str) -> None:
+def test_what_is_sent_grows_with_the_group(pair: schema.ExperimentConfig, method: str) -> None:
     found = _points(pair, method, [1, 2, 4, 8])
     shares = [at.communication for at in found]
     assert shares[0] == 0
@@ -88,7 +89,7 @@ def test_what_is_sent_grows_with_the_group(pair: config.ExperimentConfig, method
 
 
 def test_without_cost_of_links_a_group_is_as_good_as_its_chips(
-    pair: config.ExperimentConfig,
+    pair: schema.ExperimentConfig,
 ) -> None:
     free = dataclasses.replace(chips.chip("v5p"), interconnect_bytes_per_s=1e30)
     for method in METHODS:
@@ -99,7 +100,7 @@ def test_without_cost_of_links_a_group_is_as_good_as_its_chips(
                 assert found.multiplier == pytest.approx(one.multiplier)
 
 
-def test_a_larger_batch_can_make_a_larger_group_better(llama: config.ExperimentConfig) -> None:
+def test_a_larger_batch_can_make_a_larger_group_better(llama: schema.ExperimentConfig) -> None:
     batches, rates = [], []
     for n in (4, 8):
         where: dict[str, Any] = {"context": 65536, "chip": "v5p", "parallel": TensorParallel(n)}
@@ -112,7 +113,7 @@ def test_a_larger_batch_can_make_a_larger_group_better(llama: config.ExperimentC
     assert rates[1].tokens_per_s_per_chip > rates[0].tokens_per_s_per_chip
 
 
-def test_full_overlap_and_all_links_are_bounds(llama: config.ExperimentConfig) -> None:
+def test_full_overlap_and_all_links_are_bounds(llama: schema.ExperimentConfig) -> None:
     def rate(**assumed: Any) -> float:
         parallel = TensorParallel(8, **assumed)
         return scaling.point(llama, "spire", tau=3.401, batch=64, context=512, chip="v5p",
@@ -124,7 +125,7 @@ def test_full_overlap_and_all_links_are_bounds(llama: config.ExperimentConfig) -
     assert rate(activation_bytes=1.0) > rate() > rate(activation_bytes=4.0)
 
 
-def test_beyond_the_kv_heads_caches_are_repeated(llama: config.ExperimentConfig) -> None:
+def test_beyond_the_kv_heads_caches_are_repeated(llama: schema.ExperimentConfig) -> None:
     eight, sixteen = _points(llama, "autoregressive", [8, 16], context=65536)
     cache = 64 * 65536 * 2 * 80 * 8 * 128 / 8
     weights = (68_452_352_000 + 2 * 8192 * 128256) / 8
@@ -140,7 +141,7 @@ def test_beyond_the_kv_heads_caches_are_repeated(llama: config.ExperimentConfig)
 
 @pytest.mark.parametrize("n", [2, 8])
 def test_replicated_drafting_pays_from_one_batch_on_while_memory_binds(
-    pair: config.ExperimentConfig, n: int
+    pair: schema.ExperimentConfig, n: int
 ) -> None:
     """docs/scaling.md: 16,779,264 * 600 / (4 * 2 * 512 * 2 * 2765) = 444.5 requests."""
     patient = dataclasses.replace(chips.chip("v5p"), peak_flops={1: 1e30})
@@ -179,12 +180,12 @@ def test_replicated_drafting_pays_from_one_batch_on_while_memory_binds(
     ],
 )
 def test_bad_input_is_named(
-    pair: config.ExperimentConfig, method: str, values: dict[str, Any], message: str
+    pair: schema.ExperimentConfig, method: str, values: dict[str, Any], message: str
 ) -> None:
     at: dict[str, Any] = {"chip": "v5p", "tau": 2.0, "batch": 1, "context": 8}
     given = {"chips": 2, **{key: value for key, value in values.items() if key not in at}}
     at |= {key: value for key, value in values.items() if key in at}
-    with pytest.raises(config.ConfigError, match=message):
+    with pytest.raises(schema.ConfigError, match=message):
         scaling.point(pair, method, parallel=TensorParallel(**given), **at)
 
 
@@ -201,18 +202,18 @@ def test_bad_input_is_named(
 def test_sizes_that_the_chips_do_not_divide(
     section: str, key: str, size: int, message: str
 ) -> None:
-    of = config_files.load(PAPER_67M, [f"{section}.{key}={size}"])
+    of = files.load(PAPER_67M, [f"{section}.{key}={size}"])
     method = section.removeprefix("drafts.") if "." in section else "autoregressive"
-    with pytest.raises(config.ConfigError, match=message):
+    with pytest.raises(schema.ConfigError, match=message):
         _points(of, method, [2])
-    with pytest.raises(config.ConfigError, match=message):
+    with pytest.raises(schema.ConfigError, match=message):
         scaling.largest_batch(of, method, context=8, chip="v5p", parallel=TensorParallel(2))
     if method != "autoregressive":  # a draft that is not sharded may have any size
         assert _points(of, method, [2], "replicated")[0].fits
 
 
-def test_no_context_has_no_largest_batch(pair: config.ExperimentConfig) -> None:
-    with pytest.raises(config.ConfigError, match="context=0 must be above 0"):
+def test_no_context_has_no_largest_batch(pair: schema.ExperimentConfig) -> None:
+    with pytest.raises(schema.ConfigError, match="context=0 must be above 0"):
         scaling.largest_batch(pair, "spire", context=0, chip="v5p", parallel=TensorParallel(2))
 
 
@@ -226,7 +227,7 @@ def _printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[list[s
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
 
 
-def test_json_without_jax(llama: config.ExperimentConfig) -> None:
+def test_json_without_jax(llama: schema.ExperimentConfig) -> None:
     """In a process of its own: only JSON on stdout, neither jax nor the models imported."""
     code = (
         "import sys; from spire_jax import scaling; scaling.main(); "

@@ -24,14 +24,27 @@ import optax
 from jax.sharding import NamedSharding
 from models import SINK, TINY, WINDOW, computed_by, init, pair, ragged, texts
 
-from spire_jax.config import ConfigError, DraftConfig, ExperimentConfig, MeshConfig, TrainConfig
-from spire_jax.decode import Weights, generate
+from spire_jax.config.schema import (
+    ConfigError,
+    DraftConfig,
+    ExperimentConfig,
+    MeshConfig,
+    TrainConfig,
+)
+from spire_jax.decoding import Weights, generate
 from spire_jax.models.attention import Compute, attention
 from spire_jax.models.pruning import prune
+from spire_jax.models.sharding import check_mesh, constrain, make_mesh, shardings, spec
 from spire_jax.models.transformer import Model, Transformer
-from spire_jax.sharding import check_mesh, constrain, make_mesh, shardings, spec
-from spire_jax.tasks import TrainBatch, draft_task, init_params, target_task, teach, teacher
-from spire_jax.train import init_state, make_optimizer, train_step
+from spire_jax.training.loop import init_state, make_optimizer, train_step
+from spire_jax.training.tasks import (
+    TrainBatch,
+    draft_task,
+    init_params,
+    target_task,
+    teach,
+    teacher,
+)
 
 MESHES = {
     "one": MeshConfig(1, 1, 1),

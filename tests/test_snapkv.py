@@ -9,11 +9,11 @@ import pytest
 import scipy.special
 from models import TINY, pair, ragged, texts
 
-from spire_jax import decode
+from spire_jax import decoding
 from spire_jax.drafting.snapkv import POOL, select, snapkv
-from spire_jax.masks import EMPTY
 from spire_jax.models.attention import Compute
-from spire_jax.sampling import Sampling, probabilities, round_keys
+from spire_jax.models.masks import EMPTY
+from spire_jax.models.sampling import Sampling, probabilities, round_keys
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 OBSERVED, BUDGET, K = 3, 7, 3
@@ -77,10 +77,10 @@ def test_rounds_draft_from_what_was_kept(budget):
     """
     p = pair("snapkv")
     strategy = snapkv(TINY, budget, Compute(), observed=OBSERVED)
-    weights, prompts = decode.Weights(p.target_params, p.target_params), ragged((9, 14, 2, 1))
-    decoder = decode.Decoder(p.target, strategy, K)
+    weights, prompts = decoding.Weights(p.target_params, p.target_params), ragged((9, 14, 2, 1))
+    decoder = decoding.Decoder(p.target, strategy, K)
     width = 14 + 30 + K
-    state = decode.start(decoder, weights, prompts, [30] * 4, range(4), width=width)
+    state = decoding.start(decoder, weights, prompts, [30] * 4, range(4), width=width)
 
     @jax.jit
     def propose(state):
@@ -109,7 +109,7 @@ def test_rounds_draft_from_what_was_kept(budget):
                 expected = masked(p, strategy, text, len(prompt) - 1, length - 1)
             np.testing.assert_allclose(q[row], expected, atol=2e-5)
             compared += 1
-        state = decode.decode_rounds(decoder, weights, state, 1)
+        state = decoding.decode_rounds(decoder, weights, state, 1)
     assert compared > 30
 
 

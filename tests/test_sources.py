@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from corpora import SEPARATOR, corpus_of, names, write
 
-from spire_jax.config import ConfigError, DataConfig
+from spire_jax.config.schema import ConfigError, DataConfig
+from spire_jax.config.validation import tokenizer_size
 from spire_jax.data import sources
 from spire_jax.data.sources import DataError, load_corpus
 from spire_jax.data.tokenizer import make_tokenizer
-from spire_jax.validation import tokenizer_size
 
 # --- tokenizer ---------------------------------------------------------------------------------
 

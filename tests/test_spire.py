@@ -10,7 +10,7 @@ import pytest
 from models import SINK, TINY, WINDOW, init, pair, target, texts
 
 from spire_jax.models.attention import Compute
-from spire_jax.models.kv_cache import empty_full, empty_ring
+from spire_jax.models.caches import empty_full, empty_ring
 from spire_jax.models.spire import SpireDraft, target_layers
 from spire_jax.models.transformer import Model, Transformer
 

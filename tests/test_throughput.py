@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from paper_numbers import PAPER_67M, PAPER_70B, ROOT, TABLE, TAU
 
-from spire_jax import config, config_files, throughput
+from spire_jax.config import files, schema
+from spire_jax.costs import throughput
 
 SIZES = [2**n for n in range(14)]
 
@@ -31,15 +32,15 @@ SIZES = [2**n for n in range(14)]
     ],
 )
 def test_body_parameters_are_the_paper_s(path: str, draft: str | None, count: int) -> None:
-    loaded = config_files.load(path)
+    loaded = files.load(path)
     model = loaded.target
     if draft:
-        model = config.draft_model(model, loaded.draft(draft))
-    assert config.body_parameters(model) == count
+        model = schema.draft_model(model, loaded.draft(draft))
+    assert schema.body_parameters(model) == count
 
 
 @pytest.mark.parametrize(("variant", "context"), TABLE)
-def test_the_four_variants(pair: config.ExperimentConfig, variant: str, context: int) -> None:
+def test_the_four_variants(pair: schema.ExperimentConfig, variant: str, context: int) -> None:
     found = tuple(
         round(throughput.multiplier(pair, method, tau=tau, batch=64, context=context,
                                     variant=variant), 2)
@@ -48,7 +49,7 @@ def test_the_four_variants(pair: config.ExperimentConfig, variant: str, context:
     assert found == TABLE[variant, context]
 
 
-def test_llama3_70b_at_its_headline_point(llama: config.ExperimentConfig) -> None:
+def test_llama3_70b_at_its_headline_point(llama: schema.ExperimentConfig) -> None:
     def at(method: str) -> float:
         value = throughput.multiplier(llama, method, tau=TAU[method], batch=64, context=65536)
         return round(value, 2)
@@ -56,7 +57,7 @@ def test_llama3_70b_at_its_headline_point(llama: config.ExperimentConfig) -> Non
     assert (at("magicdec"), at("spire")) == (2.14, 2.82)
 
 
-def test_round_times_over_an_autoregressive_step(pair: config.ExperimentConfig) -> None:
+def test_round_times_over_an_autoregressive_step(pair: schema.ExperimentConfig) -> None:
     def delta_t(method: str, context: int) -> float:
         cost = throughput.round_cost(pair, method, batch=64, context=context)
         return round(cost.delta_t, 2)
@@ -66,14 +67,14 @@ def test_round_times_over_an_autoregressive_step(pair: config.ExperimentConfig) 
 
 
 def test_magicdec_overtakes_spire_between_2048_and_4096_with_a_fixed_window(
-    pair: config.ExperimentConfig,
+    pair: schema.ExperimentConfig,
 ) -> None:
     grid = throughput.grid(pair, TAU, batch_sizes=[64], variant="fixed_window")
     ahead = [n for n in SIZES[5:] if grid["magicdec"][64][n] > grid["spire"][64][n]]
     assert ahead == [4096, 8192]
 
 
-def test_the_metric_summed_over_64_generated_tokens(pair: config.ExperimentConfig) -> None:
+def test_the_metric_summed_over_64_generated_tokens(pair: schema.ExperimentConfig) -> None:
     found = [
         round(throughput.multiplier_over_generation(pair, m, tau=tau, batch=64, context=512), 2)
         for m, tau in TAU.items()
@@ -81,7 +82,7 @@ def test_the_metric_summed_over_64_generated_tokens(pair: config.ExperimentConfi
     assert found == [1.31, 2.04, 2.78]
 
 
-def test_generation_of_one_token_costs_one_whole_round(pair: config.ExperimentConfig) -> None:
+def test_generation_of_one_token_costs_one_whole_round(pair: schema.ExperimentConfig) -> None:
     found = throughput.multiplier_over_generation(
         pair, "spire", tau=3.4, batch=64, context=512, tokens=1
     )
@@ -90,7 +91,7 @@ def test_generation_of_one_token_costs_one_whole_round(pair: config.ExperimentCo
     )
 
 
-def test_critical_contexts(pair: config.ExperimentConfig, llama: config.ExperimentConfig) -> None:
+def test_critical_contexts(pair: schema.ExperimentConfig, llama: schema.ExperimentConfig) -> None:
     assert throughput.critical_context(pair) == 32
     assert throughput.critical_context(llama) == 4096
     assert throughput.critical_context(pair, k=5) == 64  # k + 1 verified tokens would give 64
@@ -99,25 +100,25 @@ def test_critical_contexts(pair: config.ExperimentConfig, llama: config.Experime
 
 @pytest.mark.parametrize("verified", [2, 4, 7])
 def test_critical_context_agrees_with_the_costs(
-    pair: config.ExperimentConfig, verified: int
+    pair: schema.ExperimentConfig, verified: int
 ) -> None:
     """The pass over so many tokens is compute-bound at L_crit for a huge batch, not at twice."""
 
     def compute_bound(context: int) -> bool:
         at: dict[str, Any] = {"batch": 2**30, "context": context, "k": verified - 1}
         cost = throughput.round_cost(pair, "vanilla", **at).verification
-        return cost == 2 * config.body_parameters(pair.target) * 2**30 * verified
+        return cost == 2 * schema.body_parameters(pair.target) * 2**30 * verified
 
     found = throughput.critical_context(pair, k=verified)
     assert compute_bound(found)
     assert not compute_bound(2 * found)
 
 
-def test_paper_config_trains_on_20_tokens_per_parameter(pair: config.ExperimentConfig) -> None:
+def test_paper_config_trains_on_20_tokens_per_parameter(pair: schema.ExperimentConfig) -> None:
     trained = [(pair.target, pair.train.steps)]
-    trained += [(config.draft_model(pair.target, draft), draft.steps) for _, draft in pair.drafts]
+    trained += [(schema.draft_model(pair.target, draft), draft.steps) for _, draft in pair.drafts]
     for model, steps in trained:
-        parameters = config.body_parameters(model) + model.d_model * (2 * model.vocab_size + 1)
+        parameters = schema.body_parameters(model) + model.d_model * (2 * model.vocab_size + 1)
         tokens = steps * pair.train.batch_size * pair.train.seq_len
         assert tokens / parameters == pytest.approx(20, rel=1e-3)
 
@@ -125,7 +126,7 @@ def test_paper_config_trains_on_20_tokens_per_parameter(pair: config.ExperimentC
 # --- properties --------------------------------------------------------------------------------
 
 
-def test_autoregressive_decoding_is_the_unit(pair: config.ExperimentConfig) -> None:
+def test_autoregressive_decoding_is_the_unit(pair: schema.ExperimentConfig) -> None:
     for variant in throughput.VARIANTS:
         cost = throughput.round_cost(pair, "autoregressive", batch=8, context=100, variant=variant)
         assert cost.delta_t == 1
@@ -135,7 +136,7 @@ def test_autoregressive_decoding_is_the_unit(pair: config.ExperimentConfig) -> N
     assert throughput.multiplier_over_generation(pair, "autoregressive", **at) == 1
 
 
-def test_a_round_grows_with_k_and_its_gain_with_tau(pair: config.ExperimentConfig) -> None:
+def test_a_round_grows_with_k_and_its_gain_with_tau(pair: schema.ExperimentConfig) -> None:
     for method in TAU:
         times = [
             throughput.round_cost(pair, method, batch=64, context=512, k=k).delta_t
@@ -148,19 +149,19 @@ def test_a_round_grows_with_k_and_its_gain_with_tau(pair: config.ExperimentConfi
         assert two == pytest.approx(2 * one)
 
 
-def test_a_windowed_target_reads_its_window(pair: config.ExperimentConfig) -> None:
+def test_a_windowed_target_reads_its_window(pair: schema.ExperimentConfig) -> None:
     target = dataclasses.replace(pair.target, window=60, sink=4)
     windowed = dataclasses.replace(pair, target=target)
     cost = throughput.round_cost(windowed, "spire", batch=64, context=4096)
     assert (
         cost.target_step == throughput.round_cost(pair, "spire", batch=64, context=64).target_step
     )
-    with pytest.raises(config.ConfigError, match=r"target\.window"):
+    with pytest.raises(schema.ConfigError, match=r"target\.window"):
         throughput.critical_context(windowed)
 
 
 def test_tokens_per_second_are_the_multiplier_times_autoregressive_ones(
-    pair: config.ExperimentConfig,
+    pair: schema.ExperimentConfig,
 ) -> None:
     at: dict[str, Any] = {"batch": 64, "context": 512}
     for chip in throughput.CHIPS.values():
@@ -170,7 +171,7 @@ def test_tokens_per_second_are_the_multiplier_times_autoregressive_ones(
         assert fast / base == pytest.approx(gain)
 
 
-def test_memory_bound_steps_take_the_time_of_their_bytes(pair: config.ExperimentConfig) -> None:
+def test_memory_bound_steps_take_the_time_of_their_bytes(pair: schema.ExperimentConfig) -> None:
     """On an H100: 67,117,056 weights and 64 caches of 512 x 16,384 elements at 3.35 TB/s."""
     at: dict[str, Any] = {"tau": 1.0, "batch": 64, "context": 512, "chip": "h100"}
     seconds = (67_117_056 + 64 * 512 * 16_384) / 3.35e12
@@ -183,7 +184,7 @@ def test_memory_bound_steps_take_the_time_of_their_bytes(pair: config.Experiment
     assert throughput.tokens_per_s_per_chip(wide, "autoregressive", **at) == pytest.approx(rate / 2)
 
 
-def test_compute_bound_steps_take_the_time_of_their_flops(pair: config.ExperimentConfig) -> None:
+def test_compute_bound_steps_take_the_time_of_their_flops(pair: schema.ExperimentConfig) -> None:
     wide = dataclasses.replace(
         pair, throughput=dataclasses.replace(pair.throughput, compute_bytes=2.0)
     )
@@ -193,7 +194,7 @@ def test_compute_bound_steps_take_the_time_of_their_flops(pair: config.Experimen
     assert rate == pytest.approx(459e12 / (2 * 67_117_056))
 
 
-def test_memory_counts_weights_embeddings_and_caches(pair: config.ExperimentConfig) -> None:
+def test_memory_counts_weights_embeddings_and_caches(pair: schema.ExperimentConfig) -> None:
     target = 67_117_056 + 2 * 512 * 50264 + 64 * 512 * 16_384
     at: dict[str, Any] = {"batch": 64, "context": 512}
     assert throughput.memory_bytes(pair, "autoregressive", **at) == target
@@ -217,17 +218,17 @@ def test_memory_counts_weights_embeddings_and_caches(pair: config.ExperimentConf
     ],
 )
 def test_bad_input_is_named(
-    pair: config.ExperimentConfig, method: str, values: dict[str, Any], message: str
+    pair: schema.ExperimentConfig, method: str, values: dict[str, Any], message: str
 ) -> None:
     at: dict[str, Any] = {"tau": 2.0, "batch": 1, "context": 8}
-    with pytest.raises(config.ConfigError, match=message):
+    with pytest.raises(schema.ConfigError, match=message):
         throughput.multiplier(pair, method, **(at | values))
 
 
 # --- command line ------------------------------------------------------------------------------
 
 
-def test_json_of_the_whole_grid_without_jax(pair: config.ExperimentConfig) -> None:
+def test_json_of_the_whole_grid_without_jax(pair: schema.ExperimentConfig) -> None:
     """In a process of its own: only JSON on stdout, and neither jax nor the models imported."""
     code = (
         "import sys; from spire_jax import throughput; throughput.main(); "
@@ -258,7 +259,7 @@ def test_the_module_runs_as_documented() -> None:
         cwd=ROOT, capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     expected = throughput.multiplier(
-        config_files.load(PAPER_67M), "spire", tau=3.401, batch=64, context=512, hoi=300.0
+        files.load(PAPER_67M), "spire", tau=3.401, batch=64, context=512, hoi=300.0
     )
     assert json.loads(done.stdout)["spire"]["64"]["512"] == expected
 

@@ -204,7 +204,7 @@ def test_the_command_says_what_is_wrong_before_anything_is_made(tmp_path, capsys
 
 CODE = """
     import sys, numpy as np
-    from spire_jax.config import DataConfig
+    from spire_jax.config.schema import DataConfig
     from spire_jax.data import token_zarr
     from spire_jax.data.sources import DataError, load_corpus
     token_zarr.SECONDS = float(sys.argv[2])

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from launch import train_tokenizer
-from spire_jax.config import ConfigError, DataConfig
+from spire_jax.config.schema import ConfigError, DataConfig
+from spire_jax.config.validation import tokenizer_size
 from spire_jax.data.sources import load_corpus
 from spire_jax.data.tokenizer import BpeTokenizer, make_tokenizer, train_bpe
-from spire_jax.validation import tokenizer_size
 
 TEXTS = [f"def f_{i}(x):\n    return x + {i}  # naïve\n" for i in range(200)]
 

@@ -12,23 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spire_jax import config as configs
-from spire_jax import config_files
-from spire_jax import train as train_module
-from spire_jax.checkpoints import Checkpoints
+from spire_jax.config import files, schema
 from spire_jax.data.pipeline import Batch
-from spire_jax.metrics import MetricsError
-from spire_jax.sharding import make_mesh
-from spire_jax.tasks import (
-    TrainBatch,
-    draft_task,
-    init_params,
-    initial_draft,
-    target_task,
-    teach,
-    teacher,
-)
-from spire_jax.train import (
+from spire_jax.models.sharding import make_mesh
+from spire_jax.storage.checkpoints import Checkpoints
+from spire_jax.storage.metrics import MetricsError
+from spire_jax.training import loop
+from spire_jax.training.loop import (
     Learner,
     TrainingError,
     by_depth,
@@ -37,6 +27,15 @@ from spire_jax.train import (
     make_optimizer,
     train,
     train_step,
+)
+from spire_jax.training.tasks import (
+    TrainBatch,
+    draft_task,
+    init_params,
+    initial_draft,
+    target_task,
+    teach,
+    teacher,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -65,14 +64,14 @@ SIZES: dict[str, dict] = {
 }
 
 
-def experiment(**train_values) -> configs.ExperimentConfig:
+def experiment(**train_values) -> schema.ExperimentConfig:
     values = SIZES | {"train": SIZES["train"] | train_values}
-    return config_files.build(config_files.defaults(values))
+    return files.build(files.defaults(values))
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    mesh = make_mesh(configs.MeshConfig())
+    mesh = make_mesh(schema.MeshConfig())
     with jax.set_mesh(mesh):
         yield mesh
 
@@ -197,13 +196,13 @@ def same(one, other):
 
 def test_one_pass_of_the_target_serves_all_drafts(target, mesh, tmp_path, monkeypatch):
     calls = []
-    original = train_module.teach
+    original = loop.teach
 
     def counted(taught_by, params, batch):
         calls.append(taught_by.collect)
         return original(taught_by, params, batch)
 
-    monkeypatch.setattr(train_module, "teach", counted)
+    monkeypatch.setattr(loop, "teach", counted)
     config, frozen = experiment(steps=6), target[1]
     tasks = {draft_task(config, name): name for name in ("spire", "vanilla")}
     initial = {task: functools.partial(initial_draft, config, name, task, frozen, mesh)

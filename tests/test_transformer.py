@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from models import SINK, TINY, WINDOW, init, target, texts
 
-from spire_jax.config import DraftConfig, ModelConfig, body_parameters, draft_model
+from spire_jax.config.schema import DraftConfig, ModelConfig, body_parameters, draft_model
 from spire_jax.models.attention import Compute
-from spire_jax.models.kv_cache import empty_full, empty_ring
+from spire_jax.models.caches import empty_full, empty_ring
 from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Model, Transformer
 

@@ -10,17 +10,24 @@ import pytest
 from corpora import SEPARATOR, corpus_of, names
 from models import HEAD_IDS, TINY, pair, target, texts
 
-from spire_jax import config_files
-from spire_jax.checkpoints import Checkpoints
-from spire_jax.config import ConfigError, DraftConfig, MeshConfig, identity
+from spire_jax.config import files
+from spire_jax.config.schema import ConfigError, DraftConfig, MeshConfig, identity
+from spire_jax.costs.throughput import memory_bytes, round_cost
 from spire_jax.data.pipeline import Batch, Dataset, WrittenRows, most_frequent
-from spire_jax.decode import Weights, generate
-from spire_jax.losses import draft_loss
+from spire_jax.decoding import Weights, generate
 from spire_jax.models.pruning import prune
-from spire_jax.sharding import make_mesh
-from spire_jax.tasks import draft_task, init_params, initial_draft, target_task, teacher, trainable
-from spire_jax.throughput import memory_bytes, round_cost
-from spire_jax.train import Learner, train
+from spire_jax.models.sharding import make_mesh
+from spire_jax.storage.checkpoints import Checkpoints
+from spire_jax.training.loop import Learner, train
+from spire_jax.training.losses import draft_loss
+from spire_jax.training.tasks import (
+    draft_task,
+    init_params,
+    initial_draft,
+    target_task,
+    teacher,
+    trainable,
+)
 
 OTHERS = np.setdiff1d(np.arange(TINY.vocab_size), HEAD_IDS)
 
@@ -83,7 +90,7 @@ VALUES = {
 
 def experiment(**sections):
     values = {name: VALUES.get(name, {}) | sections.get(name, {}) for name in VALUES | sections}
-    return config_files.build(config_files.defaults(values))
+    return files.build(files.defaults(values))
 
 
 def batches(start):

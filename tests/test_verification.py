@@ -15,19 +15,19 @@ import scipy.special
 import scipy.stats
 from flax import nnx
 
-from spire_jax.config import ModelConfig
-from spire_jax.decode import Decoder, DecodeState, Weights, finish
-from spire_jax.drafting.vanilla import Vanilla
-from spire_jax.models.attention import Compute
-from spire_jax.models.kv_cache import empty_full
-from spire_jax.models.transformer import Model, Transformer
-from spire_jax.sampling import Sampling
-from spire_jax.verification import (
+from spire_jax.config.schema import ModelConfig
+from spire_jax.decoding import Decoder, DecodeState, Weights, finish
+from spire_jax.decoding.verification import (
     block_acceptance,
     residual_distribution,
     verify_blocks,
     verify_tokens,
 )
+from spire_jax.drafting.vanilla import Vanilla
+from spire_jax.models.attention import Compute
+from spire_jax.models.caches import empty_full
+from spire_jax.models.sampling import Sampling
+from spire_jax.models.transformer import Model, Transformer
 
 V, TRIALS, EMITTED = 16, 200_000, 3
 SIGNIFICANCE = 1e-4

@@ -9,7 +9,7 @@ import numpy as np
 import tensorstore as ts
 from corpora import names, words
 
-from spire_jax.config import DataConfig
+from spire_jax.config.schema import DataConfig
 from spire_jax.data import write_zarr
 from spire_jax.data.sources import load_corpus
 

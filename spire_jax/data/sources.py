@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int, Integer
 
-from spire_jax.config import BYTES, DataConfig
+from spire_jax.config.schema import BYTES, DataConfig
 from spire_jax.data.tokenizer import Tokenizer, make_tokenizer
 
 STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "encodings", "__pycache__"}

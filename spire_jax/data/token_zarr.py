@@ -23,7 +23,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Int, Integer, UInt64
 
-from spire_jax.config import DataConfig
+from spire_jax.config.schema import DataConfig
 from spire_jax.data.sources import Corpus, DataError, Documents, check_split
 from spire_jax.data.tokenizer import Tokenizer, make_tokenizer
 

@@ -11,9 +11,9 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from spire_jax.config import BYTES
+from spire_jax.config.schema import BYTES
+from spire_jax.config.validation import is_checkpoint, tokenizer_size
 from spire_jax.pretrained.tokenizer import load_tokenizer
-from spire_jax.validation import is_checkpoint, tokenizer_size
 
 
 @runtime_checkable

@@ -30,7 +30,8 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Integer
 
-from spire_jax.config import BYTES, ConfigError, digest
+from spire_jax.config.identity import differences
+from spire_jax.config.schema import BYTES, ConfigError, digest
 from spire_jax.data.sources import DataError
 from spire_jax.data.token_zarr import (
     HELDOUT,
@@ -46,9 +47,8 @@ from spire_jax.data.token_zarr import (
 )
 from spire_jax.data.tokenizer import make_tokenizer
 from spire_jax.data.tokenizing import Plan, Source, Tokenized, Tokenizing, find_text, tokenized
-from spire_jax.metrics import Progress
-from spire_jax.plan import differences
 from spire_jax.pretrained import PretrainedError
+from spire_jax.storage.metrics import Progress
 
 PROGRESS = UNFINISHED.split("/")[0]
 STATE, OWNER = f"{PROGRESS}/state.json", f"{PROGRESS}/owner"

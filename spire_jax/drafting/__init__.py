@@ -3,7 +3,7 @@
 A strategy holds a draft model's structure and says what the draft keeps, how it prefills, how
 it proposes k tokens with their distributions, and how it takes in what verification kept. The
 round, verification, sampling, evaluation and report are shared by all; what a step costs is in
-`spire_jax.throughput`.
+`spire_jax.costs.throughput`.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from spire_jax.models.sampling import Sampling
 from spire_jax.models.transformer import Activations, Model, Params
-from spire_jax.sampling import Sampling
 
 DraftCache = Any  # a pytree of the strategy's own
 

@@ -1,6 +1,6 @@
 """From a config to models and strategies: the one place that knows every draft's kind."""
 
-from spire_jax.config import (
+from spire_jax.config.schema import (
     MAGICDEC,
     SNAPKV,
     DecodeConfig,

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from spire_jax.config import ModelConfig
+from spire_jax.config.schema import ModelConfig
 from spire_jax.drafting.spire import Spire
 from spire_jax.models.attention import Compute
 from spire_jax.models.spire import SpireDraft

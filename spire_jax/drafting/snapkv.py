@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from spire_jax.config import SNAPKV_OBSERVED, ModelConfig
+from spire_jax.config.schema import SNAPKV_OBSERVED, ModelConfig
 from spire_jax.drafting.spire import Spire
-from spire_jax.masks import EMPTY
 from spire_jax.models.attention import Compute, packed
-from spire_jax.models.kv_cache import SelectedCache
+from spire_jax.models.caches import SelectedCache
 from spire_jax.models.layers import Block
+from spire_jax.models.masks import EMPTY
+from spire_jax.models.sampling import probability_of
 from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Model
-from spire_jax.sampling import probability_of
 
 POOL = 5  # votes are averaged over so many neighbours
 

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from spire_jax.drafting import depth_keys
-from spire_jax.models.kv_cache import empty_ring, ring_cache, ring_positions, write_rows
+from spire_jax.models.caches import empty_ring, ring_cache, ring_positions, write_rows
+from spire_jax.models.sampling import probability_of, sample, stream, transformed_logits
 from spire_jax.models.spire import target_layers
 from spire_jax.models.transformer import Model
-from spire_jax.sampling import probability_of, sample, stream, transformed_logits
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,10 @@ from pallas_kernels.checks import MAX_TOKENS, unsupported_heads
 from pallas_kernels.decode_attention import api as decode_kernel
 from pallas_kernels.platform import is_tpu
 from pallas_kernels.streaming_attention import api as streaming_kernel
-from spire_jax.few_rows import api as few_rows
-from spire_jax.masks import may_attend
-from spire_jax.models.on_cpu import reads_slots, slot_logits, slot_sums
-from spire_jax.sharding import RULES, spec
+from spire_jax.models.cpu import reads_slots, slot_logits, slot_sums
+from spire_jax.models.few_rows import api as few_rows
+from spire_jax.models.masks import may_attend
+from spire_jax.models.sharding import RULES, spec
 
 Positions = Int[np.ndarray, " T"] | Int[Array, "B T"]
 

@@ -9,11 +9,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from spire_jax.config import ModelConfig
-from spire_jax.few_rows import api as few_rows
+from spire_jax.config.schema import ModelConfig
 from spire_jax.models.attention import Compute, Positions
-from spire_jax.models.on_cpu import bfloat16_product, on_cpu
-from spire_jax.sharding import constrain
+from spire_jax.models.cpu import bfloat16_product, on_cpu
+from spire_jax.models.few_rows import api as few_rows
+from spire_jax.models.sharding import constrain
 
 
 def truncated_normal(fan_in: int, scale: float = 1.0):

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from spire_jax.masks import EMPTY
 from spire_jax.models.attention import attention, merge_attention, unpacked
-from spire_jax.models.kv_cache import FullCache, RingCache, write_rows
+from spire_jax.models.caches import FullCache, RingCache, write_rows
 from spire_jax.models.layers import Block
+from spire_jax.models.masks import EMPTY
 from spire_jax.models.transformer import Activations, Transformer
 
 

@@ -15,8 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from spire_jax.config import ModelConfig
-from spire_jax.masks import EMPTY
+from spire_jax.config.schema import ModelConfig
 from spire_jax.models.attention import (
     Compute,
     Positions,
@@ -25,8 +24,9 @@ from spire_jax.models.attention import (
     merge_attention,
     unpacked,
 )
-from spire_jax.models.kv_cache import KeysValues, RingCache, SelectedCache
+from spire_jax.models.caches import KeysValues, RingCache, SelectedCache
 from spire_jax.models.layers import Block, parameter, rope
+from spire_jax.models.masks import EMPTY
 from spire_jax.models.transformer import Activations, Transformer
 
 

@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from spire_jax.config import ModelConfig, head_size
+from spire_jax.config.schema import ModelConfig, head_size
 from spire_jax.models.attention import Compute, attention, cached_attention
-from spire_jax.models.kv_cache import FullCache, KeysValues, RingCache
+from spire_jax.models.caches import FullCache, KeysValues, RingCache
 from spire_jax.models.layers import Block, RMSNorm, parameter, product, truncated_normal
-from spire_jax.sharding import constrain
+from spire_jax.models.sharding import constrain
 
 Params = Any  # nested dict of float32 arrays, the pure form of a module's nnx.State
 Activations = tuple[Float[Array, "B T D"], ...]

@@ -17,12 +17,12 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from spire_jax.config import ConfigError, ExperimentConfig, ModelConfig
-from spire_jax.masks import may_attend
+from spire_jax.config.schema import ConfigError, ExperimentConfig, ModelConfig
+from spire_jax.models.masks import may_attend
 from spire_jax.models.spire import initial_mix, target_layers
 from spire_jax.models.transformer import Model, Params
 from spire_jax.notebook.parts import panels
-from spire_jax.tasks import draft_task, stream_key
+from spire_jax.training.tasks import draft_task, stream_key
 
 NOTHING, TARGET, OWN, ITSELF = range(4)  # where a draft's query finds a token
 MEANING = ("not read", "the target's activation", "the draft's own memory", "the token itself")

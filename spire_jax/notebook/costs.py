@@ -7,17 +7,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.optimize import brentq
 
-from spire_jax.chips import CHIPS, chip
-from spire_jax.config import AUTOREGRESSIVE, ConfigError, ExperimentConfig
-from spire_jax.cost_model import VARIANTS
-from spire_jax.figures import COLORS
-from spire_jax.notebook.parts import image, panels
-from spire_jax.throughput import (
+from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig
+from spire_jax.costs.chips import CHIPS, chip
+from spire_jax.costs.roofline import VARIANTS
+from spire_jax.costs.throughput import (
     given_tau,
     memory_bytes,
     multiplier,
     tokens_per_s_per_chip,
 )
+from spire_jax.notebook.parts import image, panels
+from spire_jax.results.figures import COLORS
 
 COLORS_HERE = {**COLORS, AUTOREGRESSIVE: "#78909c"}
 

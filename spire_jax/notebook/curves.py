@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from spire_jax import run
-from spire_jax.metrics import read_metrics
 from spire_jax.notebook.parts import image, panels
+from spire_jax.storage.metrics import read_metrics
 
 INTERRUPTED = 130
 COLORS = {"target": "#37474f", "spire": "#1b7f5c", "vanilla": "#c2571a"}

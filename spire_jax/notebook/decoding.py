@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from spire_jax.config import ExperimentConfig
-from spire_jax.config_files import command_line
+from spire_jax.config.files import command_line
+from spire_jax.config.schema import ExperimentConfig
 from spire_jax.data.tokenizer import Tokenizer
-from spire_jax.decode.__main__ import arguments as flags_of_decoder
-from spire_jax.decode.batching import Server, Serving
-from spire_jax.decode.interactive import visible
-from spire_jax.decode.loading import load_for_decoding
-from spire_jax.decode.requests import Defaults, Failure, Request, RequestError, request_of
-from spire_jax.decode.results import Result, acceptance
-from spire_jax.decode.text import TextStream
 from spire_jax.models.transformer import Params
+from spire_jax.serving.batching import Server, Serving
+from spire_jax.serving.command import arguments as flags_of_decoder
+from spire_jax.serving.interactive import visible
+from spire_jax.serving.loading import load_for_decoding
+from spire_jax.serving.outputs import Result, acceptance
+from spire_jax.serving.requests import Defaults, Failure, Request, RequestError, request_of
+from spire_jax.serving.text import TextStream
 
 KINDS = {
     "accepted": "drafted and accepted",

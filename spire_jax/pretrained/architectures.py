@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from spire_jax.config import ModelConfig
+from spire_jax.config.schema import ModelConfig
 from spire_jax.models.layers import rope_frequencies
 from spire_jax.pretrained import PretrainedError
 from spire_jax.pretrained.gguf_file import GgufFile

@@ -20,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from spire_jax.config import ModelConfig
-from spire_jax.metrics import write_whole
+from spire_jax.config.schema import ModelConfig
+from spire_jax.models.sharding import spec
 from spire_jax.models.transformer import Model, Params, Transformer
 from spire_jax.pretrained import PretrainedError
 from spire_jax.pretrained.architectures import from_config_json, from_gguf
 from spire_jax.pretrained.gguf_file import GgufFile, read_gguf
 from spire_jax.pretrained.safetensors_file import SafetensorsFiles, read_directory, read_json
 from spire_jax.pretrained.tensor_names import CHUNK, Path, Source, read_part, sources
-from spire_jax.sharding import spec
+from spire_jax.storage.metrics import write_whole
 
 DTYPES = ("float32", "bfloat16")
 TIED_COPY = "lm_head.weight"

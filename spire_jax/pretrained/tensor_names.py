@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from spire_jax.config import ModelConfig
+from spire_jax.config.schema import ModelConfig
 from spire_jax.models.attention import Compute
 from spire_jax.models.transformer import Model, Transformer
 

@@ -9,11 +9,13 @@ import numpy as np
 import pipelines
 import pytest
 
-from launch import bench_decode, bench_mesh, tau_by_tokens
-from launch.bench_decode import Point, add, record_of, room_for, rounds_of
-from launch.bench_mesh import parse_meshes
-from spire_jax.config_files import load
-from spire_jax.throughput import multiplier, round_cost
+from launch.bench import decode as bench_decode
+from launch.bench import mesh as bench_mesh
+from launch.bench import tau_by_tokens
+from launch.bench.decode import Point, add, record_of, room_for, rounds_of
+from launch.bench.mesh import parse_meshes
+from spire_jax.config.files import load
+from spire_jax.costs.throughput import multiplier, round_cost
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

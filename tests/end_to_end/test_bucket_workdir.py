@@ -13,7 +13,7 @@ from etils import epath
 from test_processes import FSDP, alone, compare, outcome, together  # noqa: F401 - a fixture
 from test_resume import MODELS, check_equal, finish
 
-from spire_jax.checkpoint_files import COMMIT_FILE, list_files
+from spire_jax.storage.checkpoint_files import COMMIT_FILE, list_files
 
 WORKDIR = "gs://bucket/runs/tiny"
 TIMED = {"machine", "seconds", "peak_memory_bytes", "training"}

@@ -16,7 +16,7 @@ import pytest
 from matplotlib.image import imread
 from test_resume import check_equal
 
-from spire_jax.metrics import read_metrics
+from spire_jax.storage.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 NOTEBOOK = ROOT / "launch" / "colab.ipynb"

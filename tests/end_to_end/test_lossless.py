@@ -11,14 +11,22 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spire_jax.config import DraftConfig, ExperimentConfig, TrainConfig
-from spire_jax.decode import generate
+from spire_jax.config.schema import DraftConfig, ExperimentConfig, TrainConfig
+from spire_jax.decoding import generate
 from spire_jax.drafting.build import strategy
 from spire_jax.models.attention import Compute
-from spire_jax.sampling import Sampling, probabilities
-from spire_jax.sharding import make_mesh
-from spire_jax.tasks import Task, TrainBatch, draft_task, initial_draft, target_task, teach, teacher
-from spire_jax.train import init_state, make_optimizer, train_step
+from spire_jax.models.sampling import Sampling, probabilities
+from spire_jax.models.sharding import make_mesh
+from spire_jax.training.loop import init_state, make_optimizer, train_step
+from spire_jax.training.tasks import (
+    Task,
+    TrainBatch,
+    draft_task,
+    initial_draft,
+    target_task,
+    teach,
+    teacher,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -10,11 +10,11 @@ import pytest
 from tokenizers import AddedToken
 
 from spire_jax import export, run
-from spire_jax.config_files import load
+from spire_jax.config.files import load
 from spire_jax.data.tokenizer import train_bpe
-from spire_jax.decode import __main__ as decode
-from spire_jax.exported_draft import import_draft
+from spire_jax.pretrained.exported_draft import import_draft
 from spire_jax.run import Pipeline
+from spire_jax.serving import command
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -91,7 +91,7 @@ def outputs(flags, tmp_path, name, *more):
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = [*flags, f"--prompts={prompts}", f"--out={out}", "--temperature=0", "--chunk=8",
                  "--max-tokens=12", "--batch-size=2", "--width=64", *more]  # fmt: skip
-    assert decode.main(arguments) == 0
+    assert command.main(arguments) == 0
     return {r["id"]: r for r in map(json.loads, out.read_text().splitlines())}
 
 
@@ -163,7 +163,7 @@ def test_prompts_are_decoded_as_the_target_writes(source, workdir, exported, fla
 def test_bad_requests_say_what_to_do(more, message, flags, capsys, tmp_path):
     (tmp_path / "p.txt").write_text("x")
     try:
-        status = decode.main([*flags, f"--prompts={tmp_path / 'p.txt'}", *more])
+        status = command.main([*flags, f"--prompts={tmp_path / 'p.txt'}", *more])
     except SystemExit as end:
         status = end.code
     assert status == 2 and message in capsys.readouterr().err
@@ -176,7 +176,7 @@ def test_a_draft_for_another_target_is_refused(exported, flags, checkpoint, tmp_
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (other / name).write_bytes((checkpoint / name).read_bytes())
     (tmp_path / "p.txt").write_text("x")
-    status = decode.main([*flags, f"--config.pretrained.path={other}", f"--draft={exported}",
+    status = command.main([*flags, f"--config.pretrained.path={other}", f"--draft={exported}",
                           f"--prompts={tmp_path / 'p.txt'}"])  # fmt: skip
     assert status == 2 and "made for another target" in capsys.readouterr().err
 

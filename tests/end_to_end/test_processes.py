@@ -12,8 +12,8 @@ import pipelines
 import pytest
 from test_resume import MODELS, check_equal, finish, leaves, wait_for
 
-from spire_jax.checkpoints import load_params
-from spire_jax.processes import PREEMPTED
+from spire_jax.storage.checkpoints import load_params
+from spire_jax.storage.processes import PREEMPTED
 
 FSDP = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pipelines
 import pytest
 
-from spire_jax.checkpoints import load_params
+from spire_jax.storage.checkpoints import load_params
 
 TIMING = {"tokens_per_s", "peak_share", "data_wait_share"}
 MODELS = {"target": "target", "spire": "drafts/spire", "vanilla": "drafts/vanilla"}

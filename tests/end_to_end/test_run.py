@@ -8,7 +8,7 @@ import time
 import pipelines
 import pytest
 
-from spire_jax import processes
+from spire_jax.storage import processes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -7,8 +7,8 @@ import numpy as np
 import pipelines
 import pytest
 
-from spire_jax import study, study_report
-from spire_jax.config_files import load
+from spire_jax.config.files import load
+from spire_jax.results import study, study_report
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 STUDY = {"study.of": "spire", "study.ablations": "no_feedback_no_target,shared_memory",
@@ -123,7 +123,7 @@ def test_the_smallest_effect_is_what_repeated_studies_resolve():
 
 
 def test_the_best_depth_is_the_largest_multiplier():
-    from spire_jax import throughput
+    from spire_jax.costs import throughput
 
     taus = [1.8, 2.4, 2.8, 3.0, 3.1, 3.15]
     at = {"batch": 64, "context": 512, "hoi": 600.0, "variant": "paper"}

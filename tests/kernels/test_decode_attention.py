@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention import reference, specs, tpu
 from pallas_kernels.decode_attention.api import cache_shape, decode_attention
-from spire_jax.masks import EMPTY, may_attend
+from spire_jax.models.masks import EMPTY, may_attend
 from tests.kernels.combinations import combinations, cycle
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spire_jax.config import DecodeConfig, MeshConfig, ModelConfig, TrainConfig
+from spire_jax.config.schema import DecodeConfig, MeshConfig, ModelConfig, TrainConfig
 from spire_jax.drafting.build import compute_for
-from spire_jax.few_rows import api, build, reference
 from spire_jax.models.attention import Compute
-from spire_jax.models.kv_cache import empty_full
+from spire_jax.models.caches import empty_full
+from spire_jax.models.few_rows import api, build, reference
+from spire_jax.models.sharding import make_mesh
 from spire_jax.models.transformer import Model, Transformer
-from spire_jax.sharding import make_mesh
 
 needs_kernel = pytest.mark.skipif(not api.available(), reason="no C++ compiler on this machine")
 # Fewer columns and rows than a vector, pieces that end within one, one piece and many.

@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.streaming_attention import plan, reference, specs, tpu
 from pallas_kernels.streaming_attention.api import streaming_attention
-from spire_jax.masks import may_attend
+from spire_jax.models.masks import may_attend
 from tests.kernels.combinations import combinations, cycle
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

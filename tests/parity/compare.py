@@ -7,11 +7,11 @@ import torch
 import transformers
 from jaxtyping import Float, Int
 
-from spire_jax.decode import Decoder, Weights, generate
+from spire_jax.decoding import Decoder, Weights, generate
 from spire_jax.models.attention import Compute
+from spire_jax.models.sampling import Sampling
 from spire_jax.models.transformer import Model, Params, Transformer
 from spire_jax.pretrained.checkpoint import Checkpoint
-from spire_jax.sampling import Sampling
 
 TOLERANCE = 2e-4  # of the largest logit
 
@@ -50,7 +50,7 @@ def greedy_agreement(
 ) -> str:
     """Compare greedy continuations of `n` tokens; fails unless they part at a near-tie, if at all.
 
-    Ours are decoded with a KV cache by `spire_jax.decode`, theirs by `generate`.
+    Ours are decoded with a KV cache by `spire_jax.decoding`, theirs by `generate`.
     """
     state = generate(
         Decoder(target=model, sampling=Sampling(0.0)), Weights(params), [prompt], [n], [0]

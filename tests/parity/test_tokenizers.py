@@ -6,9 +6,9 @@ import transformers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
-from spire_jax.decode.text import TextStream
 from spire_jax.pretrained.tokenizer import load_tokenizer
 from spire_jax.pretrained.tokenizer_sources import describe
+from spire_jax.serving.text import TextStream
 
 FAMILY = "\N{WOMAN}\u200d\N{WOMAN}\u200d\N{GIRL}\u200d\N{BOY}"
 TEXTS = [

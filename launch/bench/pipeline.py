@@ -1,0 +1,208 @@
+"""Speed of training, decoding and the oracle on this machine.
+
+    bash launch/quickstart.sh
+    .venv/bin/python -m launch.bench.pipeline --config=configs/quickstart.py
+
+(about four minutes on 2 CPU cores). Prints a line per figure. Figures that are compared are
+measured in turn in one process; every figure is a median. Training is timed at 0.8M body
+parameters with random weights and tokens, on which its speed does not depend; decoding and the
+oracle on the trained models of a work directory of the same config.
+"""
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from launch.bench.train_steps import training_steps
+from spire_jax.config.files import command_line
+from spire_jax.config.schema import ExperimentConfig, body_parameters, oracle_depth
+from spire_jax.costs.hardware import describe, peak_memory_bytes
+from spire_jax.data.pipeline import Batch, Context
+from spire_jax.decoding import Weights, decode_rounds, finish, generation_lengths, start
+from spire_jax.models.sharding import make_mesh
+from spire_jax.results.evaluate import (
+    AUTOREGRESSIVE,
+    choose_contexts,
+    decode_counts,
+    make_decoder,
+    oracle_records,
+    sample_texts,
+    target_pass,
+)
+from spire_jax.run import Pipeline
+from spire_jax.training.loop import to_device
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--workdir", default="runs/quickstart", help="of a finished run")
+    parser.add_argument("--repeats", type=int, default=7)
+    args, config = command_line(parser)
+    print(" | ".join(describe().values()))
+    sized = dataclasses.replace(
+        config, target=dataclasses.replace(config.target, d_model=96, d_ff=224)
+    )
+    for seq_len, batch in ((256, 16), (1024, 4)):
+        train = dataclasses.replace(sized.train, seq_len=seq_len, batch_size=batch)
+        with jax.set_mesh(make_mesh(config.mesh)):
+            bench_training(dataclasses.replace(sized, train=train), args.repeats)
+    pipeline = Pipeline(config, args.workdir)
+    with jax.set_mesh(pipeline.mesh):
+        target = pipeline.params("target")
+        weights = {AUTOREGRESSIVE: Weights(target)}
+        for name, _ in config.drafts:
+            weights[name] = Weights(target, pipeline.params(f"draft {name}"))
+        contexts = choose_contexts(config, pipeline.corpus)[: config.eval.batch_size]
+        bench_decoding(config, weights, contexts, args.repeats)
+        bench_oracle(config, weights, contexts)
+    print(f"peak memory of this process: {peak_memory_bytes() / 1e6:.0f} MB")
+
+
+def interleaved(work: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median seconds of each piece of work, run in turn, after one run that compiles."""
+    for run in work.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, run in work.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def bench_training(config: ExperimentConfig, repeats: int) -> None:
+    """Tokens per second of the target's and of every draft's training step."""
+    mesh, train = jax.sharding.get_mesh(), config.train
+    rng = np.random.default_rng(0)
+    shape = (train.batch_size, train.seq_len)
+    tokens = rng.integers(0, config.target.n_tokens, (2, *shape), np.int32)
+    batch = to_device(
+        Batch(tokens[0], tokens[1], np.ones(shape, bool), np.arange(train.batch_size)), mesh
+    )
+    steps = training_steps(config, mesh)
+    work: dict[str, Callable[[], None]] = {
+        name: functools.partial(step, batch) for name, step in steps.items()
+    }
+    seconds = interleaved(work, repeats)
+    for name, value in seconds.items():
+        rate = train.batch_size * train.seq_len / value
+        ratio = seconds["target"] / value
+        print(f"training, sequence {train.seq_len}, {name}: {rate:,.0f} tokens/s "
+              f"({ratio:.2f} x the target's rate, "
+              f"{body_parameters(config.target):,} body parameters)")  # fmt: skip
+
+
+def bench_decoding(
+    config: ExperimentConfig, weights: dict[str, Weights], contexts: list[Context], repeats: int
+) -> None:
+    """Generation's wall time against its number of rounds times one jitted round."""
+    prompts = [context.tokens for context in contexts]
+    budgets, seeds = [config.eval.output_length] * len(prompts), range(len(prompts))
+    for name in weights:
+        decoder = make_decoder(config, name)
+
+        def whole(decoder=decoder, name=name):
+            state = start(decoder, weights[name], prompts, budgets, seeds)
+            jax.block_until_ready(state)
+            begin = time.perf_counter()
+            state = jax.block_until_ready(finish(decoder, weights[name], state))
+            return time.perf_counter() - begin, int(np.asarray(state.rounds).max())
+
+        def one_round(decoder=decoder, name=name):
+            # The median of many single rounds of one batch, each a call of its own.
+            state = start(decoder, weights[name], prompts, budgets, seeds)
+            times = []
+            for _ in range(8):
+                jax.block_until_ready(state)
+                begin = time.perf_counter()
+                state = decode_rounds(decoder, weights[name], state, 1)
+                jax.block_until_ready(state)
+                times.append(time.perf_counter() - begin)
+            return statistics.median(times)
+
+        whole(), one_round()
+        ratios, rates = [], []
+        for _ in range(repeats):
+            single = one_round()
+            wall, rounds = whole()
+            ratios.append(wall / (rounds * single))
+            rates.append(len(prompts) * config.eval.output_length / wall)
+        print(f"decoding, B={len(prompts)}, context {len(prompts[0])}, {name}: "
+              f"{statistics.median(rates):,.0f} tokens/s; wall time "
+              f"{statistics.median(ratios):.2f} x (rounds x one jitted round)")  # fmt: skip
+
+
+def bench_oracle(
+    config: ExperimentConfig, weights: dict[str, Weights], contexts: list[Context]
+) -> None:
+    """Time of the oracle and of decoding to the same standard error of tau, for all drafts.
+
+    Time to a given precision is time x variance. Both share the contexts; the oracle's samples
+    and its pass of the target are drawn once and serve every draft.
+    """
+    names, repeats = [name for name, _ in config.drafts], 6
+    length, rows = len(contexts[0].tokens), range(len(contexts))
+    target = weights[AUTOREGRESSIVE].target
+    seconds = dict.fromkeys(["samples", "target", *names], 0.0)
+    decoding = dict.fromkeys(names, 0.0)
+    by_oracle: dict[str, list] = {name: [] for name in names}
+    by_decoder: dict[str, list] = {name: [] for name in names}
+    for repeat in range(repeats + 1):
+        if repeat == 1:  # repeat 0 compiles
+            seconds, decoding = dict.fromkeys(seconds, 0.0), dict.fromkeys(decoding, 0.0)
+        at = [repeat * 1000 + row for row in rows]
+        begin = time.perf_counter()
+        texts, cache = sample_texts(config, target, contexts, at, length)
+        seconds["samples"] += time.perf_counter() - begin
+        begin = time.perf_counter()
+        along = jax.block_until_ready(target_pass(config, target, names, texts, cache, length))
+        seconds["target"] += time.perf_counter() - begin
+        for name in names:
+            begin = time.perf_counter()
+            records = oracle_records(
+                config, name, weights[name].draft, texts, along, length, oracle_depth(config)
+            )
+            seconds[name] += time.perf_counter() - begin
+            by_oracle[name] += [(r["lengths_by_k"][-1], r["rounds_by_k"][-1]) for r in records]
+            begin = time.perf_counter()
+            counts = decode_counts(config, name, weights[name], contexts, at, length, 0)
+            decoding[name] += time.perf_counter() - begin
+            by_decoder[name] += [generation_lengths(row) for row in counts]
+    own = sum(seconds[name] for name in names)
+    total = sum(decoding.values())
+    for name in names:
+        ratio = _variance(by_decoder[name]) / _variance(by_oracle[name])
+        faster = ratio * decoding[name] / seconds[name]
+        print(
+            f"oracle, {name}: tau {_tau(by_oracle[name]):.3f} (decoder "
+            f"{_tau(by_decoder[name]):.3f}); variance {ratio:.2f} times smaller than decoding's; "
+            f"{faster:.1f} times faster at equal precision, given the target's pass"
+        )
+    ratio = statistics.mean(_variance(by_decoder[n]) / _variance(by_oracle[n]) for n in names)
+    shared = own + seconds["target"]
+    print(f"oracle, all {len(names)} drafts at equal precision: {ratio * total / shared:.1f} times "
+          f"faster than decoding with the target's pass, "
+          f"{ratio * total / (shared + seconds['samples']):.1f} times with sampling")  # fmt: skip
+
+
+def _tau(results) -> float:
+    lengths, rounds = np.array(results, float).T
+    return lengths.sum() / rounds.sum()
+
+
+def _variance(results) -> float:
+    """Variance of the ratio sum(lengths) / sum(rounds) by linearization, as its interval shows."""
+    lengths, rounds = np.array(results, float).T
+    residual = lengths - lengths.sum() / rounds.sum() * rounds
+    return float(np.sum(residual**2) / rounds.sum() ** 2)
+
+
+if __name__ == "__main__":
+    main()

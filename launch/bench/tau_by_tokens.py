@@ -1,0 +1,130 @@
+"""How tau grows with training: every draft at each of its kept checkpoints, and before training.
+
+    python -m launch.bench.tau_by_tokens --config=configs/smollm2_135m.py --workdir=runs/smollm2
+
+By the oracle, on the evaluation's contexts and one set of the target's samples for all, so that
+differences are paired; MagicDec beside them. Keep the checkpoints with
+`--config.train.checkpoints_kept`. Writes WORKDIR/tau_by_tokens.json.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import rich.console
+import rich.table
+
+from spire_jax.config.files import command_line, exit_with_error
+from spire_jax.config.schema import MAGICDEC, ExperimentConfig, oracle_depth, self_drafting
+from spire_jax.data.pipeline import most_frequent
+from spire_jax.models.transformer import Params
+from spire_jax.results.evaluate import (
+    about,
+    choose_contexts,
+    for_decoding,
+    in_batches,
+    oracle_records,
+    sample_texts,
+    target_pass,
+)
+from spire_jax.results.study import tau_by_depth
+from spire_jax.run import ERRORS, Pipeline
+from spire_jax.storage.checkpoint_files import absolute, abstract_tree_of, read, read_metadata
+from spire_jax.storage.metrics import Progress, write_whole
+from spire_jax.training.tasks import draft_task, initial_draft, with_shared
+
+
+def stages_of(pipeline: Pipeline, name: str, target: Params) -> Iterator[tuple[int, Params]]:
+    """(steps, parameters) of a draft: before training, and at each checkpoint that was kept."""
+    config, task = pipeline.config, draft_task(pipeline.config, name)
+    rows = pipeline.written_rows()
+
+    def frequent(n: int) -> Any:
+        return most_frequent(pipeline.dataset, rows, config.target.n_tokens, n)
+
+    fresh = initial_draft(config, name, task, target, pipeline.mesh, frequent)
+    yield 0, with_shared(task, fresh, target)
+    folder = absolute(pipeline.workdir / "drafts" / name / "checkpoints")
+    for path in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name)):
+        state = read(path, abstract_tree_of(read_metadata(path)["leaves"]))
+        yield (
+            int(path.name),
+            with_shared(task, {**state["params"], **state.get("fixed", {})}, target),
+        )
+
+
+def evaluate(pipeline: Pipeline, names: Sequence[str]) -> list[dict[str, Any]]:
+    """tau by (method, steps, context length, depth)."""
+    config = pipeline.config
+    target = pipeline.params("target")
+    drafts = {(name, steps): params for name in names
+              for steps, params in stages_of(pipeline, name, target)}  # fmt: skip
+    own = self_drafting(config)
+    cast, of_drafts = for_decoding(config, target, {})
+    for (name, steps), params in drafts.items():
+        drafts[name, steps] = for_decoding(config, target, {name: params})[1][name]
+    methods = {**drafts, **{(name, 0): of_drafts[name] for name in own}}
+    contexts, per_step = choose_contexts(config, pipeline.corpus), tokens_per_step(config)
+    lengths, size = config.eval.context_lengths, config.eval.batch_size
+    results = []
+    total = len(lengths) * len(list(in_batches(len(contexts), size)))
+    with Progress("tau by tokens", total=total) as progress:
+        for length in lengths:
+            records: dict[Any, list[Any]] = {key: [] for key in methods}
+            for rows in in_batches(len(contexts), size):
+                batch = [contexts[i] for i in rows]
+                texts, cache = sample_texts(config, cast, batch, rows, length)
+                along = target_pass(config, cast, [*names, *own], texts, cache, length)
+                places = [about(config, i, contexts[i], length) for i in dict.fromkeys(rows)]
+                for (name, steps), params in methods.items():
+                    found = oracle_records(
+                        config, name, params, texts, along, length, oracle_depth(config)
+                    )
+                    records[name, steps] += [{"oracle": r} for r in found[: len(places)]]
+                progress.advance()
+            for (name, steps), lines in records.items():
+                results.append({
+                    "method": name, "steps": steps, "tokens": steps * per_step,
+                    "context_length": length, "contexts": len(lines), "tau": tau_by_depth(lines),
+                })  # fmt: skip
+    return results
+
+
+def tokens_per_step(config: ExperimentConfig) -> int:
+    return config.train.batch_size * config.train.seq_len
+
+
+def print_table(results: Sequence[dict[str, Any]], k: int) -> None:
+    lengths = sorted({r["context_length"] for r in results})
+    table = rich.table.Table(title=f"tau by training tokens, k = {k}", title_justify="left")
+    for column in ("method", "tokens", *(f"context {length}" for length in lengths)):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for method, steps in dict.fromkeys((r["method"], r["steps"]) for r in results):
+        rows = {r["context_length"]: r for r in results
+                if (r["method"], r["steps"]) == (method, steps)}  # fmt: skip
+        tokens = "-" if method == MAGICDEC else f"{rows[lengths[0]]['tokens']:,}"
+        table.add_row(method, tokens, *(f"{rows[length]['tau'][k - 1]:.3f}" for length in lengths))
+    rich.console.Console(highlight=False).print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m launch.bench.tau_by_tokens", None,
+                                     __doc__.split("\n", 1)[0])  # fmt: skip
+    parser.add_argument("--workdir", required=True, help="where the drafts were trained")
+    args, config = command_line(parser, argv)
+    try:
+        pipeline = Pipeline(config, args.workdir)
+        with jax.set_mesh(pipeline.mesh):
+            results = evaluate(pipeline, [name for name, _ in config.drafts])
+    except ERRORS as error:
+        exit_with_error(error)
+    path = pipeline.workdir / "tau_by_tokens.json"
+    write_whole(path, json.dumps(results, indent=1) + "\n")
+    print_table(results, config.decode.k)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""What one forward pass and one speculation round cost, on a roofline (method.md section 5).
+
+A pass over a few tokens of each of B requests computes C FLOPs and reads bytes of weights and
+of KV cache. The paper lets the two overlap fully,
+
+    cost(C, bytes) = max(C, bytes * HOI)                     in FLOP-equivalents
+
+with HOI, the chip's peak FLOP/s over its bytes/s, and counts body parameters only. `VARIANTS`
+drops the assumptions that flatter speculation, one after another. All of it is for one chip, or
+for each of a `Group` that shares a model by tensor parallelism. No jax here.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from spire_jax.config.schema import ModelConfig, body_parameters, head_size
+
+# Each variant keeps what the one before it changed.
+VARIANTS: Mapping[str, str] = {
+    "paper": "sparse drafts read their sinks and an eighth of the context; computing and "
+    "reading memory overlap fully; body parameters only",
+    "fixed_window": "sparse drafts read their sinks and their own window at every context",
+    "per_operator": "and weight products and KV cache reads do not overlap with each other",
+    "with_head": "and the unembedding is counted",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundCost:
+    """One speculation round of the whole batch, in FLOP-equivalents."""
+
+    target_step: float  # one autoregressive step of the target
+    draft_step: float  # one drafted token per request
+    verification: float  # the target's pass over k + 1 tokens per request
+    k: int  # drafted tokens; 0 = autoregressive decoding
+    handover: float = 0.0  # what a group sends between drafting and verification
+
+    @property
+    def total(self) -> float:
+        """Cost of the round: k draft steps, the verification and what is sent in between."""
+        return self.k * self.draft_step + self.verification + self.handover
+
+    @property
+    def delta_t(self) -> float:
+        """Time of the round over the time of one autoregressive step."""
+        return self.total / self.target_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """What the cost of drafting depends on."""
+
+    model: ModelConfig
+    window: int  # 0 = dense cache
+    sink: int
+    memory: bool  # projects keys and values from a memory vector too (SPIRe)
+
+    def rows(self, context: int, variant: str) -> int:
+        """Cached tokens that a draft step reads, per request."""
+        if not self.window:
+            return context
+        # A context shorter than the window is charged in full *beside* the sinks: so counts the
+        # table of method.md (L = 32).
+        return self.sink + (context // 8 if variant == "paper" else min(context, self.window))
+
+
+# What the chips of a group tell each other where the unembedding counts. Of every token's logits:
+# a shard's largest (greedy, or with the noise of a draw), its token, and their log-sum-exp.
+SHARD_BYTES = 12
+# Of every token that a replicated draft proposes: the token and its probability.
+PROPOSAL_BYTES = 8
+LOGIT_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Chips that share a model by tensor parallelism, as `sharding.py` shards, and their links.
+
+    Query heads, d_ff and vocabulary are split over all chips, KV heads over as many as there are
+    KV heads: beyond that, keys, values and their projections are repeated. Of the norms, which
+    every chip holds whole, a part is counted. Costs are FLOP-equivalents of one chip, as in
+    `Roofline`; a group of one sends nothing.
+    """
+
+    chips: int = 1
+    byte_cost: float = 0.0  # of a byte that a chip sends: its peak FLOP/s over its links' bytes/s
+    collective_cost: float = 0.0  # of a collective, however little it carries
+    activation_bytes: float = 2.0  # per element of an all-reduce
+    overlap: bool = False  # a pass computes, reads and sends at the same time
+    replicated_draft: bool = False  # every chip drafts for its share of the requests, alone
+
+    def cache_shards(self, model: ModelConfig) -> int:
+        """Parts that the KV cache is split into."""
+        return min(self.chips, model.n_kv_heads)
+
+    def weights(self, model: ModelConfig) -> float:
+        """Body parameters that each chip holds."""
+        keys_values = cache_row(model) * model.d_model
+        others = body_parameters(model) - keys_values
+        return others / self.chips + keys_values / self.cache_shards(model)
+
+    def communication(
+        self, model: ModelConfig, *, batch: int, tokens: int, with_head: bool
+    ) -> float:
+        """What a forward pass over `tokens` tokens of each request sends.
+
+        All-reduces of the activations, by a ring (each chip sends 2 (chips - 1) / chips of them):
+        after attention and after the MLP of every layer and, where the unembedding counts, of the
+        embeddings. For sampling an all-gather of `SHARD_BYTES` per token and shard; top-k and
+        top-p need more.
+        """
+        if self.chips == 1:
+            return 0.0
+        all_reduces = 2 * model.n_layers + with_head
+        activations = batch * tokens * model.d_model * self.activation_bytes
+        sent = all_reduces * 2 * (self.chips - 1) / self.chips * activations
+        if with_head:
+            sent += (self.chips - 1) * batch * tokens * SHARD_BYTES
+        return sent * self.byte_cost + (all_reduces + with_head) * self.collective_cost
+
+    def handover(self, model: ModelConfig, *, batch: int, k: int) -> float:
+        """What chips that drafted alone send before the target verifies.
+
+        An all-gather of the proposals, and an all-to-all of one distribution per request, that of
+        the depth where its round ends: the target's is split over the vocabulary.
+        """
+        others, rows = self.chips - 1, self.drafted(batch)
+        proposals = others * rows * k * PROPOSAL_BYTES
+        distributions = others / self.chips * rows * head_size(model) * LOGIT_BYTES
+        return (proposals + distributions) * self.byte_cost + 2 * self.collective_cost
+
+    @property
+    def drafting(self) -> "Group":
+        """The chips that share the draft."""
+        return ALONE if self.replicated_draft and self.chips > 1 else self
+
+    def drafted(self, batch: int) -> int:
+        """Requests that `drafting` drafts for: all, or those of the chip that has most of them."""
+        return math.ceil(batch / self.chips) if self.drafting is not self else batch
+
+
+ALONE = Group()
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """A chip's balance, what overlaps on it, the widths of what it reads, and its group."""
+
+    hoi: float  # FLOPs per byte
+    variant: str  # a key of VARIANTS
+    weight_bytes: float  # per element
+    cache_bytes: float
+    group: Group = ALONE
+
+    def forward(
+        self, model: ModelConfig, *, batch: int, tokens: int, rows: float, memory: bool = False
+    ) -> float:
+        """A forward pass over `tokens` tokens of each request, reading `rows` cached tokens.
+
+        Of every chip in the group: `batch` is what the group decodes.
+        """
+        weights, row = self.group.weights(model), cache_row(model)
+        flops = 2.0 * weights * batch * tokens
+        shards = self.group.cache_shards(model)
+        if memory:
+            flops += 2 * batch * tokens * row * model.d_model / shards
+        weight_reads = weights * self.weight_bytes * self.hoi
+        cache_reads = batch * rows * row * self.cache_bytes * self.hoi / shards
+        with_head = self.variant == "with_head"
+        if self.variant in ("paper", "fixed_window"):
+            cost = max(flops, weight_reads + cache_reads)
+        else:
+            cost = max(flops, weight_reads) + cache_reads
+        if with_head:
+            head = model.d_model * head_size(model) / self.group.chips
+            cost += max(2 * head * batch * tokens, head * self.weight_bytes * self.hoi)
+        sent = self.group.communication(model, batch=batch, tokens=tokens, with_head=with_head)
+        return max(cost, sent) if self.group.overlap else cost + sent
+
+    def round(
+        self,
+        target: ModelConfig,
+        draft: Draft | None,
+        *,
+        batch: int,
+        k: int,
+        context: float,
+        draft_rows: float,
+    ) -> RoundCost:
+        """A round of k drafted tokens, each reading `draft_rows` of the draft's cache."""
+        step, handover, group = 0.0, 0.0, self.group
+        if draft:
+            step = dataclasses.replace(self, group=group.drafting).forward(
+                draft.model,
+                batch=group.drafted(batch),
+                tokens=1,
+                rows=draft_rows,
+                memory=draft.memory,
+            )
+            if group.drafting is not group and self.variant == "with_head":
+                handover = group.handover(draft.model, batch=batch, k=k)
+        rows = visible_rows(target, context)
+        return RoundCost(
+            target_step=self.forward(target, batch=batch, tokens=1, rows=rows),
+            draft_step=step,
+            verification=self.forward(target, batch=batch, tokens=k + 1, rows=rows),
+            k=k,
+            handover=handover,
+        )
+
+
+def cache_row(model: ModelConfig) -> int:
+    """Elements of one token's keys and values over all layers."""
+    return 2 * model.n_layers * model.n_kv_heads * model.d_head
+
+
+def visible_rows(model: ModelConfig, context: float) -> float:
+    """Cached tokens that a model reads at its own mask: all, or its sinks and its window."""
+    return min(context, float(model.sink + model.window)) if model.window else context

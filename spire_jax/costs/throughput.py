@@ -1,0 +1,417 @@
+"""The modeled throughput of speculative decoding (method.md section 5).
+
+    delta_t = (k * cost_draft + cost_verification) / cost_target
+    multiplier = tau / delta_t
+
+with the costs of `spire_jax.costs.roofline`: the paper's, and variants of it that flatter
+speculation less. Everything here is modeled, nothing measured, and jax is not needed.
+
+    python -m spire_jax.throughput --config=configs/paper_67m.py
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.console
+import rich.table
+
+from spire_jax.config.files import command_line, exit_with_error
+from spire_jax.config.schema import (
+    AUTOREGRESSIVE,
+    MAGICDEC,
+    SNAPKV,
+    ConfigError,
+    ExperimentConfig,
+    body_parameters,
+    draft_model,
+    head_size,
+)
+from spire_jax.costs import chips
+from spire_jax.costs.chips import CHIPS, Chip
+from spire_jax.costs.roofline import (
+    ALONE,
+    VARIANTS,
+    Draft,
+    Group,
+    Roofline,
+    RoundCost,
+    cache_row,
+    visible_rows,
+)
+
+# --- the model ---------------------------------------------------------------------------------
+
+
+def round_cost(
+    config: ExperimentConfig,
+    method: str,
+    *,
+    batch: int,
+    context: int,
+    k: int | None = None,
+    hoi: float | None = None,
+    variant: str | None = None,
+    group: Group = ALONE,
+) -> RoundCost:
+    """Cost of one round of `method` on `batch` requests of `context` tokens each.
+
+    `method` is the name of a draft in the config, "magicdec" or "snapkv" (the target as its own
+    draft, which reads magicdec.sink + .window tokens of its cache) or "autoregressive". `hoi` is in
+    FLOPs per byte; `k`, `hoi` and `variant` default to decode.k, throughput.hoi and
+    throughput.variant. Of a `group` of chips the cost is each chip's, the batch the group's.
+    ConfigError for an unknown method or variant and for sizes that are not positive. Method.md
+    section 5.
+    """
+    draft = _draft(config, method)
+    k, roofline = _resolve(config, draft, batch, context, k, hoi, variant)
+    roofline = dataclasses.replace(roofline, group=group)
+    rows = draft.rows(context, roofline.variant) if draft else 0
+    return roofline.round(
+        config.target, draft, batch=batch, k=k, context=float(context), draft_rows=float(rows)
+    )
+
+
+def multiplier(
+    config: ExperimentConfig,
+    method: str,
+    *,
+    tau: float,
+    batch: int,
+    context: int,
+    k: int | None = None,
+    hoi: float | None = None,
+    variant: str | None = None,
+) -> float:
+    """Throughput multiplier over autoregressive decoding: tau / delta_t.
+
+    `tau` is the average generation length in tokens per round, from 1 to k + 1 (1 for
+    "autoregressive"); everything else as in `round_cost`. Method.md sections 1 and 5.
+    """
+    cost = round_cost(config, method, batch=batch, context=context, k=k, hoi=hoi, variant=variant)
+    check_tau(method, tau, cost.k)
+    return tau / cost.delta_t
+
+
+def tokens_per_s_per_chip(
+    config: ExperimentConfig,
+    method: str,
+    *,
+    tau: float,
+    batch: int,
+    context: int,
+    chip: str | Chip,
+    k: int | None = None,
+    variant: str | None = None,
+) -> float:
+    """Modeled tokens/s of one chip that decodes `batch` requests: batch * tau / round time.
+
+    The HOI is the chip's own, its peak at throughput.compute_bytes; weights and cache count
+    throughput.weight_bytes and cache_bytes per element. Whether weights and caches fit into the
+    chip's memory is not asked here: compare `memory_bytes`. Method.md section 5.
+    """
+    chip = chips.chip(chip) if isinstance(chip, str) else chip
+    width = config.throughput.compute_bytes
+    hoi = chip.hoi(width)
+    cost = round_cost(config, method, batch=batch, context=context, k=k, hoi=hoi, variant=variant)
+    check_tau(method, tau, cost.k)
+    return batch * tau * chip.peak(width) / cost.total
+
+
+def memory_bytes(
+    config: ExperimentConfig, method: str, *, batch: int, context: int, group: Group = ALONE
+) -> float:
+    """Bytes of all weights, embeddings included, and of the caches at `context` tokens.
+
+    Of a `group` of chips: on each of them, the batch being the group's.
+    """
+    at, draft = config.throughput, _draft(config, method)
+    target = config.target
+    rows_of_target = visible_rows(target, float(context))
+    tables = (1 if target.tied else 2) * target.vocab_size
+    resident = [(target, group, batch, rows_of_target, tables)]
+    # The target as its own draft reads its own weights and cache.
+    if draft and method not in (MAGICDEC, SNAPKV):
+        # A chip that drafts alone needs the whole of a table that the target has sharded.
+        own = not config.draft(method).share_embedding or group.drafting is not group
+        tables = own * draft.model.vocab_size + (not draft.model.tied) * head_size(draft.model)
+        rows = float(draft.rows(context, "fixed_window"))
+        resident.append((draft.model, group.drafting, group.drafted(batch), rows, tables))
+    return sum(
+        at.weight_bytes * (of.weights(m) + m.d_model * table / of.chips)
+        + at.cache_bytes * requests * rows * cache_row(m) / of.cache_shards(m)
+        for m, of, requests, rows, table in resident
+    )
+
+
+def grid(
+    config: ExperimentConfig,
+    methods_tau: Mapping[str, float],
+    *,
+    batch_sizes: Sequence[int] | None = None,
+    context_lengths: Sequence[int] | None = None,
+    k: int | None = None,
+    hoi: float | None = None,
+    variant: str | None = None,
+) -> dict[str, dict[int, dict[int, float]]]:
+    """Multipliers as {method: {B: {L: multiplier}}}; `methods_tau` gives each method's tau.
+
+    Batch sizes and context lengths default to throughput.batch_sizes and context_lengths.
+    """
+    at = config.throughput
+    return {
+        method: {
+            batch: {
+                context: multiplier(config, method, tau=tau, batch=batch, context=context,
+                                    k=k, hoi=hoi, variant=variant)
+                for context in context_lengths or at.context_lengths
+            }
+            for batch in batch_sizes or at.batch_sizes
+        }
+        for method, tau in methods_tau.items()
+    }  # fmt: skip
+
+
+def multiplier_over_generation(
+    config: ExperimentConfig,
+    method: str,
+    *,
+    tau: float,
+    batch: int,
+    context: int,
+    tokens: int = 64,
+    k: int | None = None,
+    hoi: float | None = None,
+    variant: str | None = None,
+) -> float:
+    """The alternative metric: time to generate `tokens` tokens, autoregressive over speculative.
+
+    The context grows on the way: the autoregressive steps are at context, context + 1, ...; a
+    round starts with g tokens generated, from g = 0 in steps of tau while g < tokens, and the
+    last round counts in full (the authors' code, not the paper's formula with floors). A sparse
+    draft's rows are those of the first context: the window is sized once, a dense draft's grow.
+    Verification covers k + 1 tokens. Method.md section 5.
+    """
+    draft = _draft(config, method)
+    k, roofline = _resolve(config, draft, batch, context, k, hoi, variant)
+    check_tau(method, tau, k)
+    if tokens < 1:
+        raise ConfigError(f"tokens={tokens} must be 1 or more")
+    autoregressive = math.fsum(
+        roofline.forward(config.target, batch=batch, tokens=1, rows=float(context + g))
+        for g in range(tokens)
+    )
+    speculative, g = 0.0, 0.0
+    while g < tokens:
+        rows = context + g
+        if draft and draft.window:
+            rows = float(draft.rows(context, roofline.variant))
+        speculative += roofline.round(
+            config.target, draft, batch=batch, k=k, context=context + g, draft_rows=rows
+        ).total
+        g += tau
+    return autoregressive / speculative
+
+
+def net_saving(multiplier: float, decoding: float, training: float) -> float:
+    """What speculation saves over autoregressive decoding, the draft's training paid for.
+
+    In units of the target's training: `decoding` is what autoregressive decoding would cost, and
+    `training` what training the draft does. Method.md section 6.
+    """
+    if multiplier <= 0 or decoding < 0 or training < 0:
+        raise ConfigError(f"multiplier={multiplier}, decoding={decoding} and training={training} "
+                          f"must not be negative, the first above 0")  # fmt: skip
+    return decoding - decoding / multiplier - training
+
+
+def critical_context(
+    config: ExperimentConfig, *, k: int | None = None, hoi: float | None = None
+) -> int:
+    """L_crit: the longest context, a power of two, at which verification can be compute-bound.
+
+    Compute-bound at some batch size, however large, and under full overlap; the verification of
+    *k* tokens, as in the paper's figure 3 (the multiplier verifies k + 1). 0 where even one
+    cached token is too many; ConfigError for a target with a window, whose reads stop growing.
+    Method.md section 5.
+    """
+    if config.target.window:
+        raise ConfigError("target.window: L_crit is defined for a dense cache; use 0")
+    _, roofline = _resolve(config, None, 1, 1, k, hoi, "paper")
+    k = config.decode.k if k is None else k
+    # With B growing, the weights' share of the reads vanishes: 2 N k B > B L row HOI remains.
+    limit = (
+        2 * body_parameters(config.target) * k
+        / (cache_row(config.target) * roofline.cache_bytes * roofline.hoi)
+    )  # fmt: skip
+    longest = math.ceil(limit) - 1  # strictly below the limit
+    return 1 << (longest.bit_length() - 1) if longest >= 1 else 0
+
+
+def given_tau(config: ExperimentConfig) -> dict[str, float]:
+    """The methods whose acceptance length the config gives (throughput.tau_*), and that length."""
+    at = config.throughput
+    given = {"vanilla": at.tau_vanilla, MAGICDEC: at.tau_magicdec, "spire": at.tau_spire}
+    return {method: tau for method, tau in given.items() if tau}
+
+
+def stated_tau(config: ExperimentConfig, file: str) -> dict[str, float]:
+    """`given_tau`; ConfigError, naming the config's file, where there is none."""
+    given = given_tau(config)
+    if not given:
+        raise ConfigError(
+            f"{file} gives no acceptance length; set throughput.tau_vanilla, tau_magicdec or "
+            f"tau_spire"
+        )
+    return given
+
+
+def _draft(config: ExperimentConfig, method: str) -> Draft | None:
+    if method == AUTOREGRESSIVE:
+        return None
+    if method in (MAGICDEC, SNAPKV):
+        at = config.magicdec
+        return Draft(config.target, at.window, at.sink, memory=False)
+    draft = config.draft(method)
+    model = draft_model(config.target, draft)
+    return Draft(model, draft.window, draft.sink, memory=draft.kind == "spire")
+
+
+def _resolve(
+    config: ExperimentConfig,
+    draft: Draft | None,
+    batch: int,
+    context: int,
+    k: int | None,
+    hoi: float | None,
+    variant: str | None,
+) -> tuple[int, Roofline]:
+    """Defaults from the config, checked; without a draft k is 0."""
+    at = config.throughput
+    hoi = at.hoi if hoi is None else hoi
+    variant = at.variant if variant is None else variant
+    if variant not in VARIANTS:
+        raise ConfigError(f"throughput.variant={variant!r}; choose from {list(VARIANTS)}")
+    for name, value in (("batch", batch), ("context", context), ("hoi", hoi), ("k", k)):
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name}={value} must be above 0")
+    k = (config.decode.k if k is None else k) if draft else 0
+    return k, Roofline(hoi, variant, at.weight_bytes, at.cache_bytes)
+
+
+def check_tau(method: str, tau: float, k: int) -> None:
+    """ConfigError for an average generation length that rounds of k drafted tokens cannot have."""
+    if not 1 <= tau <= k + 1:
+        raise ConfigError(
+            f"tau={tau} of {method!r} must lie between 1 and k + 1 = {k + 1}: a round emits the "
+            f"accepted tokens and one more"
+        )
+
+
+# --- command line ------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the modeled multipliers of a config that gives its acceptance lengths."""
+    parser = argparse.ArgumentParser(
+        prog="python -m spire_jax.throughput",
+        description="Modeled throughput of speculative decoding, from acceptance lengths.",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("table", "json"),
+        default="table",
+        help="json: {method: {B: {L: multiplier}}} of the config's variant",
+    )
+    args, config = command_line(parser, argv)
+    try:
+        methods_tau = stated_tau(config, args.config)
+        if args.format == "json":
+            print(json.dumps(grid(config, methods_tau)))
+        else:
+            _print_tables(config, methods_tau)
+    except ConfigError as error:
+        exit_with_error(error)
+
+
+def _print_tables(config: ExperimentConfig, methods_tau: Mapping[str, float]) -> None:
+    console = rich.console.Console(highlight=False)
+    if not console.is_terminal:
+        console = rich.console.Console(width=100, highlight=False)
+    for table in (
+        _by_variant(config, methods_tau),
+        _by_batch(config, methods_tau),
+        _by_chip(config, methods_tau),
+    ):
+        console.print(table, "")
+    taus = ", ".join(f"{method} {tau:g}" for method, tau in methods_tau.items())
+    console.print(f"Modeled, not measured. tau: {taus} tokens per round, the same at every point.")
+    console.print("Each variant keeps what the one before it changed:")
+    assumptions = rich.table.Table.grid(padding=(0, 2, 0, 0))
+    for variant, assumption in VARIANTS.items():
+        assumptions.add_row(variant, assumption)
+    console.print(assumptions)
+
+
+def _by_variant(config: ExperimentConfig, methods_tau: Mapping[str, float]) -> rich.table.Table:
+    at = config.throughput
+    table = _table(f"multiplier by variant (B = {at.batch_size}, {_point(config)})",
+                   "method", "variant", *map(str, at.context_lengths))  # fmt: skip
+    for method, tau in methods_tau.items():
+        for variant in VARIANTS:
+            row = grid(config, {method: tau}, batch_sizes=[at.batch_size], variant=variant)
+            values = row[method][at.batch_size].values()
+            table.add_row(method, variant, *(f"{value:.2f}" for value in values))
+        table.add_section()
+    return table
+
+
+def _by_batch(config: ExperimentConfig, methods_tau: Mapping[str, float]) -> rich.table.Table:
+    at = config.throughput
+    table = _table(f"multiplier by batch (variant {at.variant}, {_point(config)})",
+                   "method", "B", *map(str, at.context_lengths))  # fmt: skip
+    for method, rows in grid(config, methods_tau).items():
+        for batch, row in rows.items():
+            table.add_row(method, str(batch), *(f"{value:.2f}" for value in row.values()))
+        table.add_section()
+    return table
+
+
+def _by_chip(config: ExperimentConfig, methods_tau: Mapping[str, float]) -> rich.table.Table:
+    at = config.throughput
+    where: dict[str, Any] = {"batch": at.batch_size, "context": at.context_length}
+    methods = {AUTOREGRESSIVE: 1.0, **methods_tau}
+    table = _table(f"tokens/s per chip (B = {at.batch_size}, L = {at.context_length})",
+                   "chip", "HOI", "variant", *methods)  # fmt: skip
+    for chip in CHIPS.values():
+        for variant in VARIANTS:
+            cells = []
+            for method, tau in methods.items():
+                rate = tokens_per_s_per_chip(
+                    config, method, tau=tau, chip=chip, variant=variant, **where
+                )
+                fits = memory_bytes(config, method, **where) <= chip.hbm_bytes
+                cells.append(f"{rate:,.0f}{' ' if fits else '*'}")
+            table.add_row(chip.name, f"{chip.hoi(at.compute_bytes):.0f}", variant, *cells)
+        table.add_section()
+    table.caption = (
+        f"each chip at its own HOI; bytes per element: weights {at.weight_bytes:g}, cache "
+        f"{at.cache_bytes:g}, compute {at.compute_bytes:g}\n"
+        f"* weights and caches exceed the chip's memory: the figure is for more of it"
+    )
+    return table
+
+
+def _point(config: ExperimentConfig) -> str:
+    return f"k = {config.decode.k}, HOI = {config.throughput.hoi:g}"
+
+
+def _table(title: str, *columns: str) -> rich.table.Table:
+    table = rich.table.Table(title=title, title_justify="left", caption_justify="left")
+    for column in columns:
+        words = column in ("method", "variant", "chip")
+        table.add_column(column, justify="left" if words else "right")
+    return table

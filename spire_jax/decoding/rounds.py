@@ -1,0 +1,288 @@
+"""Decoding: a state record, a pure speculation round, and a `while_loop` over rounds.
+
+Autoregressive decoding is the case of no draft: a round of depth 0. Every row has its own
+length, budget, round counter and random stream; nothing in the loop depends on them in shape.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Key
+
+from spire_jax.decoding.verification import VERIFICATIONS
+from spire_jax.drafting import DraftCache, Strategy
+from spire_jax.models.caches import FullCache, empty_full, full_cache
+from spire_jax.models.records import record
+from spire_jax.models.sampling import Sampling, round_keys, transformed_logits
+from spire_jax.models.sharding import constrain, place_rows
+from spire_jax.models.transformer import Model, Params
+
+# What a token of the text is (`DecodeState.kinds`).
+PROMPT, ACCEPTED, CORRECTION, BONUS = range(4)
+
+
+class DecodeError(ValueError):
+    """A request that cannot be decoded; the message names the row and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """All that is static about decoding; hashable, an argument of the jitted functions."""
+
+    target: Model
+    strategy: Strategy | None = None  # None: autoregressive
+    k: int = 0  # drafted tokens per round; 0 without a strategy
+    sampling: Sampling = Sampling()
+    eos: int | tuple[int, ...] = ()  # the token, or tokens, that end a row; -1 = none
+    verification: str = "token"  # a key of VERIFICATIONS
+
+    def __post_init__(self):
+        if (self.strategy is None) != (self.k == 0):
+            raise DecodeError(f"k={self.k}: use 1 or more with a draft, 0 without one")
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a row."""
+        eos = (self.eos,) if isinstance(self.eos, int) else self.eos
+        return tuple(token for token in eos if token >= 0)
+
+
+class Weights(NamedTuple):
+    """Parameters of the target and of the draft (None without one)."""
+
+    target: Params
+    draft: Params = None
+
+
+@record()
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """A batch of requests between two rounds."""
+
+    tokens: Int[Array, "B C"]  # the text so far: prompt, then output
+    kinds: Int[Array, "B C"]  # PROMPT, ACCEPTED, CORRECTION or BONUS, token by token
+    lengths: Int[Array, " B"]  # tokens in the text; the last one is not in the target's cache
+    ends: Int[Array, " B"]  # length at which the row's budget is spent
+    done: Bool[Array, " B"]
+    rounds: Int[Array, " B"]  # the request's own round counter
+    counts: Int[Array, "B k1"]  # rounds in which 0 .. k drafted tokens were accepted
+    seeds: Key[Array, " B"]  # the request's random seed
+    target_cache: FullCache
+    draft_cache: DraftCache
+
+
+def generation_lengths(counts: Int[np.ndarray, "*rows k1"]) -> tuple[int, int]:
+    """Emitted tokens and rounds behind `counts`: a round of a acceptances emits a + 1.
+
+    `tau` is their ratio (method.md section 4); a budget that cuts the last round does not count.
+    """
+    counts = np.asarray(counts)
+    return int((counts * np.arange(1, counts.shape[-1] + 1)).sum()), int(counts.sum())
+
+
+# --- one round ---------------------------------------------------------------------------------
+
+
+def speculation_round(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeState:
+    """Draft k tokens, verify them in one pass of the target over k + 1, keep what is accepted."""
+    keys = round_keys(state.seeds, state.rounds)
+    positions = state.lengths - 1
+    last = _token(state.tokens, positions)
+    draft_cache = state.draft_cache
+    drafts = jnp.zeros((last.shape[0], 0), jnp.int32)
+    q = jnp.zeros((last.shape[0], 0, decoder.target.config.vocab_size))
+    if decoder.strategy is not None:
+        previous = _token(state.tokens, jnp.maximum(positions - 1, 0))
+        previous = jnp.where(state.done, -1, previous)  # what it would ingest stays as it is
+        drafts, q, draft_cache = decoder.strategy.propose(
+            weights.draft, draft_cache, previous, last, positions, keys, decoder.k,
+            decoder.sampling,
+        )  # fmt: skip
+    block = jnp.concatenate([last[:, None], drafts], axis=1)
+    block_positions = positions[:, None] + jnp.arange(decoder.k + 1)
+    collect = decoder.strategy.collect if decoder.strategy is not None else ()
+    logits, activations, target_cache = decoder.target.bind(weights.target).extend(
+        state.target_cache, block, block_positions, collect
+    )
+    p = transformed_logits(logits, decoder.sampling)
+    accepted, following = VERIFICATIONS[decoder.verification](keys, drafts, q, p)
+    if decoder.strategy is not None:
+        draft_cache = decoder.strategy.commit(
+            weights.draft, draft_cache, block, activations, block_positions
+        )
+    state = dataclasses.replace(state, target_cache=target_cache, draft_cache=draft_cache)
+    return _emit(decoder, state, drafts, accepted, following)
+
+
+def _emit(
+    decoder: Decoder,
+    state: DecodeState,
+    drafts: Int[Array, "B k"],
+    accepted: Int[Array, " B"],
+    following: Int[Array, " B"],
+) -> DecodeState:
+    """Append the accepted drafts and the token after them, up to the budget and to EOS."""
+    k = decoder.k
+    depth = jnp.arange(k + 1)[None]
+    at_following = depth == accepted[:, None]
+    new = jnp.where(at_following, following[:, None], jnp.pad(drafts, ((0, 0), (0, 1))))
+    kinds = jnp.where(at_following, jnp.where(depth == k, BONUS, CORRECTION), ACCEPTED)
+    emitted = depth <= accepted[:, None]
+    if decoder.ends:
+        is_end = emitted & jnp.isin(new, jnp.array(decoder.ends))
+        emitted &= jnp.cumsum(is_end, axis=1) - is_end == 0  # up to and with the first
+        ended = jnp.any(is_end & emitted, axis=1)
+    else:
+        ended = jnp.zeros_like(state.done)
+    active = ~state.done
+    # A cut by the budget also cuts an EOS beyond it; the row is done either way.
+    emitted &= active[:, None] & (state.lengths[:, None] + depth < state.ends[:, None])
+    lengths = state.lengths + jnp.sum(emitted, axis=1, dtype=jnp.int32)
+    columns = jnp.where(emitted, state.lengths[:, None] + depth, state.tokens.shape[1])
+    # Row by row: told so, no device of a mesh asks the others for their rows' tokens.
+    put = jax.vmap(lambda old, at, new: old.at[at].set(new, mode="drop"))
+    return dataclasses.replace(
+        state,
+        tokens=put(state.tokens, columns, new),
+        kinds=put(state.kinds, columns, kinds.astype(jnp.int8)),
+        lengths=lengths,
+        done=state.done | (active & ended) | (lengths >= state.ends),
+        rounds=state.rounds + active,
+        # The record may have room for deeper rounds than this one.
+        counts=state.counts.at[:, : k + 1].add(at_following & active[:, None]),
+    )
+
+
+def _token(tokens: Int[Array, "B C"], positions: Int[Array, " B"]) -> Int[Array, " B"]:
+    return jnp.take_along_axis(tokens, positions[:, None], axis=1)[:, 0]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def decode_rounds(
+    decoder: Decoder, weights: Weights, state: DecodeState, max_rounds: int | Int[Array, ""]
+) -> DecodeState:
+    """Rounds until any row finishes, or `max_rounds` have passed; `state` is donated."""
+    done_before = jnp.sum(state.done)
+
+    def go_on(carry):
+        i, state = carry
+        return (i < max_rounds) & (jnp.sum(state.done) == done_before) & ~jnp.all(state.done)
+
+    def body(carry):
+        i, state = carry
+        return i + 1, speculation_round(decoder, weights, state)
+
+    return jax.lax.while_loop(go_on, body, (jnp.int32(0), state))[1]
+
+
+# --- requests ----------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _prefill(decoder: Decoder, weights: Weights, tokens, lengths, capacity: int):
+    """Caches over the first T - 1 tokens of each prompt; the last token opens round 1."""
+    target, strategy = decoder.target, decoder.strategy
+    tokens = constrain(tokens, "batch", None)
+    collect = strategy.collect if strategy is not None else ()
+    activations: tuple[Any, ...] = ()
+    if tokens.shape[1] == 0:
+        cache = empty_full(target.config, tokens.shape[0], capacity, target.compute)
+    else:
+        activations, keys_values = target.bind(weights.target).prefill(tokens, collect)
+        cache = full_cache(keys_values, capacity, target.compute)
+    draft_cache = None
+    if strategy is not None:
+        draft_cache = strategy.prefill(
+            weights.draft, tokens, lengths, activations, decoder.k, capacity
+        )
+    return cache, draft_cache
+
+
+def start(
+    decoder: Decoder,
+    weights: Weights,
+    prompts: Sequence[Int[np.ndarray, " _"]],
+    budgets: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    width: int = 0,
+) -> DecodeState:
+    """Check the requests and prefill them.
+
+    Args:
+        prompts: token ids, at least one each.
+        budgets: tokens to generate for each.
+        seeds: each request's own random seed.
+        width: positions to make room for, prompts and budgets; 0 = what these need. A fixed
+            width keeps the compiled shapes the same from batch to batch.
+
+    Raises:
+        DecodeError: an empty prompt, a token outside the vocabulary, a budget under 1, or a
+            context + budget + k beyond the model or beyond `width`.
+    """
+    config = decoder.target.config
+    for row, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
+        if len(prompt) == 0:
+            raise DecodeError(f"row {row}: the prompt is empty; give at least one token")
+        if budget < 1:
+            raise DecodeError(f"row {row}: the budget is {budget}; ask for at least one token")
+        if not 0 <= int(np.min(prompt)) <= int(np.max(prompt)) < config.n_tokens:
+            raise DecodeError(f"row {row}: a token is outside the vocabulary of {config.n_tokens}")
+        need = len(prompt) + budget + decoder.k
+        for limit, what in ((config.max_len, "the model's"), (width, "the decoder's")):
+            if limit and need > limit:
+                raise DecodeError(
+                    f"row {row}: context {len(prompt)} + budget {budget} + k {decoder.k} = {need} "
+                    f"goes beyond {what} {limit} positions; shorten one of them"
+                )
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    ends = lengths + np.array(budgets, np.int32)
+    capacity = width or int(np.max(ends)) + decoder.k
+    prompt_width = int(np.max(lengths))
+    tokens = np.zeros((len(prompts), capacity), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    cached = np.maximum(lengths - 1, 0)
+    cache, draft_cache = _prefill(decoder, weights, tokens[:, : prompt_width - 1], cached, capacity)
+    batch = len(prompts)
+    return DecodeState(
+        tokens=place_rows(tokens),
+        kinds=place_rows(np.zeros((batch, capacity), np.int8)),
+        lengths=place_rows(lengths),
+        ends=place_rows(ends),
+        done=place_rows(np.zeros(batch, bool)),
+        rounds=place_rows(np.zeros(batch, np.int32)),
+        counts=place_rows(np.zeros((batch, decoder.k + 1), np.int32)),
+        seeds=jax.vmap(jax.random.key)(place_rows(np.asarray(seeds, np.uint32))),
+        target_cache=cache,
+        draft_cache=draft_cache,
+    )
+
+
+def finish(
+    decoder: Decoder, weights: Weights, state: DecodeState, rounds_per_call: int = 64
+) -> DecodeState:
+    """Decode until every row is done."""
+    while not bool(jnp.all(state.done)):
+        state = decode_rounds(decoder, weights, state, rounds_per_call)
+    return state
+
+
+def generate(
+    decoder: Decoder,
+    weights: Weights,
+    prompts: Sequence[Int[np.ndarray, " _"]],
+    budgets: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    width: int = 0,
+    rounds_per_call: int = 64,
+) -> DecodeState:
+    """Decode requests to the end; the final state holds texts, lengths, kinds and counts."""
+    state = start(decoder, weights, prompts, budgets, seeds, width=width)
+    return finish(decoder, weights, state, rounds_per_call)

@@ -1,0 +1,247 @@
+"""Decode prompts with a trained target and one of its drafts.
+
+    python -m spire_jax.decode --config=configs/quickstart.py --workdir=runs/quickstart \\
+        --method=spire --prompts=prompts.jsonl --out=outputs.jsonl
+    echo "def main():" | python -m spire_jax.decode --config=... --workdir=... --prompts=- --out=-
+    python -m spire_jax.decode --config=... --workdir=... --interactive
+    python -m spire_jax.decode --config=configs/smollm2_135m.py --draft=FOLDER --interactive
+
+A line of a JSONL file has one of prompt (text), tokens (ids) and messages (for a chat model), and
+may have id, max_tokens, seed and stop. Each request's output is a JSON line, written when it is
+finished. A seed reproduces a request's output whatever the other requests are, for the same
+method, k and shapes (batch, width and chunk: they are printed). With decode.depths it does not:
+depths are chosen by the clock. Status: 0, 1 if a request failed, 2 if nothing could be served.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import pathlib
+import stat
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from spire_jax.config.files import command_line
+from spire_jax.config.schema import ConfigError, ExperimentConfig
+from spire_jax.run import ERRORS
+from spire_jax.serving.batching import Inbox, Server, Serving
+from spire_jax.serving.interactive import converse
+from spire_jax.serving.loading import Loaded, load_for_decoding
+from spire_jax.serving.outputs import Results, open_results
+from spire_jax.serving.requests import (
+    FORMATS,
+    Defaults,
+    Failure,
+    Request,
+    RequestError,
+    read_requests,
+)
+
+WIDTH = 2048  # positions of a row where the requests are not known beforehand
+STEP = 256  # a width that follows from the requests is a multiple of it
+SIDE_BY_SIDE = 8  # requests, where there may be many
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command's own flags."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m spire_jax.decode", None, __doc__,
+                                     formatter_class=raw)  # fmt: skip
+    add = parser.add_argument
+    add("--workdir", help="where the weights are; not needed for a pretrained target by itself, or "
+        "with a --draft")  # fmt: skip
+    add("--draft", metavar="FOLDER", help="a draft that python -m spire_jax.export has written")
+    add("--method", help="a draft's name, or its kind where that is plain; magicdec, "
+        "autoregressive; by default the --draft, spire without one")  # fmt: skip
+    add("--prompts", metavar="FILE", help="prompts; - reads stdin")
+    add("--format", choices=FORMATS, help="jsonl (also where the name ends so), text (all of it "
+        "one prompt; otherwise), or lines (one prompt a line)")  # fmt: skip
+    add("--out", default="-", metavar="FILE", help="JSON lines; - writes to stdout")
+    add("--resume", action="store_true", help="append to --out, leave out the ids served in it")
+    add(
+        "--interactive", action="store_true", help="prompts from the keyboard, answers as they come"
+    )
+    add("--batch-size", type=int, help="requests side by side; by default 8, 1 for a text or "
+        "--interactive, and on several devices the next multiple of their data x fsdp")  # fmt: skip
+    add("--width", type=int, help="positions of a request: prompt + output + k; by default what "
+        "the requests need")  # fmt: skip
+    add("--chunk", type=int, help="prompt tokens read at once (decode.chunk)")
+    add("--max-tokens", type=int, default=128, help="tokens to generate, unless a line says")
+    add("--temperature", type=float, help="0 = greedy (decode.temperature)")
+    add("--top-k", type=int, help="0 = off (decode.top_k)")
+    add("--top-p", type=float, help="1 = off (decode.top_p)")
+    add("--seed", type=int, default=0, help="each request's own is derived from it")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end an output before this "
+        "text; may be given more than once")  # fmt: skip
+    add("--ignore-eos", action="store_true", help="go on after an end of sequence")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, config = command_line(arguments(), argv)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    compiled = _CompileClock()
+    try:
+        return _run(args, config, compiled)
+    except (*ERRORS, RequestError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        print(f"error: {reason}; if this is about memory, lower --width or --batch-size (the last "
+              f"lines above say what they are)", file=sys.stderr)  # fmt: skip
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is written", file=sys.stderr)
+        return 130
+
+
+def _run(args: argparse.Namespace, config: ExperimentConfig, compiled: "_CompileClock") -> int:
+    _check(args)
+    defaults = Defaults(args.max_tokens, args.seed, tuple(args.stop))
+    if args.interactive:
+        loaded = load_for_decoding(args, config)
+        with jax.set_mesh(loaded.mesh):
+            server = _server(args, config, loaded, 1, args.width or WIDTH)
+            converse(server, defaults, Console())
+        return 0
+    form = args.format or ("jsonl" if args.prompts.endswith(".jsonl") else "text")
+    with _lines(args.prompts) as lines, open_results(args.out, args.resume) as results:
+        loaded = load_for_decoding(args, config)
+        source = read_requests(lines, form, loaded.tokenizer, defaults)
+
+        def left(items: Iterable[Request | Failure]) -> Iterable[Request | Failure]:
+            # What failed may have the id of what was served (and be told that it has).
+            return (i for i in items if isinstance(i, Failure) or i.id not in results.done)
+
+        requests: list[Request | Failure] | Inbox
+        if args.prompts == "-" and form != "text":
+            requests, width = Inbox(left(source)), args.width or WIDTH
+        else:
+            everything = list(source)
+            # Of those that are done too: outputs depend on the width.
+            width = args.width or _needed(everything, loaded, args.max_tokens)
+            requests = list(left(everything))
+            if not everything:
+                raise RequestError(f"--prompts={args.prompts} holds no prompt")
+            if not requests:
+                print(f"all of {args.prompts} is in {args.out}", file=sys.stderr)
+                return 0
+        with jax.set_mesh(loaded.mesh):
+            batch = 1 if form == "text" else SIDE_BY_SIDE
+            server = _server(args, config, loaded, batch, width)
+            return _serve(server, requests, results, compiled)
+
+
+def _serve(
+    server: Server, requests: Iterable[Request | Failure] | Inbox, results: Results,
+    compiled: "_CompileClock",
+) -> int:  # fmt: skip
+    """Serve, write, sum up on stderr; the command's status."""
+    served = failed = tokens = emitted = rounds = 0
+    seconds = time.perf_counter()
+    try:
+        for found in server.serve(requests):
+            results.write(found)
+            if isinstance(found, Failure):
+                failed += 1
+                print(f"error: {found.error}", file=sys.stderr)
+                continue
+            served, tokens = served + 1, tokens + len(found.tokens)
+            emitted += sum(found.generation_lengths)
+            rounds += len(found.generation_lengths)
+    finally:
+        seconds = time.perf_counter() - seconds
+        s, by_depth = server.serving, {k: n for k, n in server.rounds.items() if n}
+        print(
+            f"{served} requests, {failed} failed; {tokens} tokens in {seconds:.2f} s, "
+            f"{tokens / max(seconds, 1e-9):.1f} tokens/s; tau {emitted / max(rounds, 1):.3f}; "
+            f"rounds by depth {by_depth}\n"
+            f"batch {s.batch}, width {s.width}, chunk {s.chunk}; {server.compilations} programs "
+            f"for serving, {compiled.count} compilations in all, {compiled.seconds:.1f} s",
+            file=sys.stderr,
+        )
+    if not served and not failed and not results.done:
+        raise RequestError("stdin held no prompt")
+    return 1 if failed else 0
+
+
+def _server(
+    args: argparse.Namespace, config: ExperimentConfig, loaded: Loaded, least: int, width: int
+) -> Server:
+    """A server of `--batch-size` slots; without one, of as many from `least` as the mesh allows."""
+    decode, model = config.decode, loaded.decoder.target.config
+    width = min(width, model.max_len) if model.max_len else width
+    chunk_rows = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
+    batch = args.batch_size or -(-least // chunk_rows) * chunk_rows
+    if batch % chunk_rows:
+        raise ConfigError(f"--batch-size={batch} is not a multiple of mesh data x fsdp = "
+                          f"{chunk_rows}")  # fmt: skip
+    serving = Serving(batch, width, min(args.chunk or decode.chunk, width), chunk_rows,
+                      decode.chunks_per_round,
+                      1 if args.interactive else min(decode.rounds_per_call, 8))  # fmt: skip
+    return Server(loaded.decoder, loaded.weights, loaded.tokenizer, serving, loaded.depths)
+
+
+def _needed(requests: Sequence[Request | Failure], loaded: Loaded, max_tokens: int) -> int:
+    """Positions for the longest of requests, in steps.
+
+    Those that no model's context limits are not to be had for the asking: a line whose own
+    max_tokens goes beyond `WIDTH`, and beyond the longest prompt with `max_tokens`, fails alone.
+    """
+    k = max(loaded.decoder.k, *loaded.depths, 0)
+    asked = [(len(r.tokens), r.max_tokens) for r in requests if isinstance(r, Request)]
+    longest = max((length for length, _ in asked), default=0)
+    most = loaded.decoder.target.config.max_len or _stepped(max(WIDTH, longest + max_tokens + k))
+    needs = [length + more + k for length, more in asked]
+    return _stepped(max([n for n in needs if n <= most], default=1))
+
+
+def _stepped(width: int) -> int:
+    return -(-width // STEP) * STEP
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.interactive == bool(args.prompts):
+        raise RequestError("give --prompts=FILE (or -), or --interactive")
+    for name in ("batch_size", "width", "chunk", "max_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise RequestError(f"--{name.replace('_', '-')}={value}: use 1 or more")
+    if "" in args.stop:
+        raise RequestError("--stop is empty; give the text that ends an output")
+    if args.resume and args.out == "-":
+        raise RequestError("--resume needs --out=FILE")
+    if args.interactive and args.out != "-":
+        raise RequestError("--interactive writes no file: leave out --out, or give --prompts")
+
+
+def _lines(path: str) -> contextlib.AbstractContextManager[Any]:
+    if path == "-":
+        # A stream of its own: a thread may be reading it (`Inbox`), and to close it, as the
+        # interpreter does in the end with stdin's, would wait for the next line.
+        return contextlib.nullcontext(os.fdopen(sys.stdin.buffer.fileno(), "rb", closefd=False))
+    lines = pathlib.Path(path).open("rb")  # noqa: SIM115
+    found = os.fstat(lines.fileno())
+    if stat.S_ISREG(found.st_mode) and not found.st_size:  # a pipe's size is 0 too
+        lines.close()
+        raise RequestError(f"--prompts={path} is empty")
+    return lines
+
+
+class _CompileClock:
+    """Compilations of this process, and the time; listens to JAX's own events."""
+
+    def __init__(self) -> None:
+        self.count, self.seconds = 0, 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.count, self.seconds = self.count + 1, self.seconds + duration_secs

@@ -1,0 +1,159 @@
+"""What decoding needs, from a config and the work directory that was trained with it."""
+
+import argparse
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from spire_jax.config.schema import (
+    AUTOREGRESSIVE,
+    MAGICDEC,
+    SNAPKV,
+    ConfigError,
+    ExperimentConfig,
+    StudyConfig,
+)
+from spire_jax.config.validation import validate
+from spire_jax.data.tokenizer import Tokenizer, make_tokenizer
+from spire_jax.decoding.rounds import Decoder, Weights
+from spire_jax.models.sharding import check_mesh, make_mesh, shardings
+from spire_jax.models.transformer import Params
+from spire_jax.pretrained.checkpoint import open_checkpoint
+from spire_jax.pretrained.exported_draft import ExportedDraft, import_draft
+from spire_jax.results.evaluate import for_decoding, make_decoder
+from spire_jax.run import Pipeline
+from spire_jax.training.tasks import draft_task, target_task, with_shared
+
+EXPORTED = "exported"  # what the draft of --draft is called
+
+
+class Loaded(NamedTuple):
+    """A decoder, ready to run under its mesh."""
+
+    decoder: Decoder
+    weights: Weights
+    tokenizer: Tokenizer
+    mesh: Mesh
+    depths: tuple[int, ...]  # to choose k among; () = the decoder's alone
+
+
+def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loaded:
+    """The method `args.method` of `config`, its weights from a work directory, or a pretrained
+    target's from its checkpoint and a draft's from where it was exported to.
+
+    Args:
+        args: with `workdir` and `draft`, None where not given; `method`, None for the exported
+            draft, or "spire" without one; `ignore_eos`; and `temperature`, `top_k` and
+            `top_p`, None where the config's are used.
+
+    Raises:
+        ConfigError: an unknown method, values that do not fit, stages that are not trained.
+        CheckpointError: weights made from another config.
+        PretrainedError: a draft that was exported for another target.
+    """
+    config = with_options(args, config)
+    method = args.method or ("spire" if args.draft is None else EXPORTED)
+    if args.workdir is None and not config.pretrained.path:
+        raise ConfigError("--workdir is missing: where the target was trained")
+    if args.draft is None:
+        _check_method(config, method, args)
+        of_target, exported = _Target(config, args.workdir), None
+    else:
+        # The study is of a draft of the config.
+        config = dataclasses.replace(config, drafts=(), variants=(), study=StudyConfig())
+        of_target = _Target(config, args.workdir)
+        exported = import_draft(args.draft, of_target.sha256)
+        config = dataclasses.replace(config, drafts=((EXPORTED, exported.draft),))
+        validate(config)
+        _check_method(config, method, args)
+    name = method_name(config, method)
+    tokenizer = make_tokenizer(config.data.tokenizer)
+    eos = () if args.ignore_eos else getattr(tokenizer, "eos", (tokenizer.separator,))
+    decoder = dataclasses.replace(make_decoder(config, name), eos=tuple(eos))
+    target, drafts = of_target.params(), {}
+    if name not in (AUTOREGRESSIVE, MAGICDEC):
+        drafts[name] = (of_target.draft(name, target) if exported is None
+                        else _placed(exported, config, name, target, of_target.mesh))  # fmt: skip
+    target, drafts = for_decoding(config, target, drafts)
+    draft = target if name == MAGICDEC else drafts.get(name)
+    depths = config.decode.depths if decoder.strategy is not None else ()
+    return Loaded(decoder, Weights(target, draft), tokenizer, of_target.mesh, depths)
+
+
+def _check_method(config: ExperimentConfig, method: str, args: argparse.Namespace) -> None:
+    """What does not work is said before anything is read."""
+    name = method_name(config, method)
+    if name == SNAPKV:
+        raise ConfigError(
+            "--method=snapkv: it selects over a whole prompt at once, and here prompts are read in "
+            "chunks; use another method"
+        )
+    if name == MAGICDEC:  # its section is checked where it is used
+        on = dataclasses.replace(config.magicdec, evaluate=True)
+        validate(dataclasses.replace(config, magicdec=on))
+    elif name != AUTOREGRESSIVE and args.workdir is None and args.draft is None:
+        raise ConfigError(f"--method={name}: give the --workdir where it was trained, or --draft, "
+                          f"the folder it was exported to")  # fmt: skip
+
+
+def _placed(
+    exported: ExportedDraft, config: ExperimentConfig, name: str, target: Params, mesh: Mesh
+) -> Params:
+    """An exported draft's parameters on the mesh, with those that it shares with the target."""
+    task = draft_task(config, name)
+    shapes, axes = ({key: x for key, x in tree.items() if key not in task.shared}
+                    for tree in (task.model.shapes(), task.model.axes()))  # fmt: skip
+    own = jax.device_put(exported.load(shapes), shardings(mesh, axes))
+    return with_shared(task, own, target)
+
+
+class _Target:
+    """The target of a config: in a work directory, or a checkpoint by itself."""
+
+    def __init__(self, config: ExperimentConfig, workdir: str | None):
+        self.config, self.pipeline = config, None
+        if workdir is not None:
+            self.pipeline = Pipeline(config, workdir)
+            self.mesh = self.pipeline.mesh
+        else:
+            self.checkpoint = open_checkpoint(config.pretrained.path)
+            self.mesh = make_mesh(config.mesh)
+            check_mesh(self.mesh, config)
+
+    @property
+    def sha256(self) -> str:
+        return self.pipeline.target_sha256 if self.pipeline else self.checkpoint.sha256
+
+    def params(self) -> Params:
+        if self.pipeline is not None:
+            return self.pipeline.params("target")
+        model = target_task(self.config).model
+        return self.checkpoint.load(model, self.mesh, self.config.pretrained.dtype)
+
+    def draft(self, name: str, target: Params) -> Params:
+        assert self.pipeline is not None  # `_check_method` asks for a work directory
+        return self.pipeline.params(f"draft {name}", target)
+
+
+def with_options(args: argparse.Namespace, config: ExperimentConfig) -> ExperimentConfig:
+    """The config with the command's own sampling options in it; ConfigError."""
+    given = {name: value for name in ("temperature", "top_k", "top_p")
+             if (value := getattr(args, name)) is not None}  # fmt: skip
+    config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, **given))
+    validate(config)
+    return config
+
+
+def method_name(config: ExperimentConfig, method: str) -> str:
+    """A draft's name, or a method without one: by name, or by the kind of a config's only draft."""
+    own = (AUTOREGRESSIVE, MAGICDEC, SNAPKV)
+    names = [name for name, _ in config.trained]
+    if method in (*own, *names):
+        return method
+    of_kind = [name for name, draft in config.drafts if draft.kind == method]
+    if len(of_kind) == 1:
+        return of_kind[0]
+    why = f"the config has {len(of_kind)} drafts of this kind" if of_kind else "unknown"
+    raise ConfigError(f"--method={method}: {why}; choose from {[*names, *own]}")

@@ -1,0 +1,205 @@
+"""What is trained: the target on text, drafts on what the target says of it.
+
+A task is a model and a loss that maps a batch, and the lesson of the frozen target on it, to
+per-token values. Tasks are compared by value: equal ones share a compiled step.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from spire_jax.config.schema import ExperimentConfig, head_size, trained_depth
+from spire_jax.drafting.build import compute_for, strategy, target_model
+from spire_jax.models.pruning import prune
+from spire_jax.models.sampling import stream
+from spire_jax.models.sharding import constrain, replicated, shardings
+from spire_jax.models.spire import SpireDraft
+from spire_jax.models.transformer import Model, Params
+from spire_jax.training import losses
+
+
+class TrainBatch(NamedTuple):
+    """What a loss sees of a batch, on the device."""
+
+    tokens: Int[Array, "B T"]
+    targets: Int[Array, "B T"]  # the token after each
+    mask: Bool[Array, "B T"]  # False on padding
+
+
+class Lesson(NamedTuple):
+    """What the frozen target says of a batch; it serves memories, distillation and acceptance."""
+
+    p: Float[Array, "B T V"]  # its distribution of the next token
+    activations: dict[int, Float[Array, "B T D"]]  # y^l by l
+
+
+FIXED = ("head_ids",)  # a model's own parameters that no gradient reaches
+
+# Per-token loss in nats, and acceptance alpha where the target's distribution is at hand.
+LossFn = Callable[[Params, Lesson | None, TrainBatch], tuple[Float[Array, "B T"], Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What to train; hashable, so that the compiled step is shared between runs in a process."""
+
+    name: str = dataclasses.field(compare=False)  # drafts that differ in name alone share a step
+    model: Model
+    loss: LossFn
+    steps: int
+    peak_lr: float
+    flops_per_token: float  # of one training step, forward and backward, without the target's
+    shared: tuple[str, ...] = ()  # top-level parameters that are the target's own, frozen
+    k: int = 1  # tokens t, t + k, ... of a sequence share a depth; 1 = no depths
+    reads: tuple[int, ...] | None = None  # the y^l of its lessons; None: it needs no lesson
+
+
+def trainable(task: Task, params: Params) -> tuple[Params, Params]:
+    """A model's parameters as those that are trained, and the others: fixed or the target's."""
+    others = {*task.shared, *FIXED}
+    return ({name: value for name, value in params.items() if name not in others},
+            {name: value for name, value in params.items() if name in others})  # fmt: skip
+
+
+def with_shared(task: Task, params: Params, target: Params) -> Params:
+    """A draft's own parameters and those of the target that it shares (the same arrays)."""
+    return {**params, **{name: target[name] for name in task.shared}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The frozen target's side of a training step: one pass per batch for all drafts."""
+
+    model: Model
+    collect: tuple[int, ...]
+
+    def pass_flops(self, seq_len: int) -> float:
+        """FLOPs per token."""
+        return forward_flops(self.model, seq_len)
+
+
+def init_params(model: Model, key: jax.Array, mesh: Mesh) -> Params:
+    """Fresh parameters, created where they live on the mesh."""
+    return jax.jit(model.init, out_shardings=shardings(mesh, model.axes()))(key)
+
+
+def target_task(config: ExperimentConfig) -> Task:
+    """The target on the hard target."""
+    model, train = target_model(config, compute_for(config.train, config.train)), config.train
+    flops = 3 * forward_flops(model, train.seq_len)
+    return Task("target", model, LossOf(model), train.steps, train.peak_lr, flops)
+
+
+def draft_task(config: ExperimentConfig, name: str) -> Task:
+    """The draft called `name`.
+
+    One that needs no lessons (vanilla, hard target) has its acceptance measured at logged steps.
+    """
+    draft, train = config.draft(name), config.train
+    drafting, k = strategy(config, name, compute_for(train, train)), trained_depth(config, name)
+    rollout = draft.kind == "spire"
+    loss = LossOf(drafting.model, draft.loss, draft.omega, drafting.collect, k if rollout else 0)
+    taught = rollout or draft.loss != "hard"
+    return Task(
+        name,
+        drafting.model,
+        loss,
+        draft.steps or train.steps,
+        draft.peak_lr or train.peak_lr,
+        3 * forward_flops(drafting.model, train.seq_len),
+        shared=("embedding",) if draft.share_embedding else (),
+        k=k if rollout else 1,
+        reads=drafting.collect if taught else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOf:
+    """A loss by value: equal settings are the same compiled step."""
+
+    model: Model
+    kind: str = "hard"
+    omega: float = 0.0
+    collect: tuple[int, ...] = ()
+    rollout: int = 0  # depth of SPIRe's rollouts; 0 = a plain forward pass
+
+    def __call__(self, params: Params, lesson: Lesson | None, batch: TrainBatch):
+        module = self.model.bind(params)
+        if self.rollout:
+            activations = tuple(lesson.activations[y] for y in self.collect) if lesson else ()
+            starts = np.arange(0, batch.tokens.shape[1], self.rollout)
+            logits = module.rollout(batch.tokens, activations, starts, self.rollout, in_head=True)
+            logits = logits.reshape(*batch.tokens.shape, -1)
+        else:
+            logits, _ = module.forward(batch.tokens, in_head=True)
+        p = None if lesson is None else lesson.p
+        if p is not None and self.model.config.head_tokens:
+            p = p[..., params["head_ids"]]
+        return losses.draft_loss(self.kind, self.omega, p, logits, batch.targets)
+
+
+def teacher(config: ExperimentConfig, tasks: Sequence[Task]) -> Teacher:
+    """The target's pass for drafts that are trained together: all that any of them reads."""
+    collect = sorted({layer for task in tasks for layer in task.reads or ()})
+    return Teacher(target_model(config, compute_for(config.train, config.train)), tuple(collect))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def teach(teacher: Teacher, params: Params, batch: TrainBatch) -> Lesson:
+    """The target's pass over a batch."""
+    tokens = constrain(batch.tokens, "batch", None)
+    logits, activations = teacher.model.bind(params).forward(tokens, teacher.collect)
+    return Lesson(jax.nn.softmax(logits), dict(zip(teacher.collect, activations, strict=True)))
+
+
+def initial_draft(
+    config: ExperimentConfig,
+    name: str,
+    task: Task,
+    target_params: Params,
+    mesh: Mesh,
+    frequent: Callable[[int], np.ndarray] = np.arange,
+) -> Params:
+    """A draft's parameters before training: random, or pruned from the target.
+
+    Those that it shares with the target are left out. Where the head is trimmed, `frequent` says
+    which n tokens it keeps, ascending.
+    """
+    params = init_params(task.model, stream_key(config.seed, f"init {name}"), mesh)
+    if task.model.config.head_tokens:
+        ids = frequent(task.model.config.head_tokens).astype(np.int32)
+        params["head_ids"] = jax.device_put(ids, replicated(mesh))
+    own = {name: value for name, value in params.items() if name not in task.shared}
+    if config.draft(name).init == "random":
+        return own
+    axes = {name: value for name, value in task.model.axes().items() if name in own}
+    return jax.jit(prune, out_shardings=shardings(mesh, axes))(target_params, own)
+
+
+def stream_key(seed: int, name: str) -> jax.Array:
+    """A named random key of the experiment."""
+    return stream(jax.random.key(seed)[None], name)[0]
+
+
+def forward_flops(model: Model, seq_len: int) -> float:
+    """Matrix-product FLOPs per token of a forward pass over sequences of `seq_len`.
+
+    Weights count 2 each (the embedding is a look-up), a SPIRe draft's second key/value
+    projection included; attention 4 per query head, head dimension and visible key.
+    """
+    c = model.config
+    shapes = model.shapes()
+    weights = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes["blocks"]))
+    if issubclass(model.module, SpireDraft):
+        weights += 2 * 2 * c.n_layers * c.d_model * c.n_kv_heads * c.d_head
+    visible = (seq_len + 1) / 2
+    if c.window:
+        visible = min(visible, float(c.window + c.sink))
+    attention = 4 * c.n_layers * c.n_kv_heads * c.q_per_kv * c.d_head * visible
+    return 2 * (weights + c.d_model * head_size(c)) + attention
