@@ -9,15 +9,14 @@ import numpy as np
 
 from spire_jax.config.schema import ModelConfig
 from spire_jax.decoding import Decoder, Weights
-from spire_jax.drafting import Strategy
 from spire_jax.drafting.magicdec import magicdec
+from spire_jax.drafting.pruning import prune
 from spire_jax.drafting.snapkv import snapkv
-from spire_jax.drafting.spire import Spire
+from spire_jax.drafting.spire import Spire, SpireDraft, initial_mix
+from spire_jax.drafting.strategy import Strategy
 from spire_jax.drafting.vanilla import Vanilla
 from spire_jax.models.attention import Compute
-from spire_jax.models.pruning import prune
 from spire_jax.models.sampling import Sampling
-from spire_jax.models.spire import SpireDraft, initial_mix
 from spire_jax.models.transformer import Model, Params, Transformer
 
 TINY = ModelConfig(

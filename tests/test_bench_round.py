@@ -177,7 +177,7 @@ def test_ring_holds_what_it_would_after_the_context(bench):
 
 
 def test_a_round_stays_at_its_context_and_writes_only_its_block(bench, store):
-    held = {name: store[name] for name in ("text", "target_cache", "draft_cache")}
+    held = {name: store[name] for name in ("text", "target_cache", "draft_state")}
     after = jax.jit(round_pieces.run_round, static_argnums=0)(
         bench.decoder(K), bench.weights, jnp.int32(0), held
     )
@@ -196,10 +196,10 @@ def test_a_round_stays_at_its_context_and_writes_only_its_block(bench, store):
 @pytest.mark.parametrize(
     ("body", "names", "out"),
     [
-        ("run_draft_step", ("draft_cache", "draft_logits"), "draft_logits"),
+        ("run_draft_step", ("draft_state", "draft_logits"), "draft_logits"),
         ("run_verification", ("target_cache", "logits", "activations"), "logits"),
         ("run_sampling", ("token", "seeds", "draft_logits", "logits"), "token"),
-        ("run_refresh", ("draft_cache", "activations"), "draft_cache"),
+        ("run_refresh", ("draft_state", "activations"), "draft_state"),
     ],
 )
 def test_every_pass_of_a_piece_depends_on_the_last(bench, store, body, names, out):

@@ -315,7 +315,7 @@ def test_caches_are_updated_in_place(kind):
     p = pair(kind, dataclasses.replace(SMALL, n_layers=5))  # more than one layer works with
     decoder = p.decoder(1)
     state = start(decoder, p.weights, ragged(CONTEXTS), BUDGETS, SEEDS, width=1024)
-    held = sum(x.nbytes for x in jax.tree.leaves((state.target_cache, state.draft_cache)))
+    held = sum(x.nbytes for x in jax.tree.leaves((state.target_cache, state.draft_state)))
     memory = decode_rounds.lower(decoder, p.weights, state, 64).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= held
     assert memory.temp_size_in_bytes < held / 2
@@ -324,5 +324,5 @@ def test_caches_are_updated_in_place(kind):
 def test_what_was_donated_is_gone():
     decoder, weights, before = begin()
     after = decode_rounds(decoder, weights, before, 1)
-    assert all(x.is_deleted() for x in jax.tree.leaves((before.target_cache, before.draft_cache)))
+    assert all(x.is_deleted() for x in jax.tree.leaves((before.target_cache, before.draft_state)))
     assert not any(x.is_deleted() for x in jax.tree.leaves(after))

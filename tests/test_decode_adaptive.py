@@ -112,7 +112,7 @@ def test_output_follows_the_target_while_depths_change():
         ends=zeros() + 1 + EMITTED, done=zeros(dtype=bool), rounds=zeros(), counts=zeros(4),
         seeds=jax.vmap(jax.random.key)(jnp.arange(trials, dtype=jnp.uint32)),
         target_cache=empty_full(CONFIG, trials, 1, Compute()),
-        draft_cache=empty_full(CONFIG, trials, 1, Compute()),
+        draft_state=empty_full(CONFIG, trials, 1, Compute()),
     )  # fmt: skip
 
     @jax.jit

@@ -10,8 +10,8 @@ from models import TINY, pair, ragged, target, texts
 from test_decode import K, rows_of
 
 from spire_jax.decoding import ACCEPTED, BONUS, CORRECTION, Decoder, Weights, generate, start
+from spire_jax.drafting.spire import SpireDraft
 from spire_jax.models.sampling import Sampling, round_keys
-from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -38,22 +38,22 @@ def test_cached_steps_are_the_full_pass_after_rejections_at_every_depth(kind, co
 
     @jax.jit
     def one_round(caches, text, lengths, keys):
-        target_cache, draft_cache = caches
+        target_cache, draft_state = caches
         positions = lengths - 1
         previous, last = (
             jnp.take_along_axis(text, jnp.maximum(positions - back, 0)[:, None], axis=1)[:, 0]
             for back in (1, 0)
         )
-        drafts, q, draft_cache = strategy.propose(
-            p.draft_params, draft_cache, previous, last, positions, keys, K, Sampling()
+        drafts, q, draft_state = strategy.propose(
+            p.draft_params, draft_state, previous, last, positions, keys, K, Sampling()
         )
         at = positions[:, None] + jnp.arange(K + 1)
         block = jnp.concatenate([last[:, None], drafts], axis=1)
         logits, ys, target_cache = p.target.bind(p.target_params).extend(
             target_cache, block, at, collect
         )
-        draft_cache = strategy.commit(p.draft_params, draft_cache, block, ys, at)
-        return drafts, q, logits, (target_cache, draft_cache)
+        draft_state = strategy.commit(p.draft_params, draft_state, block, ys, at)
+        return drafts, q, logits, (target_cache, draft_state)
 
     @jax.jit
     def full_pass(text):
@@ -63,7 +63,7 @@ def test_cached_steps_are_the_full_pass_after_rejections_at_every_depth(kind, co
             return logits, jax.nn.softmax(draft.rollout(text, ys, starts, K))
         return logits, jax.nn.softmax(draft.forward(text)[0][:, every])
 
-    caches = state.target_cache, state.draft_cache
+    caches = state.target_cache, state.draft_state
     text, lengths = np.array(state.tokens), np.array(state.lengths)
     row = np.arange(rows)
     for count in range(rounds):

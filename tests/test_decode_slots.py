@@ -73,7 +73,7 @@ def test_chunks_are_the_whole_prompt(kind, config, chunk):
         np.testing.assert_array_equal(getattr(state, name), getattr(at_once, name), err_msg=name)
     lengths = np.array(LENGTHS)
     same_cache(state.target_cache, at_once.target_cache, lengths)
-    same_cache(state.draft_cache, at_once.draft_cache, lengths)
+    same_cache(state.draft_state, at_once.draft_state, lengths)
 
 
 def test_several_prompts_at_once():
@@ -82,7 +82,7 @@ def test_several_prompts_at_once():
     one, three = (fill(p, decoder, prompts, 8, at_once) for at_once in (1, 3))
     for name in ("lengths", "done", "tokens"):
         np.testing.assert_array_equal(getattr(one, name), getattr(three, name))
-    for cache in ("target_cache", "draft_cache"):
+    for cache in ("target_cache", "draft_state"):
         same_cache(getattr(three, cache), getattr(one, cache), np.array(LENGTHS))
 
 
@@ -130,7 +130,7 @@ def test_a_neighbours_rounds_leave_a_waiting_row_as_it_is(kind):
                                   8)  # fmt: skip
             if read < 24:
                 state, _ = serve_rounds(decoder, p.weights, state, nobody, np.int32(rounds), 4)
-        caches.append(state.draft_cache)
+        caches.append(state.draft_state)
     assert not np.array_equal(*(np.asarray(cache.keys[0])[0] for cache in caches))
     for layer in range(len(caches[0].keys)):
         held = np.asarray(caches[0].layer_positions(layer))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spire_jax.training import losses
+from spire_jax.drafting import losses
 
 ROWS, V, PADDED = 7, 9, 12
 

@@ -20,13 +20,13 @@ from test_verification import decoded, tables, transformed
 import spire_jax.decoding.rounds as decode
 import spire_jax.decoding.verification as verification
 import spire_jax.drafting.spire as spire_drafting
+import spire_jax.drafting.spire as spire_model
 import spire_jax.drafting.vanilla as vanilla_drafting
 import spire_jax.models.attention as attention
-import spire_jax.models.spire as spire_model
+from spire_jax.drafting.spire import SpireDraft
 from spire_jax.models.caches import RingCache
 from spire_jax.models.masks import EMPTY
 from spire_jax.models.sampling import Sampling, round_keys
-from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -73,7 +73,7 @@ def drafts_follow_the_rollout(kind: str = "spire") -> None:
         last = decode._token(state.tokens, positions)
         previous = decode._token(state.tokens, jnp.maximum(positions - 1, 0))
         keys = round_keys(state.seeds, state.rounds)
-        return pair.strategy.propose(pair.draft_params, state.draft_cache, previous, last,
+        return pair.strategy.propose(pair.draft_params, state.draft_state, previous, last,
                                      positions, keys, k, decoder.sampling)[:2]  # fmt: skip
 
     @jax.jit

@@ -22,9 +22,9 @@ if __name__ == "__main__":
 from pretrained_models import FAMILIES, logits, tiny, write_gguf, write_safetensors
 
 from spire_jax.config.schema import MeshConfig
+from spire_jax.drafting.spire import SpireDraft
 from spire_jax.models.attention import Compute
 from spire_jax.models.sharding import make_mesh, shardings
-from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Model, Transformer
 from spire_jax.pretrained import PretrainedError, checkpoint, tensor_names
 from spire_jax.pretrained.checkpoint import open_checkpoint

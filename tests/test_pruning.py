@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from models import TINY, WINDOW, init, pair, target, texts
 
+from spire_jax.drafting.pruning import prune
+from spire_jax.drafting.spire import SpireDraft
 from spire_jax.models.attention import Compute
-from spire_jax.models.pruning import prune
-from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Model
 
 

@@ -32,8 +32,8 @@ from spire_jax.config.schema import (
     TrainConfig,
 )
 from spire_jax.decoding import Weights, generate
+from spire_jax.drafting.pruning import prune
 from spire_jax.models.attention import Compute, attention
-from spire_jax.models.pruning import prune
 from spire_jax.models.sharding import check_mesh, constrain, make_mesh, shardings, spec
 from spire_jax.models.transformer import Model, Transformer
 from spire_jax.training.loop import init_state, make_optimizer, train_step
@@ -133,7 +133,7 @@ def decode(mesh, kernels: bool = False) -> tuple[list, dict]:
     prompts = ragged(LENGTHS)
     state = generate(p.decoder(K, 0.0), weights, prompts, [BUDGET] * 8, range(8))
     arrays = {"tokens": state.tokens, "keys": state.target_cache.keys[0],
-              "ring": state.draft_cache.keys[0]}  # fmt: skip
+              "ring": state.draft_state.keys[0]}  # fmt: skip
     return np.asarray(state.tokens).tolist(), {n: sharding_of(x) for n, x in arrays.items()}
 
 

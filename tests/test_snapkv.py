@@ -87,7 +87,7 @@ def test_rounds_draft_from_what_was_kept(budget):
         positions = state.lengths - 1
         last = jnp.take_along_axis(state.tokens, positions[:, None], axis=1)[:, 0]
         keys = round_keys(state.seeds, state.rounds)
-        return strategy.propose(p.target_params, state.draft_cache, last, last, positions, keys, K,
+        return strategy.propose(p.target_params, state.draft_state, last, last, positions, keys, K,
                                 decoder.sampling)[:2]  # fmt: skip
 
     full_pass = jax.jit(lambda w, x: p.target.bind(w).forward(x)[0])

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from models import SINK, TINY, WINDOW, init, pair, target, texts
 
+from spire_jax.drafting.spire import SpireDraft, target_layers
 from spire_jax.models.attention import Compute
 from spire_jax.models.caches import empty_full, empty_ring
-from spire_jax.models.spire import SpireDraft, target_layers
 from spire_jax.models.transformer import Model, Transformer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -10,9 +10,9 @@ import pytest
 from models import SINK, TINY, WINDOW, init, target, texts
 
 from spire_jax.config.schema import DraftConfig, ModelConfig, body_parameters, draft_model
+from spire_jax.drafting.spire import SpireDraft
 from spire_jax.models.attention import Compute
 from spire_jax.models.caches import empty_full, empty_ring
-from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Model, Transformer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -15,11 +15,11 @@ from spire_jax.config.schema import ConfigError, DraftConfig, MeshConfig, identi
 from spire_jax.costs.throughput import memory_bytes, round_cost
 from spire_jax.data.pipeline import Batch, Dataset, WrittenRows, most_frequent
 from spire_jax.decoding import Weights, generate
-from spire_jax.models.pruning import prune
+from spire_jax.drafting.losses import draft_loss
+from spire_jax.drafting.pruning import prune
 from spire_jax.models.sharding import make_mesh
 from spire_jax.storage.checkpoints import Checkpoints
 from spire_jax.training.loop import Learner, train
-from spire_jax.training.losses import draft_loss
 from spire_jax.training.tasks import (
     draft_task,
     init_params,

@@ -97,7 +97,7 @@ def decoded(
         ends=zeros() + 1 + EMITTED, done=zeros(dtype=bool), rounds=zeros(), counts=zeros(k + 1),
         seeds=jax.vmap(jax.random.key)(jnp.arange(TRIALS, dtype=jnp.uint32)),
         target_cache=empty_full(CONFIG, TRIALS, 1, Compute()),
-        draft_cache=empty_full(CONFIG, TRIALS, 1, Compute()),
+        draft_state=empty_full(CONFIG, TRIALS, 1, Compute()),
     )  # fmt: skip
     state = finish(decoder, weights, state)
     return np.asarray(state.tokens)[:, 1 : 1 + EMITTED], np.asarray(state.counts).sum(axis=0)

@@ -39,6 +39,7 @@ from pallas_kernels.streaming_attention.specs import Spec as Text
 from spire_jax.costs.hardware import describe
 from spire_jax.models.attention import Compute, attention, cached_attention
 from spire_jax.models.caches import FullCache
+from spire_jax.models.masks import View
 
 UNIFORM, RAGGED = 0.85, 0.75  # goals: share of the copy's bytes per second
 AS_FAST = 1.03  # times within this factor count as equal
@@ -106,8 +107,8 @@ def decode_ways(platform: str, spec: Spec) -> dict[str, Call]:
     scale = spec.head_dim**-0.5
 
     def xla(q, k, v, lengths, first):
-        cache, positions = FullCache((k,), (v,)), first[:, None] + jnp.arange(q.shape[1])
-        return cached_attention(q, cache, 0, positions, scale=scale, compute=XLA)
+        positions = first[:, None] + jnp.arange(q.shape[1])
+        return cached_attention(q, FullCache(k, v), positions, View(scale=scale), compute=XLA)
 
     def cudnn(q, k, v, lengths, first):
         heads = q.reshape(spec.batch, 1, -1, spec.head_dim)

@@ -45,7 +45,6 @@ from launch.bench.round_pieces import (
     normal,
     random_like,
     random_params,
-    random_ring,
     repeat,
     run_attention,
     run_copy,
@@ -116,15 +115,15 @@ class Bench:
         for k in ks:
             decoder = self.decoder(k)
             self._add_buffers(store, decoder, batch, context)
-            at = "lengths", "block"
+            held = "target_cache", "lengths", "block"
             pieces: dict[str, tuple[Any, tuple[str, ...]]] = {
-                "draft_step": (run_draft_step, ("draft_cache", "draft_logits", *at)),
-                "verification": (run_verification, ("target_cache", "logits", "activations", *at)),
+                "draft_step": (run_draft_step, ("draft_state", "draft_logits", *held)),
+                "verification": (run_verification, ("logits", "activations", *held)),
                 "sampling": (run_sampling, ("token", "seeds", "draft_logits", "logits")),
-                "refresh": (run_refresh, ("draft_cache", "activations", *at)),
-                "round": (run_round, ("text", "target_cache", "draft_cache")),
+                "refresh": (run_refresh, ("draft_state", "activations", *held)),
+                "round": (run_round, ("text", "target_cache", "draft_state")),
             }
-            work |= {(name, k): (body, decoder, held) for name, (body, held) in pieces.items()}
+            work |= {(name, k): (body, decoder, needs) for name, (body, needs) in pieces.items()}
             if self.operators:
                 work |= self._operators(store, batch, k)
         seconds, programs = self._time(store, work)
@@ -132,7 +131,7 @@ class Bench:
         flops = 2.0 * self.shape.product**3 / seconds["product", 0]
         records = []
         for k in ks:
-            caches = _bytes(store["target_cache", 0]) + _bytes(store["draft_cache", k])
+            caches = _bytes(store["target_cache", 0]) + _bytes(store["draft_state", k])
             records.append({
                 **self.describe(), "batch": batch, "context": context, "k": k,
                 "bytes_per_s": copied, "flops_per_s": flops,
@@ -188,13 +187,15 @@ class Bench:
     def _add_buffers(self, store, decoder: Decoder, batch: int, context: int) -> None:
         """The buffers of one depth."""
         assert decoder.strategy is not None
-        k, draft, target = decoder.k, decoder.strategy.model, decoder.target
+        k, target = decoder.k, decoder.target
+        empty = functools.partial(decoder.strategy.empty, None, batch, k, context + k + 1)
+        state = jax.eval_shape(empty)
         wide = (batch, k + 1, target.config.d_model)
         dtype = jnp.dtype(target.compute.dtype)
         key = jax.random.key(6)
         store |= {
             ("text", k): self._text(batch, context, k, k),
-            ("draft_cache", k): random_ring(draft, batch, k, context - 1),
+            ("draft_state", k): random_like(state, 2, lambda name: 1.0),
             ("block", k): jnp.zeros((batch, k + 1), jnp.int32),
             ("logits", k): normal(key, (*wide[:2], target.config.vocab_size), jnp.float32, 1.0),
             ("activations", k): tuple(

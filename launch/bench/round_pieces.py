@@ -4,7 +4,6 @@ Each piece takes its buffers and gives them back changed, so that in a loop ever
 the one before: caches are updated in place, and nothing is computed ahead of the loop.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +14,8 @@ from jaxtyping import Array
 
 from spire_jax.decoding import Decoder, DecodeState, Weights, speculation_round
 from spire_jax.decoding.verification import VERIFICATIONS
-from spire_jax.drafting import depth_keys
-from spire_jax.models.attention import cached_attention
-from spire_jax.models.caches import RingCache, empty_ring, ring_positions
-from spire_jax.models.sampling import round_keys, sample, stream, transformed_logits
+from spire_jax.drafting.strategy import Processed, sampled
+from spire_jax.models.sampling import round_keys, transformed_logits
 from spire_jax.models.transformer import Model, Params
 
 # --- random weights and caches, made where they stay --------------------------------------------
@@ -62,17 +59,6 @@ def random_params(model: Model, seed: int) -> Params:
     return random_like(jax.eval_shape(model.cast, model.shapes()), seed, scale)
 
 
-def random_ring(draft: Model, batch: int, k: int, cached: int) -> RingCache:
-    """The draft's ring after `cached` tokens per row, with random keys and values."""
-    structure = jax.eval_shape(functools.partial(empty_ring, draft.config, batch, k, draft.compute))
-    ring: RingCache = random_like(structure, 2, lambda name: 1.0)
-    held, _ = ring_positions(jnp.full(batch, cached), ring.sink, ring.ring)
-    # Slots that only fill up the allocation stay empty.
-    empty = empty_ring(draft.config, 1, k, draft.compute).positions
-    positions = jnp.tile(empty, (batch, 1)).at[:, : held.shape[1]].set(held)
-    return dataclasses.replace(ring, positions=positions)
-
-
 # --- the pieces of a round ----------------------------------------------------------------------
 
 Buffers = dict[str, Any]
@@ -81,7 +67,7 @@ Buffers = dict[str, Any]
 def run_round(decoder: Decoder, weights: Weights, i: Array, b: Buffers) -> Buffers:
     """A round of the decoder; the text stays as long as it is, its last token is the new one."""
     state = DecodeState(
-        **b["text"], target_cache=b["target_cache"], draft_cache=b.get("draft_cache")
+        **b["text"], target_cache=b["target_cache"], draft_state=b.get("draft_state")
     )
     after = speculation_round(decoder, weights, state)
     rows, last = jnp.arange(after.lengths.shape[0]), state.lengths - 1
@@ -98,11 +84,12 @@ def run_round(decoder: Decoder, weights: Weights, i: Array, b: Buffers) -> Buffe
 def run_draft_step(decoder: Decoder, weights: Weights, i: Array, b: Buffers) -> Buffers:
     """A step of the draft, at one depth after another."""
     assert decoder.strategy is not None
-    module = decoder.strategy.model.bind(weights.draft)
-    token = _tokens(decoder, b["draft_logits"])
-    positions = b["lengths"] - 1 + i % decoder.k
-    logits, cache = module.step(b["draft_cache"], token, positions)
-    return {**b, "draft_cache": cache, "draft_logits": logits}
+    token = _tokens(decoder, b["draft_logits"])[:, None]
+    positions = (b["lengths"] - 1 + i % decoder.k)[:, None]
+    logits, state = decoder.strategy.step(
+        weights.draft, b["draft_state"], b["target_cache"], token, positions
+    )
+    return {**b, "draft_state": state, "draft_logits": logits}
 
 
 def run_verification(decoder: Decoder, weights: Weights, i: Array, b: Buffers) -> Buffers:
@@ -124,12 +111,12 @@ def run_sampling(decoder: Decoder, weights: Weights, i: Array, b: Buffers) -> Bu
         return logits + shift.reshape(-1, *(1,) * (logits.ndim - 1))
 
     keys = round_keys(b["seeds"], jnp.full_like(token, i))
-    drafting, drafts, qs = stream(keys, "draft"), [], []
+    draw, drafts, qs = sampled(keys, decoder.sampling), [], []
     p = transformed_logits(moved(b["logits"]), decoder.sampling)
     for depth in range(decoder.k):
-        qs.append(transformed_logits(moved(b["draft_logits"]), decoder.sampling))
-        token = sample(depth_keys(drafting, depth), qs[-1])
+        token, q = draw(depth, moved(b["draft_logits"]))
         drafts.append(token)
+        qs.append(q)
     accepted, following = VERIFICATIONS[decoder.verification](
         keys, jnp.stack(drafts, axis=1), jnp.stack(qs, axis=1), p
     )
@@ -141,8 +128,8 @@ def run_refresh(decoder: Decoder, weights: Weights, i: Array, b: Buffers) -> Buf
     assert decoder.strategy is not None
     tokens = jnp.zeros(b["activations"][0].shape[:2], jnp.int32)
     moved = tuple(y + (i % 2).astype(y.dtype) for y in b["activations"])
-    cache = decoder.strategy.commit(weights.draft, b["draft_cache"], tokens, moved, _positions(b))
-    return {**b, "draft_cache": cache}
+    block = Processed(tokens, _positions(b), moved, b["target_cache"])
+    return {**b, "draft_state": decoder.strategy.commit(weights.draft, b["draft_state"], block)}
 
 
 def run_products(decoder: Decoder, weights: Weights, i: Array, b: Buffers) -> Buffers:
@@ -156,14 +143,12 @@ def run_products(decoder: Decoder, weights: Weights, i: Array, b: Buffers) -> Bu
 
 def run_attention(decoder: Decoder, weights: Weights, i: Array, b: Buffers) -> Buffers:
     """The target's attention over its cache, all layers, into which each writes its new entries."""
-    q, cache, c = b["q"], b["target_cache"], decoder.target.config
-    positions = _positions(b)
-    for layer in range(c.n_layers):
+    q, positions, caches = b["q"], _positions(b), []
+    for cache, view in zip(b["target_cache"], decoder.target.views, strict=True):
         # Without new entries XLA would lay the keys and values out once, ahead of the loop.
-        cache = cache.write(layer, cache.slots(positions), q[:, :, :, 0], q[:, :, :, -1])
-        q, _ = cached_attention(q, cache, layer, positions, window=c.window, sink=c.sink,
-                                compute=decoder.target.compute)  # fmt: skip
-    return {**b, "q": q, "target_cache": cache}
+        caches.append(cache.append(positions, q[:, :, :, 0], q[:, :, :, -1]))
+        q, _ = caches[-1].attend(q, positions, view, decoder.target.compute)
+    return {**b, "q": q, "target_cache": tuple(caches)}
 
 
 def run_unembedding(decoder: Decoder, weights: Weights, i: Array, b: Buffers) -> Buffers:

@@ -19,6 +19,7 @@ from spire_jax.decoding.rounds import Decoder, Weights, _prefill, decode_rounds
 from spire_jax.decoding.slots import empty_slots, prefill_chunk
 from spire_jax.drafting.build import compute_for, strategy, target_model
 from spire_jax.drafting.spire import Spire
+from spire_jax.drafting.strategy import Strategy
 from spire_jax.models.sampling import Sampling
 from spire_jax.models.sharding import batch_sharding, replicated, shardings, spec
 from spire_jax.models.transformer import Model
@@ -186,7 +187,7 @@ def _serving(config: ExperimentConfig, name: str | None, mesh: Mesh, which: str)
     own = {"target": weights.target} | ({} if drafting is None else {"draft": weights.draft})
     caches = {"target's cache": state.target_cache}
     if drafting is not None:
-        caches["draft's cache"] = state.draft_cache
+        caches["draft's cache"] = state.draft_state
     whole = replicated(mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     every = {**own, **caches, "requests": [getattr(state, x) for x in _REQUESTS]}
@@ -209,11 +210,11 @@ def _serving(config: ExperimentConfig, name: str | None, mesh: Mesh, which: str)
         return Program(prefill_chunk, arguments, every, list(caches.values()), True, False)
     if which == "draft":
         assert drafting is not None
-        step = jax.jit(functools.partial(_draft_step, drafting.model), donate_argnums=0)
-        arguments = state.draft_cache, weights.draft, rows(), rows()
-        held = {"draft": weights.draft, "draft's cache": state.draft_cache}
+        step = jax.jit(functools.partial(_draft_step, drafting), donate_argnums=0)
+        arguments = state.draft_state, weights.draft, state.target_cache, rows(1), rows(1)
+        held = {"draft": weights.draft, "draft's cache": state.draft_state}
         others = {"target": weights.target, "target's cache": state.target_cache}
-        return Program(step, arguments, held, state.draft_cache, True, resident=others)
+        return Program(step, arguments, held, state.draft_state, True, resident=others)
     block = rows(k + 1)
     step = jax.jit(functools.partial(_verify_step, target), donate_argnums=0)
     held = {"target": weights.target, "target's cache": state.target_cache}
@@ -225,8 +226,8 @@ def _serving(config: ExperimentConfig, name: str | None, mesh: Mesh, which: str)
 _REQUESTS = ("tokens", "kinds", "lengths", "ends", "done", "rounds", "counts", "seeds")
 
 
-def _draft_step(model: Model, cache, params, tokens, positions):
-    return model.bind(params).step(cache, tokens, positions)
+def _draft_step(drafting: Strategy, state, params, target_cache, tokens, positions):
+    return drafting.step(params, state, target_cache, tokens, positions)
 
 
 def _verify_step(model: Model, cache, params, tokens, positions):

@@ -285,8 +285,6 @@ def draft_model(target: ModelConfig, draft: DraftConfig) -> ModelConfig:
     return dataclasses.replace(
         target,
         n_layers=draft.n_layers,
-        window=draft.window,
-        sink=draft.sink if draft.window else 0,
         tied=target.tied and not draft.head_tokens,
         head_tokens=draft.head_tokens,
         **{s: getattr(draft, s) or getattr(target, s) for s in sizes},

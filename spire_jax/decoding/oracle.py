@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from spire_jax.drafting import Strategy
-from spire_jax.models.caches import FullCache
+from spire_jax.drafting.strategy import Strategy
+from spire_jax.models.caches import Caches
 from spire_jax.models.records import record
 from spire_jax.models.sampling import Sampling, probability_of
 from spire_jax.models.transformer import Model, Params
@@ -44,6 +44,7 @@ class TargetAlong:
 
     p: Float[Array, "B O"]  # probability of each token after the context
     activations: dict[int, Float[Array, "B M D"]]  # y^l by l, at the positions `read`
+    cache: Caches  # over the text
     sinks: int
     begin: int
     end: int
@@ -62,7 +63,7 @@ def _read(sinks: int, begin: int, end: int) -> Int[np.ndarray, " M"]:
 def target_along(
     target: Model,
     params: Params,
-    cache: FullCache,
+    cache: Caches,
     tokens: Int[Array, "B T"],
     context_length: int,
     strategies: tuple[Strategy, ...],
@@ -81,11 +82,12 @@ def target_along(
     sinks, begin = max(sinks for sinks, _ in reads), min(begin for _, begin in reads)
     read = _read(sinks, begin, end)
     positions = jnp.tile(read, (tokens.shape[0], 1))
-    logits, activations, _ = target.bind(params).extend(
+    logits, activations, cache = target.bind(params).extend(
         cache, tokens[:, read], positions, collect, logits_from=len(read) - (end - first)
     )
     p = probability_of(logits, tokens[:, context_length:], sampling)
-    return TargetAlong(p, dict(zip(collect, activations, strict=True)), sinks, begin, end)
+    of_layers = dict(zip(collect, activations, strict=True))
+    return TargetAlong(p, of_layers, cache, sinks, begin, end)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
@@ -115,7 +117,7 @@ def ratios_along(
         raise ValueError(f"the oracle needs texts of {needed} tokens, not {tokens.shape[1]}")
     starts = np.arange(context_length - 1, context_length - 1 + output_length)
     activations = tuple(along.activations[layer] for layer in strategy.collect)
-    q = strategy.probabilities_along(params, tokens, activations, along.read, starts, k, sampling)
+    q = strategy.along(params, tokens, activations, along.cache, along.read, starts, k, sampling)
     p = along.p[:, starts[:, None] + np.arange(k) - starts[0]]
     # A sampled token has p > 0, but another pass may round it to 0.
     return q / jnp.maximum(p, jnp.finfo(jnp.float32).tiny)

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from spire_jax.decoding.verification import VERIFICATIONS
-from spire_jax.drafting import DraftCache, Strategy
-from spire_jax.models.caches import FullCache, empty_full, full_cache
+from spire_jax.drafting.strategy import Processed, Proposal, State, Strategy, sampled
+from spire_jax.models.caches import Caches, empty_full, full_cache
 from spire_jax.models.records import record
 from spire_jax.models.sampling import Sampling, round_keys, transformed_logits
 from spire_jax.models.sharding import constrain, place_rows
@@ -51,6 +51,11 @@ class Decoder:
         eos = (self.eos,) if isinstance(self.eos, int) else self.eos
         return tuple(token for token in eos if token >= 0)
 
+    @property
+    def collect(self) -> tuple[int, ...]:
+        """The activations y^l of the target that the strategy reads."""
+        return self.strategy.collect if self.strategy is not None else ()
+
 
 class Weights(NamedTuple):
     """Parameters of the target and of the draft (None without one)."""
@@ -72,8 +77,8 @@ class DecodeState:
     rounds: Int[Array, " B"]  # the request's own round counter
     counts: Int[Array, "B k1"]  # rounds in which 0 .. k drafted tokens were accepted
     seeds: Key[Array, " B"]  # the request's random seed
-    target_cache: FullCache
-    draft_cache: DraftCache
+    target_cache: Caches
+    draft_state: State
 
 
 def generation_lengths(counts: Int[np.ndarray, "*rows k1"]) -> tuple[int, int]:
@@ -93,30 +98,30 @@ def speculation_round(decoder: Decoder, weights: Weights, state: DecodeState) ->
     keys = round_keys(state.seeds, state.rounds)
     positions = state.lengths - 1
     last = _token(state.tokens, positions)
-    draft_cache = state.draft_cache
-    drafts = jnp.zeros((last.shape[0], 0), jnp.int32)
-    q = jnp.zeros((last.shape[0], 0, decoder.target.config.vocab_size))
-    if decoder.strategy is not None:
+    strategy, draft_state = decoder.strategy, state.draft_state
+    if strategy is None:
+        none = jnp.zeros((last.shape[0], 0, decoder.target.config.vocab_size))
+        drafted = Proposal(none[..., 0].astype(jnp.int32), none)
+    else:
         previous = _token(state.tokens, jnp.maximum(positions - 1, 0))
         previous = jnp.where(state.done, -1, previous)  # what it would ingest stays as it is
-        drafts, q, draft_cache = decoder.strategy.propose(
-            weights.draft, draft_cache, previous, last, positions, keys, decoder.k,
-            decoder.sampling,
+        drafted, draft_state = strategy.propose(
+            weights.draft, draft_state, state.target_cache, previous, last, positions, decoder.k,
+            sampled(keys, decoder.sampling),
         )  # fmt: skip
-    block = jnp.concatenate([last[:, None], drafts], axis=1)
+    block = jnp.concatenate([last[:, None], drafted.tokens], axis=1)
     block_positions = positions[:, None] + jnp.arange(decoder.k + 1)
-    collect = decoder.strategy.collect if decoder.strategy is not None else ()
-    logits, activations, target_cache = decoder.target.bind(weights.target).extend(
-        state.target_cache, block, block_positions, collect
+    logits, activations, cache = decoder.target.bind(weights.target).extend(
+        state.target_cache, block, block_positions, decoder.collect
     )
     p = transformed_logits(logits, decoder.sampling)
-    accepted, following = VERIFICATIONS[decoder.verification](keys, drafts, q, p)
-    if decoder.strategy is not None:
-        draft_cache = decoder.strategy.commit(
-            weights.draft, draft_cache, block, activations, block_positions
-        )
-    state = dataclasses.replace(state, target_cache=target_cache, draft_cache=draft_cache)
-    return _emit(decoder, state, drafts, accepted, following)
+    verify = VERIFICATIONS[decoder.verification]
+    accepted, following = verify(keys, drafted.tokens, drafted.q, p)
+    if strategy is not None:
+        processed = Processed(block, block_positions, activations, cache)
+        draft_state = strategy.commit(weights.draft, draft_state, processed)
+    state = dataclasses.replace(state, target_cache=cache, draft_state=draft_state)
+    return _emit(decoder, state, drafted.tokens, accepted, following)
 
 
 def _emit(
@@ -188,19 +193,19 @@ def _prefill(decoder: Decoder, weights: Weights, tokens, lengths, capacity: int)
     """Caches over the first T - 1 tokens of each prompt; the last token opens round 1."""
     target, strategy = decoder.target, decoder.strategy
     tokens = constrain(tokens, "batch", None)
-    collect = strategy.collect if strategy is not None else ()
     activations: tuple[Any, ...] = ()
     if tokens.shape[1] == 0:
         cache = empty_full(target.config, tokens.shape[0], capacity, target.compute)
     else:
-        activations, keys_values = target.bind(weights.target).prefill(tokens, collect)
-        cache = full_cache(keys_values, capacity, target.compute)
-    draft_cache = None
-    if strategy is not None:
-        draft_cache = strategy.prefill(
-            weights.draft, tokens, lengths, activations, decoder.k, capacity
+        activations, keys_values = target.bind(weights.target).prefill(tokens, decoder.collect)
+        cache = tuple(
+            full_cache(*kv, capacity=capacity, compute=target.compute) for kv in keys_values
         )
-    return cache, draft_cache
+    if strategy is None:
+        return cache, None
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    prompt = Processed(tokens, positions, activations, cache)
+    return cache, strategy.begin(weights.draft, prompt, lengths, decoder.k, capacity)
 
 
 def start(
@@ -248,7 +253,7 @@ def start(
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     cached = np.maximum(lengths - 1, 0)
-    cache, draft_cache = _prefill(decoder, weights, tokens[:, : prompt_width - 1], cached, capacity)
+    cache, draft_state = _prefill(decoder, weights, tokens[:, : prompt_width - 1], cached, capacity)
     batch = len(prompts)
     return DecodeState(
         tokens=place_rows(tokens),
@@ -260,7 +265,7 @@ def start(
         counts=place_rows(np.zeros((batch, decoder.k + 1), np.int32)),
         seeds=jax.vmap(jax.random.key)(place_rows(np.asarray(seeds, np.uint32))),
         target_cache=cache,
-        draft_cache=draft_cache,
+        draft_state=draft_state,
     )
 
 

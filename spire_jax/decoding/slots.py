@@ -9,7 +9,6 @@ it has before that position they leave as it is, bit for bit.
 
 import dataclasses
 import functools
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, UInt32
 
 from spire_jax.decoding.rounds import Decoder, DecodeState, Weights, speculation_round
-from spire_jax.models.caches import FullCache, empty_full
-from spire_jax.models.prompt import extend_prompt
+from spire_jax.drafting.strategy import Processed
+from spire_jax.models.caches import empty_full
 from spire_jax.models.sharding import constrain
 
 
@@ -29,10 +28,9 @@ def empty_slots(decoder: Decoder, weights: Weights, batch: int, width: int) -> D
     `decoder.k` is the deepest round that these slots will see: rings have room for it.
     """
     target, strategy = decoder.target, decoder.strategy
-    none, zeros = jnp.zeros((batch, 0), jnp.int32), jnp.zeros(batch, jnp.int32)
-    draft_cache = None
+    zeros, draft_state = jnp.zeros(batch, jnp.int32), None
     if strategy is not None:
-        draft_cache = strategy.prefill(weights.draft, none, zeros, (), decoder.k, width)
+        draft_state = strategy.empty(weights.draft, batch, decoder.k, width)
     state = DecodeState(
         tokens=jnp.zeros((batch, width), jnp.int32),
         kinds=jnp.zeros((batch, width), jnp.int8),
@@ -43,7 +41,7 @@ def empty_slots(decoder: Decoder, weights: Weights, batch: int, width: int) -> D
         counts=jnp.zeros((batch, decoder.k + 1), jnp.int32),
         seeds=jax.vmap(jax.random.key)(jnp.zeros(batch, jnp.uint32)),
         target_cache=empty_full(target.config, batch, width, target.compute),
-        draft_cache=draft_cache,
+        draft_state=draft_state,
     )
     return _pinned(state)
 
@@ -88,39 +86,37 @@ def prefill_chunk(
     rows: Int[np.ndarray | Array, " R"],
     starts: Int[np.ndarray | Array, " R"],
     lengths: Int[np.ndarray | Array, " R"],
-    chunk: int,
+    size: int,
 ) -> DecodeState:
-    """The state after up to `chunk` more tokens of the prompts in `rows` were read.
+    """The state after up to `size` more tokens of the prompts in `rows` were read.
 
     The last token of a prompt is not read: it opens the row's first round. With the chunk that
     reaches it the row is ready.
 
     Args:
         rows: those to work on; a row beyond the batch is none.
-        starts: tokens read so far, a multiple of `chunk`.
+        starts: tokens read so far, a multiple of `size`.
         lengths: those of the prompts.
     """
     rows, starts, last = jnp.asarray(rows), jnp.asarray(starts), jnp.asarray(lengths) - 1
-    positions = starts[:, None] + jnp.arange(chunk)
+    positions = starts[:, None] + jnp.arange(size)
     positions = jnp.where(positions < last[:, None], positions, -1)
     at = rows[:, None], jnp.maximum(positions, 0)
     tokens = constrain(state.tokens.at[at].get(mode="clip"), "batch", None)
-    collect = decoder.strategy.collect if decoder.strategy is not None else ()
-    target, draft_cache = decoder.target.bind(weights.target), state.draft_cache
-    activations, target_cache = extend_prompt(
-        target, state.target_cache, rows, tokens, positions, collect
+    activations, cache = decoder.target.bind(weights.target).extend_prompt(
+        state.target_cache, rows, tokens, positions, decoder.collect
     )
+    draft_state = state.draft_state
     if decoder.strategy is not None:
-        draft_cache = decoder.strategy.prefill_chunk(
-            weights.draft, draft_cache, rows, tokens, activations, positions
-        )
-    read = jnp.minimum(starts + chunk, last)
+        chunk = Processed(tokens, positions, activations, cache, rows)
+        draft_state = decoder.strategy.read(weights.draft, draft_state, chunk)
+    read = jnp.minimum(starts + size, last)
     state = dataclasses.replace(
         state,
         lengths=state.lengths.at[rows].set(read + 1, mode="drop"),
         done=state.done.at[rows].set(read < last, mode="drop"),
-        target_cache=cast(FullCache, target_cache),
-        draft_cache=draft_cache,
+        target_cache=cache,
+        draft_state=draft_state,
     )
     return _pinned(state)
 

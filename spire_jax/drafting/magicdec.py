@@ -2,20 +2,82 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+import numpy as np
+
 from spire_jax.config.schema import ModelConfig
-from spire_jax.drafting.spire import Spire
-from spire_jax.models.attention import Compute
-from spire_jax.models.spire import SpireDraft
-from spire_jax.models.transformer import Model
+from spire_jax.drafting.self_drafting import SelfDrafting, drafting_target
+from spire_jax.drafting.spire import SpireDraft, begin_windowed
+from spire_jax.models.attention import Attended, Compute, attention
+from spire_jax.models.caches import empty_windowed
+from spire_jax.models.layers import rope
+from spire_jax.models.transformer import layer_views
 
 
-def magicdec(target: ModelConfig, window: int, sink: int, compute: Compute) -> Spire:
-    """The strategy; its draft's parameters are the target's own.
+class StreamingDraft(SpireDraft):
+    """The target with positions within the cache (StreamingLLM, arXiv 2309.17453).
 
-    It is SPIRe with nothing pruned and no mix: for tokens that the target has processed, layer i
-    reads keys and values of y^(i-1), which are the target's own; for drafted ones those of its
-    own layer inputs. Positions are those within the cache (StreamingLLM).
+    Once the window is full, a query stands sink + window - 1 behind the first sink, however far it
+    is in the text. That is a rotation of the query, for the sinks that the window has left behind
+    alone.
     """
-    sizes = dataclasses.replace(target, window=window, sink=sink)
-    options = (("feedback", False), ("streaming", True))
-    return Spire(Model(SpireDraft, sizes, compute, options), target.n_layers)
+
+    def over_text(self, i, q, keys_values, positions, k_pos, limit):
+        view = self.views[i]
+        near = [attention(q, *keys_values, positions, k_pos, _without_sinks(view), limit=limit,
+                          compute=self.compute)]  # fmt: skip
+        sinks = slice((k_pos < view.sink).sum())
+        held = tuple(x[:, sinks] for x in keys_values)
+        return near + self._old_sinks(view, q, held, positions, k_pos[sinks], limit)
+
+    def over_cache(self, i, q, cache, positions):
+        view, heads = self.views[i], q.shape[2::2]
+        near = cache.attend(q, positions, _without_sinks(view), self.compute, include_self=False)
+        at = jnp.broadcast_to(jnp.arange(view.sink), (q.shape[0], view.sink))
+        held = tuple(x.astype(q.dtype) for x in cache.entries(at, heads))
+        return [near, *self._old_sinks(view, q, held, positions, at, positions)]
+
+    def _old_sinks(self, view, q, keys_values, q_pos, k_pos, limit) -> list[Attended]:
+        """Attention to the sinks that the window has left behind, if there are any."""
+        if not k_pos.shape[-1]:
+            return []
+        xp = np if isinstance(q_pos, np.ndarray) else jnp
+        moved = xp.maximum(q_pos - (view.sink + view.window - 1), 0)
+        beyond = xp.minimum(limit, q_pos - view.window + 1)
+        all_of_them = dataclasses.replace(view, window=0, sink=0)
+        k, v = keys_values
+        return [attention(rope(q, -moved, self.config), k, v, q_pos, k_pos, all_of_them,
+                          limit=beyond, compute=self.compute)]  # fmt: skip
+
+
+def _without_sinks(view):
+    return dataclasses.replace(view, sink=0)
+
+
+class MagicDec(SelfDrafting):
+    """Sinks and a ring of the newest tokens, copied from the target's cache."""
+
+    def empty(self, params, batch, k, capacity):
+        of = self.model.config, self.views
+        return empty_windowed(*of, batch, k, capacity, self.model.compute)
+
+    def begin(self, params, prompt, lengths, k, capacity):
+        if prompt.tokens.shape[1] == 0:
+            return self.empty(params, prompt.tokens.shape[0], k, capacity)
+        return tuple(
+            begin_windowed(lambda at, i=i: self.taken(prompt.cache, i, at), prompt.tokens, lengths,
+                           view, k, capacity, self.model.compute)
+            for i, view in enumerate(self.views)
+        )  # fmt: skip
+
+    def along(self, params, tokens, activations, cache, read, starts, k, sampling):
+        sink = max(view.sink for view in self.views)
+        begin = max(int(starts.min()) + 1 - max(view.window for view in self.views), 0)
+        seen = np.r_[: min(sink, begin), begin : tokens.shape[1] - 1]
+        return self.rolled_out(params, tokens, cache, seen, starts, k, sampling)
+
+
+def magicdec(target: ModelConfig, window: int, sink: int, compute: Compute) -> MagicDec:
+    """The strategy; its draft's parameters are the target's own."""
+    views = tuple(view.keeping(window, sink) for view in layer_views(target))
+    return MagicDec(drafting_target(target, compute, views, StreamingDraft))

@@ -1,7 +1,7 @@
 """MagicDec with SnapKV's selection: the target drafts for itself from the tokens it attended to.
 
-After prefill each KV head of each layer keeps the prompt tokens that the last 32 queries attended
-to most, and those 32 (Li et al. 2024, arXiv 2404.14469); tokens that come later are all kept.
+After prefill each KV head of each layer keeps the prompt tokens that the last queries attended to
+most, and those themselves (Li et al. 2024, arXiv 2404.14469); tokens that come later are all kept.
 Positions are those of the text. With a budget of the whole text the draft is the dense target.
 """
 
@@ -12,88 +12,86 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from spire_jax.config.schema import SNAPKV_OBSERVED, ModelConfig
-from spire_jax.drafting.spire import Spire
-from spire_jax.models.attention import Compute, packed
-from spire_jax.models.caches import SelectedCache
+from spire_jax.config.schema import ModelConfig
+from spire_jax.drafting.self_drafting import SelfDrafting, drafting_target
+from spire_jax.models.attention import Compute
+from spire_jax.models.caches import SelectedCache, allocated
 from spire_jax.models.layers import Block
-from spire_jax.models.masks import EMPTY
-from spire_jax.models.sampling import probability_of
-from spire_jax.models.spire import SpireDraft
-from spire_jax.models.transformer import Model
+from spire_jax.models.masks import EMPTY, View
+from spire_jax.models.transformer import layer_views
 
+OBSERVED = 32  # the last tokens of a prompt: they are kept, and asked for the others
 POOL = 5  # votes are averaged over so many neighbours
 
 
-def snapkv(
-    target: ModelConfig, budget: int, compute: Compute, observed: int = SNAPKV_OBSERVED
-) -> "SnapKv":
-    """The strategy; its draft's parameters are the target's own."""
-    sizes = dataclasses.replace(target, window=0, sink=0)
-    model = Model(SpireDraft, sizes, compute, (("feedback", False),))
-    return SnapKv(model, target.n_layers, budget, observed)
-
-
 @dataclasses.dataclass(frozen=True)
-class SnapKv(Spire):
-    """`budget` prompt tokens are kept, the observed ones included."""
+class SnapKv(SelfDrafting):
+    """`budget` prompt tokens are kept, the `observed` last ones included."""
 
-    budget: int = 0
-    observed: int = SNAPKV_OBSERVED
+    budget: int
+    observed: int = OBSERVED
 
-    def reads(self, start):
-        return 0, 0
+    @property
+    def collect(self):
+        return tuple(range(self.model.config.n_layers))  # what queries are made of
 
-    def prefill(self, params, tokens, lengths, activations, k, capacity):
-        module, config = self.model.bind(params), self.model.config
-        batch, prompt = tokens.shape
-        kept = min(self.budget, prompt)
-        # The tokens after the longest prompt have room for themselves.
-        shape = batch, kept + capacity - prompt, config.n_kv_heads, config.d_head
-        rows = jnp.arange(batch)[:, None, None]
-        heads = jnp.arange(config.n_kv_heads)[None, :, None]
-        keys, values, positions = [], [], []
+    def empty(self, params, batch, k, capacity):
+        config = self.model.config
+        none = jnp.zeros((batch, 0, config.n_kv_heads, config.d_head), self.model.compute.dtype)
+        begin, chosen = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, config.n_kv_heads, 0), int)
+        arrays = allocated(none, none, capacity, self.model.compute)
+        return tuple(SelectedCache(*arrays, chosen, begin, begin) for _ in self.views)
+
+    def begin(self, params, prompt, lengths, k, capacity):
+        batch, length = prompt.tokens.shape
+        kept = min(self.budget, length)
+        if not kept:
+            return self.empty(params, batch, k, capacity)
+        module, compute = self.model.bind(params), self.model.compute
+        used, caches = jnp.minimum(lengths, kept), []
         for i, block in enumerate(module.blocks):
-            k_held = v_held = jnp.zeros(shape, self.model.compute.dtype)
-            held = jnp.full((batch, shape[2], shape[1]), EMPTY, jnp.int32)
-            if kept:
-                y = activations[i].astype(self.model.compute.dtype)
-                chosen = select(block, y, lengths, kept, self.observed)
-                at = rows, jnp.maximum(chosen, 0), heads
-                k_held, v_held = (
-                    jnp.zeros(shape, x.dtype).at[:, :kept].set(jnp.moveaxis(x[at], 1, 2))
-                    for x in block.keys_values(y, np.arange(prompt))
-                )
-                held = held.at[:, :, :kept].set(chosen)
-            width = shape[2] * shape[3]
-            keys.append(packed(k_held, width))
-            values.append(packed(v_held, width))
-            positions.append(held)
-        used = jnp.minimum(lengths, kept)
-        return SelectedCache(tuple(keys), tuple(values), tuple(positions), lengths, used)
+            keys, values = self.taken(prompt.cache, i, prompt.positions)
+            y = prompt.activations[i].astype(compute.dtype)
+            chosen = select(block, self.views[i], y, keys, lengths, kept, self.observed)
+            at = jnp.arange(batch)[:, None, None], jnp.maximum(chosen, 0), (
+                jnp.arange(keys.shape[2])[None, :, None])  # fmt: skip
+            held = (jnp.moveaxis(x[at], 1, 2) for x in (keys, values))
+            # The tokens after the longest prompt have room for themselves.
+            arrays = allocated(*held, kept + capacity - length, compute)
+            caches.append(SelectedCache(*arrays, chosen, lengths, used))
+        return tuple(caches)
 
-    def prefill_chunk(self, params, cache, rows, tokens, activations, positions):
+    def read(self, params, state, chunk):
         # What a prompt's last tokens select among all of it is known only when all of it is there.
         raise ValueError("SnapKV selects over the whole prompt at once, which cannot be prefilled "
                          "in chunks; decode with another method")  # fmt: skip
 
-    def probabilities_along(self, params, tokens, activations, read, starts, k, sampling):
+    def along(self, params, tokens, activations, cache, read, starts, k, sampling):
         module, prompt = self.model.bind(params), int(starts.min())
+        everything = np.arange(tokens.shape[1] - 1)
         selected = None
         if prompt:
-            lengths, budget = jnp.full(tokens.shape[0], prompt), min(self.budget, prompt)
-            inputs = (y[:, :prompt].astype(self.model.compute.dtype) for y in activations)
-            selected = [
-                _mark(select(block, y, lengths, budget, self.observed), read, prompt)
-                for block, y in zip(module.blocks, inputs, strict=True)
-            ]
-        logits = module.rollout(tokens[:, :-1], activations, starts, k, read, selected)
-        return probability_of(logits, tokens[:, starts[:, None] + np.arange(1, k + 1)], sampling)
+            batch, budget = tokens.shape[0], min(self.budget, prompt)
+            lengths, at = jnp.full(batch, prompt), jnp.tile(jnp.arange(prompt), (batch, 1))
+            selected = []
+            for i, block in enumerate(module.blocks):
+                y = activations[i][:, :prompt].astype(self.model.compute.dtype)
+                keys, _ = self.taken(cache, i, at)
+                chosen = select(block, self.views[i], y, keys, lengths, budget, self.observed)
+                selected.append(_mark(chosen, everything, prompt))
+        return self.rolled_out(params, tokens, cache, everything, starts, k, sampling, selected)
+
+
+def snapkv(target: ModelConfig, budget: int, compute: Compute, observed: int = OBSERVED) -> SnapKv:
+    """The strategy; its draft's parameters are the target's own."""
+    return SnapKv(drafting_target(target, compute, layer_views(target)), budget, observed)
 
 
 def select(
     block: Block,
+    view: View,
     y: Float[Array, "B T D"],
+    keys: Float[Array, "B T K H"],
     lengths: Int[Array, " B"],
     budget: int,
     observed: int,
@@ -102,6 +100,7 @@ def select(
 
     Args:
         y: the layer's inputs over the prompt.
+        keys: the layer's keys over the prompt.
         budget: how many, at most T; EMPTY where a row has fewer.
         observed: the last tokens, which vote and are kept; the first of the result.
     """
@@ -109,11 +108,10 @@ def select(
     last = lengths[:, None] - 1 - jnp.arange(observed)  # newest first; negative: there is none
     at = jnp.maximum(last, 0)
     queries = block.queries(jnp.take_along_axis(y, at[..., None], axis=1), at)
-    keys, _ = block.keys_values(y, np.arange(length))
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", queries, keys, preferred_element_type=jnp.float32)
     places = jnp.arange(length)
     causal = (places <= last[..., None])[:, None, None]
-    weight = jax.nn.softmax(jnp.where(causal, logits * block.scale, -jnp.inf))
+    weight = jax.nn.softmax(jnp.where(causal, logits * view.scale, -jnp.inf))
     weight = jnp.where(causal, weight, 0.0)  # nan where there is no query
     # Queries of one KV head vote together; what is observed is kept anyway, without votes.
     older = (places < lengths[:, None] - observed)[:, None]

@@ -1,64 +1,321 @@
-"""SPIRe speculation: a ring of memories, refreshed from the target's activations."""
+"""SPIRe: a pruned transformer whose layers attend to memory vectors (method.md section 3).
+
+Keys and values of layer i (1-based) come from memories m^i, not from the layer's own inputs:
+the frozen target's activations y^(N - n + i - 1) for tokens that the target has processed, a
+learned mix of all the draft's layers for drafted ones (and other choices, for comparison: the
+option `memory`). One stack serves training (`rollout`: k passes, parallel over all starts) and
+decoding (`step`).
+"""
 
 import dataclasses
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
-from spire_jax.drafting import depth_keys
-from spire_jax.models.caches import empty_ring, ring_cache, ring_positions, write_rows
-from spire_jax.models.sampling import probability_of, sample, stream, transformed_logits
-from spire_jax.models.spire import target_layers
-from spire_jax.models.transformer import Model
+from spire_jax.config.schema import ModelConfig
+from spire_jax.drafting.strategy import Processed, Strategy
+from spire_jax.models.attention import (
+    Attended,
+    Compute,
+    Positions,
+    attention,
+    merge_attention,
+)
+from spire_jax.models.caches import (
+    Caches,
+    KeysValues,
+    LayerCache,
+    empty_windowed,
+    full_cache,
+    ring_cache,
+    ring_positions,
+)
+from spire_jax.models.layers import Block, parameter
+from spire_jax.models.masks import EMPTY, View
+from spire_jax.models.sampling import probability_of
+from spire_jax.models.transformer import Activations, Transformer
+
+
+class SpireDraft(Transformer):
+    """A transformer with feedback memory; `memory_mix` (n, n + 1) are the logits of w.
+
+    One memory for all layers (memory="final") has one row of them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute: Compute,
+        *,
+        rngs: nnx.Rngs,
+        views: tuple[View, ...] | None = None,
+        feedback: bool = True,
+        attend_self: bool = True,
+        memory: str = "layers",
+        memory_init: float = 0.95,
+    ):
+        super().__init__(config, compute, rngs=rngs, views=views)
+        self.feedback, self.attend_self, self.memory = feedback, attend_self, memory
+        if feedback:
+            mix = initial_mix(config.n_layers, memory, memory_init)
+            self.memory_mix = parameter(
+                rngs, mix.shape, (None, None), lambda key, shape, dtype: jnp.asarray(mix, dtype)
+            )
+
+    def memories(self, xs: list[Float[Array, "*rows D"]]) -> list[Float[Array, "*rows D"]]:
+        """m^1 .. m^n of a drafted token from its activations x^0 .. x^n."""
+        if not self.feedback:
+            return xs[:-1]
+        weights = jax.nn.softmax(self.memory_mix[...], axis=-1).astype(xs[0].dtype)
+        stacked = jnp.stack(xs)
+        mixed = [jnp.einsum("l,l...->...", w, stacked) for w in weights]
+        return mixed * (len(self.blocks) // len(mixed))
+
+    def read_target(
+        self,
+        layer: int,
+        tokens: Int[Array, "B T"],
+        activations: Activations,
+        positions: Positions,
+    ) -> KeysValues:
+        """A layer's keys and values of tokens that the target has processed."""
+        if self.memory == "embedding":
+            y = self.embed(tokens)
+        else:
+            y = activations[0 if self.memory == "final" else layer]
+        return self.blocks[layer].keys_values(y.astype(self.compute.dtype), positions)
+
+    def rollout(
+        self,
+        tokens: Int[Array, "B T"],
+        activations: Activations,
+        starts: Int[np.ndarray, " R"],
+        k: int,
+        read: Int[np.ndarray, " M"] | None = None,
+        *,
+        in_head: bool = False,
+    ) -> Float[Array, "B R k V"] | Float[Array, "B R k Vh"]:
+        """`rollout_over` the memories of the target's activations at the positions `read`.
+
+        These are all of 0 .. T - 1 unless given. A window sees fewer.
+        """
+        read = np.arange(tokens.shape[1]) if read is None else read
+        memory = [self.read_target(i, tokens[:, read], activations, read)
+                  for i in range(len(self.blocks))]  # fmt: skip
+        return self.rollout_over(memory, tokens, read, starts, k, in_head=in_head)
+
+    def rollout_over(
+        self,
+        target_memory: Sequence[KeysValues],
+        tokens: Int[Array, "B T"],
+        read: Int[np.ndarray, " M"],
+        starts: Int[np.ndarray, " R"],
+        k: int,
+        selected: Sequence[Bool[Array, "B K M"]] | None = None,
+        *,
+        in_head: bool = False,
+    ) -> Float[Array, "B R k V"] | Float[Array, "B R k Vh"]:
+        """Logits of k teacher-forced draft steps from every start, all starts in parallel.
+
+        Step j (0-based) from start s processes token s + j, which predicts token s + j + 1. It
+        sees the target's memories of positions < s, the draft's own memories of s .. s + j - 1,
+        and itself. Training uses starts 0, k, 2k, ...; the oracle uses every position.
+
+        Args:
+            target_memory: layer by layer, keys and values at the positions `read`, static.
+            tokens: a text from position 0.
+            starts: static start positions, with s + k <= T.
+            selected: layer by layer, which of `read` each KV head keeps; all unless given.
+            in_head: logits of `unembed_head`.
+        """
+        own: list[list[KeysValues]] = [[] for _ in self.blocks]
+        hidden = []
+        for j in range(k):
+            # The last pass leaves no memory behind: no pass comes after it.
+            one_pass = jax.checkpoint(self._pass, static_argnums=(0, 4)) if (
+                self.compute.remat) else self._pass  # fmt: skip
+            at = _Static(starts, j, read)
+            x, memory = one_pass(at, tokens, target_memory, own, j < k - 1, selected)
+            hidden.append(x)
+            for layer, kv in zip(own, memory, strict=False):
+                layer.append(kv)
+        return (self.unembed_head if in_head else self.unembed)(jnp.stack(hidden, axis=2))
+
+    def _pass(self, at: "_Static", tokens, target_memory, own, keep_memory, selected):
+        starts, positions = at.starts, at.starts + at.j
+
+        def attend(i: int, block: Block, x: Array):
+            q = block.queries(x, positions)
+            k_pos = at.read if selected is None else jnp.where(selected[i], at.read, EMPTY)
+            parts = self.over_text(i, q, target_memory[i], positions, k_pos, starts)
+            recent = list(own[i])
+            if self.attend_self:
+                recent.append(block.keys_values(x, positions))
+            if recent:
+                offsets = np.arange(at.j + self.attend_self)
+                parts.append(self._attend_recent(i, q, recent, starts, positions, offsets))
+            return merge_attention(parts), None
+
+        xs, _ = self.run(self.embed(tokens[:, positions]), attend, remat=False)
+        if not keep_memory:
+            return xs[-1], []
+        memories = zip(self.blocks, self.memories(xs), strict=True)
+        return xs[-1], [block.keys_values(m, positions) for block, m in memories]
+
+    def _attend_recent(self, i, q, recent, starts, positions, offsets):
+        """Attention of each start's query to that start's own few keys."""
+        batch, rollouts = q.shape[:2]
+        flat = batch * rollouts
+        k, v = (jnp.stack(x, axis=2).reshape(flat, len(offsets), *x[0].shape[2:])
+                for x in zip(*recent, strict=True))  # fmt: skip
+        q_pos = jnp.tile(jnp.asarray(positions), batch)[:, None]
+        k_pos = jnp.tile(jnp.asarray(starts[:, None] + offsets), (batch, 1))
+        out, lse = attention(q.reshape(flat, 1, *q.shape[2:]), k, v, q_pos, k_pos, self.views[i])
+        return out.reshape(q.shape), lse.reshape(q.shape[:-1])
+
+    def step(
+        self, caches: Caches, tokens: Int[Array, "B 1"], positions: Int[Array, "B 1"]
+    ) -> tuple[Float[Array, "B V"], Caches]:
+        """One draft step: logits after the token at `positions`; its memories enter the cache."""
+
+        def attend(i: int, block: Block, x: Array):
+            q = block.queries(x, positions)
+            parts = self.over_cache(i, q, caches[i], positions)
+            if self.attend_self:
+                k, v = block.keys_values(x, positions)
+                parts.append(attention(q, k, v, positions, positions, self.views[i]))
+            return merge_attention(parts), None
+
+        xs, _ = self.run(self.embed(tokens), attend)
+        layers = zip(caches, self.blocks, self.memories(xs), strict=True)
+        caches = tuple(
+            cache.append(positions, *block.keys_values(m, positions)) for cache, block, m in layers
+        )
+        return self.unembed(xs[-1])[:, 0], caches
+
+    def over_text(
+        self, i: int, q: Array, keys_values: KeysValues, positions, k_pos, limit
+    ) -> list[Attended]:
+        """Attention of layer i to keys and values of the target's tokens before `limit`."""
+        return [attention(q, *keys_values, positions, k_pos, self.views[i], limit=limit,
+                          compute=self.compute)]  # fmt: skip
+
+    def over_cache(
+        self, i: int, q: Array, cache: LayerCache, positions: Int[Array, "B 1"]
+    ) -> list[Attended]:
+        """Attention of layer i to all that is cached before `positions`."""
+        view, compute = self.views[i], self.compute
+        return [cache.attend(q, positions, view, compute, include_self=False)]
+
+
+class _Static:
+    """What a pass knows while tracing, hashable by identity for `jax.checkpoint`."""
+
+    def __init__(self, starts: np.ndarray, j: int, read: np.ndarray):
+        self.starts, self.j, self.read = starts, j, read
 
 
 @dataclasses.dataclass(frozen=True)
-class Spire:
-    """The feedback draft (method.md 3.3); `model` is a SpireDraft of a target of N layers."""
+class Spire(Strategy):
+    """A ring of memories, refreshed from the target's activations; `model` is a SpireDraft."""
 
-    model: Model
     target_depth: int  # N
 
     @property
+    def _memory(self) -> str:
+        return dict(self.model.options).get("memory", "layers")
+
+    @property
     def collect(self) -> tuple[int, ...]:
-        memory = dict(self.model.options).get("memory", "layers")
-        return target_layers(self.target_depth, self.model.config.n_layers, memory)
+        return target_layers(self.target_depth, self.model.config.n_layers, self._memory)
 
     def reads(self, start):
-        config = self.model.config
-        return config.sink, max(start - config.window + 1, 0) if config.window else 0
+        begins = [max(start - view.window + 1, 0) if view.window else 0 for view in self.views]
+        return max(view.sink for view in self.views), min(begins)
 
-    def prefill(self, params, tokens, lengths, activations, k, capacity):
-        config = self.model.config
-        if tokens.shape[1] == 0:
-            return empty_ring(config, tokens.shape[0], k, self.model.compute, capacity)
-        # Each slot gathers the position it should hold: only the activations that the window
-        # and the sinks need are projected.
-        ring = config.window + k if config.window else capacity
-        positions, gather = ring_positions(lengths, config.sink, ring)
-        held = tuple(jnp.take_along_axis(y, gather[..., None], axis=1) for y in activations)
-        read = jnp.take_along_axis(tokens, gather, axis=1)
-        keys_values = self.model.bind(params).read_target(read, held, gather)
-        return ring_cache(keys_values, positions, config.sink, ring, self.model.compute)
+    def empty(self, params, batch, k, capacity):
+        of = self.model.config, self.views
+        return empty_windowed(*of, batch, k, capacity, self.model.compute)
 
-    def prefill_chunk(self, params, cache, rows, tokens, activations, positions):
-        keys_values = self.model.bind(params).read_target(tokens, activations, positions)
-        return write_rows(cache, rows, positions, keys_values)
-
-    def propose(self, params, cache, previous, last, positions, keys, k, sampling):
+    def begin(self, params, prompt, lengths, k, capacity):
+        if prompt.tokens.shape[1] == 0:
+            return self.empty(params, prompt.tokens.shape[0], k, capacity)
         module = self.model.bind(params)
-        keys = stream(keys, "draft")
-        token, drafts, qs = last, [], []
-        for depth in range(k):
-            logits, cache = module.step(cache, token, positions + depth)
-            qs.append(transformed_logits(logits, sampling))
-            token = sample(depth_keys(keys, depth), qs[-1])
-            drafts.append(token)
-        return jnp.stack(drafts, axis=1), jnp.stack(qs, axis=1), cache
+        return tuple(
+            begin_windowed(
+                lambda at, i=i: module.read_target(i, *_at(prompt, at)),
+                prompt.tokens, lengths, view, k, capacity, self.model.compute,
+            )
+            for i, view in enumerate(self.views)
+        )  # fmt: skip
 
-    def commit(self, params, cache, tokens, activations, positions):
-        return self.model.bind(params).refresh(cache, tokens, activations, positions)
+    def step(self, params, state, target, tokens, positions):
+        return self.model.bind(params).step(state, tokens, positions)
 
-    def probabilities_along(self, params, tokens, activations, read, starts, k, sampling):
-        logits = self.model.bind(params).rollout(tokens[:, :-1], activations, starts, k, read)
+    def commit(self, params, state, block):
+        module = self.model.bind(params)
+        return tuple(
+            cache.append(
+                block.positions,
+                *module.read_target(i, block.tokens, block.activations, block.positions),
+                block.rows,
+            )
+            for i, cache in enumerate(state)
+        )
+
+    def along(self, params, tokens, activations, cache, read, starts, k, sampling):
+        module = self.model.bind(params)
+        logits = module.rollout(tokens[:, :-1], activations, starts, k, read)
         return probability_of(logits, tokens[:, starts[:, None] + np.arange(1, k + 1)], sampling)
+
+    def predict(self, params, tokens, activations, k):
+        starts, module = np.arange(0, tokens.shape[1], k), self.model.bind(params)
+        logits = module.rollout(tokens, activations, starts, k, in_head=True)
+        return logits.reshape(*tokens.shape, -1)
+
+
+def begin_windowed(
+    entries, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], view: View, k: int,
+    capacity: int, compute: Compute,
+) -> LayerCache:  # fmt: skip
+    """A layer's cache over the first `lengths` of T prompt tokens, under its view.
+
+    Each slot of a ring gathers the position it should hold, so that only what the window and the
+    sinks need is projected.
+
+    Args:
+        entries: keys and values at positions [B, P] that are all within the prompt.
+    """
+    if not view.window:
+        at = jnp.tile(jnp.arange(tokens.shape[1]), (tokens.shape[0], 1))
+        return full_cache(*entries(at), capacity=capacity, compute=compute)
+    ring = view.window + k
+    _, at = ring_positions(lengths, view.sink, ring)
+    return ring_cache(*entries(at), sink=view.sink, ring=ring, compute=compute)
+
+
+def _at(prompt: Processed, positions: Int[Array, "B P"]):
+    """A prompt's tokens and activations at some of its positions, and these."""
+    tokens = jnp.take_along_axis(prompt.tokens, positions, axis=1)
+    ys = (jnp.take_along_axis(y, positions[..., None], axis=1) for y in prompt.activations)
+    return tokens, tuple(ys), positions
+
+
+def target_layers(n_target: int, n_draft: int, memory: str = "layers") -> tuple[int, ...]:
+    """The l of the activations y^l that draft layers 1 .. n read: N - n + i - 1."""
+    if memory == "embedding":
+        return ()
+    return (n_target,) if memory == "final" else tuple(range(n_target - n_draft, n_target))
+
+
+def initial_mix(n: int, memory: str, own: float) -> np.ndarray:
+    """Logits of w before training: a weight of `own` on what stands in for the target's
+    activation (x^(i-1) for y^(N-n+i-1), x^n for y^N), the rest even."""
+    at = np.array([n]) if memory == "final" else np.arange(n)
+    mix = np.full((len(at), n + 1), np.log((1 - own) / n), np.float32)
+    mix[np.arange(len(at)), at] = np.log(own)
+    return mix

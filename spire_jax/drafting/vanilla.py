@@ -5,68 +5,47 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from spire_jax.drafting import depth_keys
-from spire_jax.models.caches import empty_full, empty_ring, full_cache, ring_cache, ring_positions
-from spire_jax.models.prompt import extend_prompt
-from spire_jax.models.sampling import probability_of, sample, stream, transformed_logits
-from spire_jax.models.transformer import Model
+from spire_jax.drafting.strategy import Strategy
+from spire_jax.models.caches import empty_windowed, full_cache, ring_cache, ring_positions
+from spire_jax.models.sampling import probability_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Vanilla:
-    """A draft that never sees the target's activations, only tokens.
+class Vanilla(Strategy):
+    """A draft that never sees the target's activations, only tokens (method.md 3.3, 3.5)."""
 
-    After full acceptance its cache lacks the k-th drafted token, which it proposed but never
-    read: so the first step of every round ingests the last two tokens (method.md 3.3).
-    """
+    catches_up = True
 
-    model: Model
-    collect: tuple[int, ...] = ()
+    def empty(self, params, batch, k, capacity):
+        of = self.model.config, self.views
+        return empty_windowed(*of, batch, k, capacity, self.model.compute)
 
-    def reads(self, start):
-        return 0, start
+    def begin(self, params, prompt, lengths, k, capacity):
+        if prompt.tokens.shape[1] == 0:
+            return self.empty(params, prompt.tokens.shape[0], k, capacity)
+        _, keys_values = self.model.bind(params).prefill(prompt.tokens)
+        caches = []
+        for view, (key, value) in zip(self.views, keys_values, strict=True):
+            if not view.window:
+                caches.append(full_cache(key, value, capacity, self.model.compute))
+                continue
+            ring = view.window + k
+            _, at = ring_positions(lengths, view.sink, ring)
+            held = (jnp.take_along_axis(x, at[..., None, None], axis=1) for x in (key, value))
+            caches.append(ring_cache(*held, view.sink, ring, self.model.compute))
+        return tuple(caches)
 
-    def prefill(self, params, tokens, lengths, activations, k, capacity):
-        config, compute = self.model.config, self.model.compute
-        batch, length = tokens.shape
-        if length == 0 and config.window:
-            return empty_ring(config, batch, k, compute)
-        if length == 0:
-            return empty_full(config, batch, capacity, compute)
-        _, keys_values = self.model.bind(params).prefill(tokens)
-        if not config.window:
-            return full_cache(keys_values, capacity, compute)
-        ring = config.window + k
-        positions, gather = ring_positions(lengths, config.sink, ring)
-        at = gather[..., None, None]
-        held = [
-            (jnp.take_along_axis(key, at, axis=1), jnp.take_along_axis(value, at, axis=1))
-            for key, value in keys_values
-        ]
-        return ring_cache(held, positions, config.sink, ring, compute)
-
-    def prefill_chunk(self, params, cache, rows, tokens, activations, positions):
-        return extend_prompt(self.model.bind(params), cache, rows, tokens, positions)[1]
-
-    def propose(self, params, cache, previous, last, positions, keys, k, sampling):
+    def read(self, params, state, chunk):
         module = self.model.bind(params)
-        keys = stream(keys, "draft")
-        # A row that waits (previous < 0) keeps its entry bit for bit: the chunk that wrote it and
-        # this step differ in rounding, and how many rounds pass meanwhile is its neighbours' doing.
-        tokens = jnp.stack([jnp.maximum(previous, 0), last], axis=1)
-        pos = jnp.stack([jnp.where(previous < 0, -1, positions - 1), positions], axis=1)
-        drafts, qs = [], []
-        for depth in range(k):
-            logits, _, cache = module.extend(cache, tokens, pos)
-            qs.append(transformed_logits(logits[:, -1], sampling))
-            drafts.append(sample(depth_keys(keys, depth), qs[-1]))
-            tokens, pos = drafts[-1][:, None], pos[:, -1:] + 1
-        return jnp.stack(drafts, axis=1), jnp.stack(qs, axis=1), cache
+        return module.extend_prompt(state, chunk.rows, chunk.tokens, chunk.positions)[1]
 
-    def commit(self, params, cache, tokens, activations, positions):
-        return cache
+    def step(self, params, state, target, tokens, positions):
+        newest = tokens.shape[1] - 1
+        module = self.model.bind(params)
+        logits, _, state = module.extend(state, tokens, positions, logits_from=newest)
+        return logits[:, 0], state
 
-    def probabilities_along(self, params, tokens, activations, read, starts, k, sampling):
+    def along(self, params, tokens, activations, cache, read, starts, k, sampling):
         # What a plain transformer predicts does not depend on where drafting began.
         first = int(starts.min())
         logits, _ = self.model.bind(params).forward(tokens[:, :-1], logits_from=first)

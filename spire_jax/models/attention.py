@@ -1,8 +1,8 @@
 """Attention for every use, and which code computes it: XLA, or a kernel of `pallas_kernels`.
 
 Over a text whose positions are known while tracing (training, prefill) it is `attention`; over a
-cache (decoding) `cached_attention`. A kernel is chosen by `Compute.attention`; XLA computes what
-no kernel takes: positions per KV head, a rollout's own few keys.
+layer's cache (decoding) `cached_attention`. A kernel is chosen by `Compute.attention`; XLA computes
+what no kernel takes: positions per KV head, a rollout's own few keys, a softcap.
 """
 
 import dataclasses
@@ -19,12 +19,13 @@ from pallas_kernels.checks import MAX_TOKENS, unsupported_heads
 from pallas_kernels.decode_attention import api as decode_kernel
 from pallas_kernels.platform import is_tpu
 from pallas_kernels.streaming_attention import api as streaming_kernel
-from spire_jax.models.cpu import reads_slots, slot_logits, slot_sums
-from spire_jax.models.few_rows import api as few_rows
-from spire_jax.models.masks import may_attend
+from spire_jax.models import cpu
+from spire_jax.models.masks import View
 from spire_jax.models.sharding import RULES, spec
 
 Positions = Int[np.ndarray, " T"] | Int[Array, "B T"]
+# The output, zero for a query that sees no key; its log-sum-exp, -inf there.
+Attended = tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]
 
 XLA, AUTO = "xla", "auto"
 TPU_KERNELS = ("tpu", "interpret")  # Pallas on a TPU; the same interpreted on a CPU, for tests
@@ -43,41 +44,46 @@ class Compute:
     # TPU that takes the heads, else XLA (on GPUs too, where no kernel of ours was measured yet).
     attention: str = AUTO
 
-    def kernel(self, head_dim: int, q_per_kv: int) -> str:
-        """Which implementation of the kernels these heads get; "" = XLA."""
-        if self.attention != AUTO:
-            return "" if self.attention == XLA else self.attention
-        return "tpu" if is_tpu() and not unsupported_heads(head_dim, q_per_kv) else ""
+    def kernel(self, head_dim: int, q_per_kv: int, softcap: float = 0.0) -> str:
+        """Which implementation of the kernels such heads get; "" = XLA.
 
-    def few_rows(self, rows: int) -> bool:
-        """Whether the product of `rows` rows with a weight matrix is the kernel's."""
-        mesh = jax.sharding.get_abstract_mesh()
-        alone = mesh.empty or mesh.size == 1
-        return (
-            self.products == AUTO and alone and rows <= few_rows.MAX_ROWS and few_rows.available()
-        )
+        Raises:
+            ValueError: a softcap, which no kernel has, with one that is asked for by name.
+        """
+        if self.attention == AUTO:
+            found = is_tpu() and not softcap and not unsupported_heads(head_dim, q_per_kv)
+            return "tpu" if found else ""
+        if self.attention == XLA:
+            return ""
+        if softcap:
+            raise ValueError(f"attention={self.attention!r}: the kernels have no softcap; use "
+                             f"{AUTO!r} or {XLA!r}")  # fmt: skip
+        return self.attention
 
 
 @runtime_checkable
-class Cached(Protocol):
-    """What `cached_attention` reads of a cache (`kv_cache`)."""
+class Slots(Protocol):
+    """What `cached_attention` reads of one layer's cache (`caches`)."""
 
     @property
-    def keys(self) -> tuple[Float[Array, "B S W"], ...]: ...
+    def keys(self) -> Float[Array, "B S W"]: ...
 
     @property
-    def values(self) -> tuple[Float[Array, "B S W"], ...]: ...
+    def values(self) -> Float[Array, "B S W"]: ...
 
     @property
-    def ordered(self) -> bool: ...
+    def ordered(self) -> bool:
+        """Whether slot j holds position j."""
+        ...
 
     @property
-    def by_head(self) -> bool: ...
+    def live(self) -> int:
+        """Slots that may hold something; those after them only fill up the allocation."""
+        ...
 
-    @property
-    def live(self) -> int: ...
-
-    def layer_positions(self, layer: int) -> Array: ...
+    def held(self, last: Int[Array, " B"]) -> Int[Array, "#B S"] | Int[Array, "B K S"]:
+        """The position that each slot holds, EMPTY for none, when `last` is the newest written."""
+        ...
 
 
 def attention(
@@ -86,14 +92,12 @@ def attention(
     v: Float[Array, "B S K H"],
     q_pos: Positions,
     k_pos: Int[np.ndarray, " S"] | Int[Array, "#B S"] | Int[Array, "#B K S"],
+    view: View = View(),
     *,
-    window: int = 0,
-    sink: int = 0,
     limit: Positions | None = None,
-    scale: float = 1.0,
     compute: Compute = Compute(),
-) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
-    """Softmax attention under `may_attend`, and its log-sum-exp in float32.
+) -> Attended:
+    """Softmax attention under a view, and its log-sum-exp in float32.
 
     Positions as NumPy arrays are known while tracing: what no query may see is then left out, by
     the kernel or by XLA in chunks of queries. Positions as JAX arrays are masked at run time.
@@ -103,19 +107,14 @@ def attention(
         q_pos, k_pos: positions in the text; keys may have their own for each KV head.
         limit: per query, the first position that is *not* visible (SPIRe's memories of the
             target end before the block); None for no such limit.
-        scale: multiplies the logits.
-
-    Returns:
-        The output, zero for a query that sees no key; its log-sum-exp, -inf there.
     """
     static = isinstance(q_pos, np.ndarray) and isinstance(k_pos, np.ndarray)
-    kernel = compute.kernel(*q.shape[:2:-1]) if static and k.shape[1] else ""
+    kernel = compute.kernel(*q.shape[:2:-1], softcap=view.softcap) if static and k.shape[1] else ""
     if kernel in TPU_KERNELS:
         positions: dict[str, Any] = dict(q_positions=q_pos, k_positions=k_pos, limits=limit)
         call = functools.partial(
-            streaming_kernel.streaming_attention, **positions, window=window or None,
-            sink=sink if window else 0,
-            scale=scale, implementation=kernel,
+            streaming_kernel.streaming_attention, **positions, **_of_kernels(view),
+            implementation=kernel,
         )  # fmt: skip
         return _on_mesh(call, [_QUERIES, _KEYS, _KEYS])(q, k, v)
     # Heads before tokens: on CPUs a quarter faster, forward and backward, than leaving the
@@ -123,62 +122,53 @@ def attention(
     q = jnp.moveaxis(q, 1, 3)
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
     if static:
-        out, lse = _in_chunks(
-            q, k, v, q_pos, k_pos, limit, window, sink, scale, compute.attention_chunk
-        )
+        out, lse = _in_chunks(q, k, v, q_pos, k_pos, view, limit, compute.attention_chunk)
     else:
-        out, lse = _attend(q, k, v, _mask(q_pos, k_pos, limit, window, sink), scale)
+        out, lse = _attend(q, k, v, _mask(q_pos, k_pos, view, limit), view)
     return jnp.moveaxis(out, 3, 1), jnp.moveaxis(lse, 3, 1)
 
 
 def cached_attention(
     q: Float[Array, "B T K G H"],
-    cache: Cached,
-    layer: int,
+    cache: Slots,
     positions: Int[Array, "B T"],
+    view: View = View(),
     *,
-    window: int = 0,
-    sink: int = 0,
     include_self: bool = True,
-    scale: float = 1.0,
     compute: Compute = Compute(),
-) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
-    """`attention` of a few new tokens per row over a layer of a cache.
+) -> Attended:
+    """`attention` of a few new tokens per row over one layer's cache, written up to them.
 
     Args:
         positions: the queries', each row's one after the other.
-        include_self: whether a query sees its own position, and those after it in the block.
+        include_self: whether the queries' own entries are written, and seen; without, the cache
+            ends before the first of them.
     """
-    keys, values = cache.keys[layer], cache.values[layer]
-    kernel = compute.kernel(*q.shape[:2:-1])
-    if kernel and not cache.by_head and q.shape[1] <= MAX_TOKENS:
+    last = positions[:, -1] if include_self else positions[:, 0] - 1
+    k_pos = cache.held(last)
+    kernel = compute.kernel(*q.shape[:2:-1], softcap=view.softcap)
+    if kernel and k_pos.ndim == 2 and q.shape[1] <= MAX_TOKENS:
         # Position j is in a slot no later than j, so that later ones hold nothing to be seen.
         lengths = jnp.clip(positions[:, -1] + 1, 0, cache.live)
         call = functools.partial(
-            decode_kernel.decode_attention, window=window or None,
-            sink=sink if window else 0,
-            include_self=include_self, scale=scale, implementation=kernel,
+            decode_kernel.decode_attention, include_self=include_self, implementation=kernel,
+            **_of_kernels(view),
         )  # fmt: skip
-        arguments = [q, keys, values, lengths, positions[:, 0]]
+        arguments = [q, cache.keys, cache.values, lengths, positions[:, 0]]
         axes: list[tuple[str | None, ...]] = [_QUERIES, _SLOTS, _SLOTS, _ROWS, _ROWS]
         if not cache.ordered:
-            arguments.append(cache.layer_positions(layer))
+            arguments.append(k_pos)
             axes.append(("batch", None))
         return _on_mesh(call, axes)(*arguments)
-    k_pos, limit = cache.layer_positions(layer), None if include_self else positions
-    _, tokens, kv_heads, q_per_kv, head_dim = q.shape
-    whole = jax.sharding.get_abstract_mesh().shape.get(RULES["kv_heads"], 1) == 1
-    if whole and reads_slots(kv_heads, q_per_kv, tokens):
-        # Were the write that comes before fused into these reads, XLA would copy the cache for it.
-        keys, values = jax.lax.optimization_barrier((keys, values))
-        keys, values = (x[..., : kv_heads * head_dim].astype(q.dtype) for x in (keys, values))
-        mask = _mask(positions, k_pos, limit, window, sink)
-        out, lse = _attend(jnp.moveaxis(q, 1, 3), keys, values, mask, scale, slot_logits, slot_sums)
+    limit = None if include_self else positions
+    on_cpu = cpu.over_slots(q, cache.keys, cache.values) if _heads_are_whole() else None
+    if on_cpu is not None:
+        keys, values, products = on_cpu
+        mask = _mask(positions, k_pos, view, limit)
+        out, lse = _attend(jnp.moveaxis(q, 1, 3), keys, values, mask, view, *products)
         return jnp.moveaxis(out, 3, 1), jnp.moveaxis(lse, 3, 1)
-    keys, values = (unpacked(x, kv_heads, head_dim).astype(q.dtype) for x in (keys, values))
-    return attention(
-        q, keys, values, positions, k_pos, window=window, sink=sink, limit=limit, scale=scale
-    )
+    keys, values = (unpacked(x, *q.shape[2::2]).astype(q.dtype) for x in (cache.keys, cache.values))
+    return attention(q, keys, values, positions, k_pos, view, limit=limit)
 
 
 def cache_shape(compute: Compute, slots: int, kv_heads: int, head_dim: int) -> tuple[int, int]:
@@ -190,9 +180,17 @@ def cache_shape(compute: Compute, slots: int, kv_heads: int, head_dim: int) -> t
     kernel, exact = compute.kernel(head_dim, 1), kv_heads * head_dim
     if not kernel:
         return slots, exact
-    whole = jax.sharding.get_abstract_mesh().shape.get(RULES["kv_heads"], 1) == 1
     slots, width = decode_kernel.cache_shape(slots, kv_heads, head_dim)
-    return slots, width if whole and kernel in TPU_KERNELS else exact
+    return slots, width if _heads_are_whole() and kernel in TPU_KERNELS else exact
+
+
+def _heads_are_whole() -> bool:
+    return jax.sharding.get_abstract_mesh().shape.get(RULES["kv_heads"], 1) == 1
+
+
+def _of_kernels(view: View) -> dict[str, Any]:
+    return {"window": view.window or None, "sink": view.sink if view.window else 0,
+            "scale": view.scale}  # fmt: skip
 
 
 def packed(x: Float[Array, "B T K H"], width: int) -> Float[Array, "B T W"]:
@@ -238,24 +236,24 @@ def _on_mesh(call: Callable[..., Any], axes: Sequence[tuple[str | None, ...]]):
 # --- XLA ---------------------------------------------------------------------------------------
 
 
-def _in_chunks(q, k, v, q_pos, k_pos, limit, window, sink, scale, chunk):
+def _in_chunks(q, k, v, q_pos, k_pos, view, limit, chunk):
     """`chunk` queries at a time, each with the keys that some of them may see."""
     parts = []
     for start in range(0, q.shape[3], chunk):
         rows = slice(start, start + chunk)
         row_limit = None if limit is None else limit[rows]
-        seen, mask = _visible_runs(q_pos[rows], k_pos, row_limit, window, sink, chunk)
+        seen, mask = _visible_runs(q_pos[rows], k_pos, view, row_limit, chunk)
         keys, values = (jnp.concatenate([x[:, :, s] for s in seen], axis=2) for x in (k, v))
-        parts.append(_attend(q[:, :, :, rows], keys, values, mask, scale))
+        parts.append(_attend(q[:, :, :, rows], keys, values, mask, view))
     outs, lses = zip(*parts, strict=True)
     return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
 
 
-def _mask(q_pos, k_pos, limit, window, sink) -> Bool[np.ndarray | Array, "rows *K T S"]:
+def _mask(q_pos, k_pos, view, limit) -> Bool[np.ndarray | Array, "rows *K T S"]:
     q_pos, k_pos = (x[None] if x.ndim == 1 else x for x in (q_pos, k_pos))
     by_head = k_pos.ndim == 3
     q_pos = q_pos[:, None] if by_head else q_pos
-    visible = may_attend(q_pos[..., :, None], k_pos[..., None, :], window, sink)
+    visible = view.sees(q_pos[..., :, None], k_pos[..., None, :])
     if limit is not None:
         limit = limit[None] if limit.ndim == 1 else limit
         limit = limit[:, None] if by_head else limit
@@ -266,9 +264,8 @@ def _mask(q_pos, k_pos, limit, window, sink) -> Bool[np.ndarray | Array, "rows *
 def _visible_runs(
     q_pos: Int[np.ndarray, " T"],
     k_pos: Int[np.ndarray, " S"],
+    view: View,
     limit: Int[np.ndarray, " T"] | None,
-    window: int,
-    sink: int,
     chunk: int,
 ) -> tuple[list[slice], Bool[np.ndarray, "1 T M"]]:
     """Runs of keys, in whole chunks, that some query may see, and their mask.
@@ -277,14 +274,14 @@ def _visible_runs(
     """
     # What the window cannot reach is left out first: a mask of all keys is quadratic.
     near = k_pos <= q_pos.max()
-    if window:
-        near &= (k_pos < sink) | (k_pos > q_pos.min() - window)
+    if view.window:
+        near &= (k_pos < view.sink) | (k_pos > q_pos.min() - view.window)
     runs: list[slice] = []
     masks = []
     for start in range(0, len(k_pos), chunk):
         if not near[start : start + chunk].any():
             continue
-        mask = np.asarray(_mask(q_pos, k_pos[start : start + chunk], limit, window, sink))
+        mask = np.asarray(_mask(q_pos, k_pos[start : start + chunk], view, limit))
         if mask.any():
             begin = runs.pop().start if runs and runs[-1].stop == start else start
             runs.append(slice(begin, start + chunk))
@@ -302,12 +299,13 @@ def _sums(weight: Float[Array, "B K M S"], v: Float[Array, "B K S H"]) -> Float[
     return jnp.einsum("BKMS,BKSH->BKMH", weight, v, preferred_element_type=jnp.float32)
 
 
-def _attend(q, k, v, mask, scale, logits_of=_logits, sums_of=_sums):
+def _attend(q, k, v, mask, view, logits_of=_logits, sums_of=_sums):
     # Query heads of one KV head are folded into the tokens: a plain batched matrix product.
     b, kv_heads, group, t, h = q.shape
     q = q.reshape(b, kv_heads, group * t, h)
     logits = logits_of(q, k)
-    logits = logits * scale if scale != 1.0 else logits
+    logits = logits * view.scale if view.scale != 1.0 else logits
+    logits = view.softcap * jnp.tanh(logits / view.softcap) if view.softcap else logits
     if not (isinstance(mask, np.ndarray) and mask.all()):
         logits = logits.reshape(b, kv_heads, group, t, -1)
         mask = mask[:, :, None] if mask.ndim == 4 else mask[:, None, None]

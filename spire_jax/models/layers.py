@@ -10,9 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from spire_jax.config.schema import ModelConfig
-from spire_jax.models.attention import Compute, Positions
-from spire_jax.models.cpu import bfloat16_product, on_cpu
-from spire_jax.models.few_rows import api as few_rows
+from spire_jax.models import cpu
+from spire_jax.models.attention import XLA, Compute, Positions
 from spire_jax.models.sharding import constrain
 
 
@@ -85,13 +84,12 @@ def product(
     inner, outer = x.shape[x.ndim - over :], w.shape[:1] if transposed else w.shape[over:]
     x_flat = x.reshape(-1, math.prod(inner))
     w_flat = w if transposed else w.reshape(math.prod(inner), -1)
-    if compute is not None and compute.few_rows(x_flat.shape[0]):
-        out = few_rows.product(x_flat, w_flat, transposed).astype(dtype or x.dtype)
-    elif x.dtype == w.dtype == jnp.bfloat16 and on_cpu():
-        out = bfloat16_product(x_flat, w_flat, transposed).astype(dtype or x.dtype)
-    else:
+    out = cpu.product(x_flat, w_flat, transposed, compute is not None and compute.products != XLA)
+    if out is None:
         w_flat = w_flat.T if transposed else w_flat
         out = jnp.matmul(x_flat, w_flat, preferred_element_type=dtype)
+    else:
+        out = out.astype(dtype or x.dtype)
     return out.reshape(*x.shape[: x.ndim - over], *outer)
 
 
@@ -108,7 +106,6 @@ class Block(nnx.Module):
         self.config, self.compute = config, compute
         d, k, g, h, f = c.d_model, c.n_kv_heads, c.q_per_kv, c.d_head, c.d_ff
         query_scale = h**-0.5 if c.scale_in_init else 1.0
-        self.scale = 1.0 if c.scale_in_init else h**-0.5
         self.norm_attention = RMSNorm(d, c.norm_eps, rngs=rngs)
         heads = ("embed", "kv_heads", None, None)
         self.query = parameter(rngs, (d, k, g, h), heads, truncated_normal(d, query_scale))

@@ -1,8 +1,10 @@
 """Who may attend to whom: the library's one definition of visibility, from positions."""
 
+import dataclasses
+
 import numpy as np
 
-# Stored position of a cache slot that holds nothing: after every query, so never visible.
+# Position of a cache slot that holds nothing: after every query, so never visible.
 EMPTY = np.int32(2**30)
 
 
@@ -19,3 +21,30 @@ def may_attend(q_pos, k_pos, window: int = 0, sink: int = 0):
     if window:
         visible &= (k_pos < sink) | (q_pos - k_pos < window)
     return visible
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What a layer's queries see, and how their logits are formed."""
+
+    window: int = 0  # visible keys, the query included; 0 = all earlier ones
+    sink: int = 0  # first positions that stay visible beyond the window
+    scale: float = 1.0  # multiplies the logits
+    softcap: float = 0.0  # then they become softcap * tanh(logits / softcap); 0 = as they are
+
+    def sees(self, q_pos, k_pos):
+        """`may_attend` under this view's window and sinks."""
+        return may_attend(q_pos, k_pos, self.window, self.sink)
+
+    def keeping(self, window: int, sink: int) -> "View":
+        """The view over a cache that keeps `sink` first positions and a window (0 = everything).
+
+        What this view never sees it does not see there either.
+        """
+        if not window:
+            return self
+        if self.window and self.window < window:
+            window = self.window
+        # Beyond its own window a model sees its own sinks alone.
+        sink = min(sink, self.sink) if self.window else sink
+        return dataclasses.replace(self, window=window, sink=sink)

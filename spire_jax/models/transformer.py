@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,21 +12,37 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from spire_jax.config.schema import ModelConfig, head_size
-from spire_jax.models.attention import Compute, attention, cached_attention
-from spire_jax.models.caches import FullCache, KeysValues, RingCache
+from spire_jax.models.attention import Compute, attention
+from spire_jax.models.caches import Caches, KeysValues, read_then_append
 from spire_jax.models.layers import Block, RMSNorm, parameter, product, truncated_normal
+from spire_jax.models.masks import View
 from spire_jax.models.sharding import constrain
 
 Params = Any  # nested dict of float32 arrays, the pure form of a module's nnx.State
 Activations = tuple[Float[Array, "B T D"], ...]
 
 
+def layer_views(config: ModelConfig) -> tuple[View, ...]:
+    """What each layer of a model of the Llama family sees of a text."""
+    scale = 1.0 if config.scale_in_init else config.d_head**-0.5
+    return (View(config.window, config.sink, scale),) * config.n_layers
+
+
 class Transformer(nnx.Module):
     """Embedding, blocks, final norm, unembedding; activations y^l on request."""
 
-    def __init__(self, config: ModelConfig, compute: Compute, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute: Compute,
+        *,
+        rngs: nnx.Rngs,
+        views: tuple[View, ...] | None = None,
+    ):
+        """`views`: what each layer sees, where that is not what the config says of the model."""
         c = config
         self.config, self.compute = config, compute
+        self.views = layer_views(config) if views is None else views
         self.embedding = parameter(
             rngs, (c.vocab_size, c.d_model), ("vocab", "embed"), nnx.initializers.normal(1.0)
         )
@@ -70,6 +87,34 @@ class Transformer(nnx.Module):
             logits = jnp.where(valid, logits, -jnp.inf)
         return logits
 
+    def run(
+        self,
+        x: Float[Array, "B T D"],
+        attend: Callable[[int, Block, Array], tuple[Array, Any]],
+        *,
+        remat: bool | None = None,
+    ) -> tuple[list[Float[Array, "B T D"]], list[Any]]:
+        """The stack of blocks: x^0 .. x^N, and what each layer's attention leaves behind.
+
+        Args:
+            attend: of a layer's number, its block and its input; the attention's output, and
+                whatever it leaves: keys and values, or the layer's cache.
+            remat: recompute each layer in the backward pass; by default as `compute` says.
+        """
+
+        def layer(i: int, x: Array):
+            attended, left = attend(i, self.blocks[i], x)
+            return self.blocks[i].finish(x, attended), left
+
+        if self.compute.remat if remat is None else remat:
+            layer = jax.checkpoint(layer, static_argnums=0)
+        xs, left = [x], []
+        for i in range(len(self.blocks)):
+            x, of_layer = layer(i, xs[-1])
+            xs.append(x)
+            left.append(of_layer)
+        return xs, left
+
     def forward(
         self,
         tokens: Int[Array, "B T"],
@@ -83,77 +128,65 @@ class Transformer(nnx.Module):
         y^l is the residual stream after layer l; y^0 is the embedding. Logits of the positions
         before `logits_from` are left out; with `in_head` they are those of `unembed_head`.
         """
-        x, activations, _ = self._run(tokens, collect, keep_keys=False)
+        xs, _ = self.run(self.embed(tokens), lambda *layer: (self._over_text(*layer)[0], None))
         unembed = self.unembed_head if in_head else self.unembed
-        return unembed(x[:, logits_from:]), activations
+        return unembed(xs[-1][:, logits_from:]), tuple(xs[i] for i in collect)
 
     def prefill(
         self, tokens: Int[Array, "B T"], collect: tuple[int, ...] = ()
     ) -> tuple[Activations, list[KeysValues]]:
         """Activations as `forward`, and each layer's keys and values; no logits."""
-        _, activations, keys_values = self._run(tokens, collect, keep_keys=True)
-        return activations, keys_values
+        xs, keys_values = self.run(self.embed(tokens), self._over_text)
+        return tuple(xs[i] for i in collect), keys_values
+
+    def _over_text(self, i: int, block: Block, x: Float[Array, "B T D"]):
+        positions = np.arange(x.shape[1])
+        q, (k, v) = block.queries(x, positions), block.keys_values(x, positions)
+        attended, _ = attention(q, k, v, positions, positions, self.views[i], compute=self.compute)
+        return attended, (k, v)
 
     def extend(
         self,
-        cache: FullCache | RingCache,
+        caches: Caches,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         collect: tuple[int, ...] = (),
         *,
         logits_from: int = 0,
-    ) -> tuple[Float[Array, "B T1 V"], Activations, FullCache | RingCache]:
+    ) -> tuple[Float[Array, "B T1 V"], Activations, Caches]:
         """Process a few new tokens per row on top of a cache, at per-row positions in sequence.
 
         A token at position -1 is none: nothing is written for it and its logits are meaningless.
         Logits of the first `logits_from` tokens are left out.
         """
-        x = self.embed(tokens)
-        slots, cache = cache.slots(positions), cache.place(positions)
-        activations = {0: x}
-        for i, block in enumerate(self.blocks):
-            k, v = block.keys_values(x, positions)
-            cache = cache.write(i, slots, k, v)
-            attended, _ = cached_attention(
-                block.queries(x, positions),
-                cache,
-                i,
-                positions,
-                window=self.config.window,
-                sink=self.config.sink,
-                scale=block.scale,
-                compute=self.compute,
-            )
-            x = activations[i + 1] = block.finish(x, attended)
-        logits = self.unembed(x[:, logits_from:])
-        return logits, tuple(activations[i] for i in collect), cache
 
-    def _run(self, tokens, collect, keep_keys):
-        positions = np.arange(tokens.shape[1])
-        x = self.embed(tokens)
-        activations = {0: x}
-        keys_values = []
-        for i, block in enumerate(self.blocks):
-            layer = functools.partial(self._layer, block, positions)
-            x, kv = (jax.checkpoint(layer) if self.compute.remat else layer)(x)
-            activations[i + 1] = x
-            keys_values.append(kv if keep_keys else None)
-        return x, tuple(activations[i] for i in collect), keys_values
+        def attend(i: int, block: Block, x: Array):
+            q, cache = block.queries(x, positions), caches[i]
+            cache = cache.append(positions, *block.keys_values(x, positions))
+            return cache.attend(q, positions, self.views[i], self.compute)[0], cache
 
-    def _layer(self, block: Block, positions: np.ndarray, x: Array):
-        k, v = block.keys_values(x, positions)
-        attended, _ = attention(
-            block.queries(x, positions),
-            k,
-            v,
-            positions,
-            positions,
-            window=self.config.window,
-            sink=self.config.sink,
-            scale=block.scale,
-            compute=self.compute,
-        )
-        return block.finish(x, attended), (k, v)
+        xs, left = self.run(self.embed(tokens), attend)
+        return self.unembed(xs[-1][:, logits_from:]), tuple(xs[i] for i in collect), tuple(left)
+
+    def extend_prompt(
+        self,
+        caches: Caches,
+        rows: Int[Array, " R"],
+        tokens: Int[Array, "R T"],
+        positions: Int[Array, "R T"],
+        collect: tuple[int, ...] = (),
+    ) -> tuple[Activations, Caches]:
+        """Process the next T prompt tokens of some rows, whatever T is to a ring; no logits.
+
+        Arguments as of `caches.read_then_append`; `collect` as of `forward`.
+        """
+
+        def attend(i: int, block: Block, x: Array):
+            q, kv = block.queries(x, positions), block.keys_values(x, positions)
+            return read_then_append(caches[i], rows, q, *kv, positions, self.views[i], self.compute)
+
+        xs, left = self.run(self.embed(tokens), attend)
+        return tuple(xs[i] for i in collect), tuple(left)
 
 
 # --- modules as plain functions of parameters --------------------------------------------------
@@ -215,6 +248,11 @@ class Model:
             params,
             is_leaf=lambda x: type(x) is tuple,
         )
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """What each layer sees."""
+        return dict(self.options).get("views") or layer_views(self.config)
 
     def count(self) -> int:
         """Number of parameters."""

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from spire_jax.config.schema import ConfigError, ExperimentConfig, ModelConfig
+from spire_jax.drafting.spire import initial_mix, target_layers
 from spire_jax.models.masks import may_attend
-from spire_jax.models.spire import initial_mix, target_layers
 from spire_jax.models.transformer import Model, Params
 from spire_jax.notebook.parts import panels
 from spire_jax.training.tasks import draft_task, stream_key

@@ -45,7 +45,7 @@ from spire_jax.decoding import (
 from spire_jax.decoding.oracle import TargetAlong, ratios_along, round_statistics, target_along
 from spire_jax.decoding.verification import VERIFICATIONS
 from spire_jax.drafting.build import compute_for, strategy, target_model
-from spire_jax.models.caches import FullCache
+from spire_jax.models.caches import Caches
 from spire_jax.models.sampling import Sampling
 from spire_jax.models.transformer import Params
 from spire_jax.storage.metrics import Progress, write_whole
@@ -173,7 +173,7 @@ def sample_texts(
     contexts: Sequence[Context],
     indices: Sequence[int],
     length: int,
-) -> tuple[np.ndarray, FullCache]:
+) -> tuple[np.ndarray, Caches]:
     """Autoregressive samples, [B, length + output + k - 1], as the oracle needs them, and the
     target's cache over them."""
     budget = config.eval.output_length + oracle_depth(config) - 1
@@ -199,7 +199,7 @@ def target_pass(
     target: Params,
     names: Iterable[str],
     texts: np.ndarray,
-    cache: FullCache,
+    cache: Caches,
     length: int,
 ) -> TargetAlong:
     """The target's one pass along its samples, with what every draft of `names` reads."""

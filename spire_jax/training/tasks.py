@@ -7,42 +7,22 @@ per-token values. Tasks are compared by value: equal ones share a compiled step.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
 
 from spire_jax.config.schema import ExperimentConfig, head_size, trained_depth
 from spire_jax.drafting.build import compute_for, strategy, target_model
-from spire_jax.models.pruning import prune
+from spire_jax.drafting.learning import DraftLoss, Lesson, Loss, TrainBatch
+from spire_jax.drafting.pruning import prune
+from spire_jax.drafting.spire import SpireDraft
+from spire_jax.drafting.strategy import Strategy
 from spire_jax.models.sampling import stream
 from spire_jax.models.sharding import constrain, replicated, shardings
-from spire_jax.models.spire import SpireDraft
 from spire_jax.models.transformer import Model, Params
-from spire_jax.training import losses
-
-
-class TrainBatch(NamedTuple):
-    """What a loss sees of a batch, on the device."""
-
-    tokens: Int[Array, "B T"]
-    targets: Int[Array, "B T"]  # the token after each
-    mask: Bool[Array, "B T"]  # False on padding
-
-
-class Lesson(NamedTuple):
-    """What the frozen target says of a batch; it serves memories, distillation and acceptance."""
-
-    p: Float[Array, "B T V"]  # its distribution of the next token
-    activations: dict[int, Float[Array, "B T D"]]  # y^l by l
-
 
 FIXED = ("head_ids",)  # a model's own parameters that no gradient reaches
-
-# Per-token loss in nats, and acceptance alpha where the target's distribution is at hand.
-LossFn = Callable[[Params, Lesson | None, TrainBatch], tuple[Float[Array, "B T"], Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +31,7 @@ class Task:
 
     name: str = dataclasses.field(compare=False)  # drafts that differ in name alone share a step
     model: Model
-    loss: LossFn
+    loss: Loss
     steps: int
     peak_lr: float
     flops_per_token: float  # of one training step, forward and backward, without the target's
@@ -93,7 +73,8 @@ def target_task(config: ExperimentConfig) -> Task:
     """The target on the hard target."""
     model, train = target_model(config, compute_for(config.train, config.train)), config.train
     flops = 3 * forward_flops(model, train.seq_len)
-    return Task("target", model, LossOf(model), train.steps, train.peak_lr, flops)
+    loss = DraftLoss(Strategy(model), "hard")
+    return Task("target", model, loss, train.steps, train.peak_lr, flops)
 
 
 def draft_task(config: ExperimentConfig, name: str) -> Task:
@@ -104,7 +85,7 @@ def draft_task(config: ExperimentConfig, name: str) -> Task:
     draft, train = config.draft(name), config.train
     drafting, k = strategy(config, name, compute_for(train, train)), trained_depth(config, name)
     rollout = draft.kind == "spire"
-    loss = LossOf(drafting.model, draft.loss, draft.omega, drafting.collect, k if rollout else 0)
+    loss = DraftLoss(drafting, draft.loss, draft.omega, k if rollout else 1)
     taught = rollout or draft.loss != "hard"
     return Task(
         name,
@@ -117,31 +98,6 @@ def draft_task(config: ExperimentConfig, name: str) -> Task:
         k=k if rollout else 1,
         reads=drafting.collect if taught else None,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class LossOf:
-    """A loss by value: equal settings are the same compiled step."""
-
-    model: Model
-    kind: str = "hard"
-    omega: float = 0.0
-    collect: tuple[int, ...] = ()
-    rollout: int = 0  # depth of SPIRe's rollouts; 0 = a plain forward pass
-
-    def __call__(self, params: Params, lesson: Lesson | None, batch: TrainBatch):
-        module = self.model.bind(params)
-        if self.rollout:
-            activations = tuple(lesson.activations[y] for y in self.collect) if lesson else ()
-            starts = np.arange(0, batch.tokens.shape[1], self.rollout)
-            logits = module.rollout(batch.tokens, activations, starts, self.rollout, in_head=True)
-            logits = logits.reshape(*batch.tokens.shape, -1)
-        else:
-            logits, _ = module.forward(batch.tokens, in_head=True)
-        p = None if lesson is None else lesson.p
-        if p is not None and self.model.config.head_tokens:
-            p = p[..., params["head_ids"]]
-        return losses.draft_loss(self.kind, self.omega, p, logits, batch.targets)
 
 
 def teacher(config: ExperimentConfig, tasks: Sequence[Task]) -> Teacher:
@@ -198,8 +154,8 @@ def forward_flops(model: Model, seq_len: int) -> float:
     weights = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes["blocks"]))
     if issubclass(model.module, SpireDraft):
         weights += 2 * 2 * c.n_layers * c.d_model * c.n_kv_heads * c.d_head
-    visible = (seq_len + 1) / 2
-    if c.window:
-        visible = min(visible, float(c.window + c.sink))
-    attention = 4 * c.n_layers * c.n_kv_heads * c.q_per_kv * c.d_head * visible
+    everything = (seq_len + 1) / 2
+    visible = sum(min(everything, view.window + view.sink) if view.window else everything
+                  for view in model.views)  # fmt: skip
+    attention = 4 * c.n_kv_heads * c.q_per_kv * c.d_head * visible
     return 2 * (weights + c.d_model * head_size(c)) + attention

@@ -62,10 +62,7 @@ def draft_loss(
     logits: Float[Array, "*rows V"],
     targets: Int[Array, "*rows"],
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"] | None]:
-    """Per-token loss, and alpha where `p` is given.
-
-    The loss is "hard", "distillation", or "mixed": omega distillation + (1 - omega)(-alpha).
-    """
+    """Per-token loss of a kind in `LOSSES`, and alpha where `p` is given."""
     if p is None:
         return cross_entropy(logits, targets), None
     distillation, alpha = compare(p, logits)
@@ -74,3 +71,10 @@ def draft_loss(
     if kind == "mixed":
         return omega * distillation - (1 - omega) * alpha, alpha
     return distillation, alpha
+
+
+LOSSES = {
+    "hard": "-log q of the text's next token",
+    "distillation": "-sum p log q",
+    "mixed": "omega distillation + (1 - omega)(-alpha)",
+}

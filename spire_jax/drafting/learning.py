@@ -1,0 +1,57 @@
+"""What a draft learns from: a batch, and the frozen target's lesson on it.
+
+A loss maps these to per-token values. Losses are compared by value: equal ones share a compiled
+step.
+"""
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+from jaxtyping import Array, Bool, Float, Int
+
+from spire_jax.drafting.losses import draft_loss
+from spire_jax.drafting.strategy import Strategy
+from spire_jax.models.transformer import Params
+
+
+class TrainBatch(NamedTuple):
+    """What a loss sees of a batch, on the device."""
+
+    tokens: Int[Array, "B T"]
+    targets: Int[Array, "B T"]  # the token after each
+    mask: Bool[Array, "B T"]  # False on padding
+
+
+class Lesson(NamedTuple):
+    """What the frozen target says of a batch; it serves memories, distillation and acceptance."""
+
+    p: Float[Array, "B T V"]  # its distribution of the next token
+    activations: dict[int, Float[Array, "B T D"]]  # y^l by l
+
+
+class Loss(Protocol):
+    """Per-token loss in nats, and acceptance alpha where the target's distribution is at hand."""
+
+    def __call__(
+        self, params: Params, lesson: Lesson | None, batch: TrainBatch
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftLoss:
+    """A strategy's teacher-forced predictions under one of the losses of method.md 3.4."""
+
+    strategy: Strategy
+    loss: str  # a key of losses.LOSSES
+    omega: float = 0.5  # weight of distillation in the mixed loss
+    k: int = 1  # depth of rollouts
+
+    def __call__(self, params, lesson, batch):
+        activations = ()
+        if lesson is not None:
+            activations = tuple(lesson.activations[y] for y in self.strategy.collect)
+        logits = self.strategy.predict(params, batch.tokens, activations, self.k)
+        p = None if lesson is None else lesson.p
+        if p is not None and self.strategy.model.config.head_tokens:
+            p = p[..., params["head_ids"]]
+        return draft_loss(self.loss, self.omega, p, logits, batch.targets)
