@@ -198,9 +198,7 @@ def _prefill(decoder: Decoder, weights: Weights, tokens, lengths, capacity: int)
         cache = empty_full(target.config, tokens.shape[0], capacity, target.compute)
     else:
         activations, keys_values = target.bind(weights.target).prefill(tokens, decoder.collect)
-        cache = tuple(
-            full_cache(*kv, capacity=capacity, compute=target.compute) for kv in keys_values
-        )
+        cache = tuple(full_cache(k, v, capacity, target.compute) for k, v in keys_values)
     if strategy is None:
         return cache, None
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

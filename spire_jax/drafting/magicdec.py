@@ -30,12 +30,13 @@ class StreamingDraft(SpireDraft):
         held = tuple(x[:, sinks] for x in keys_values)
         return near + self._old_sinks(view, q, held, positions, k_pos[sinks], limit)
 
-    def over_cache(self, i, q, cache, positions):
-        view, heads = self.views[i], q.shape[2::2]
-        near = cache.attend(q, positions, _without_sinks(view), self.compute, include_self=False)
-        at = jnp.broadcast_to(jnp.arange(view.sink), (q.shape[0], view.sink))
-        held = tuple(x.astype(q.dtype) for x in cache.entries(at, heads))
-        return [near, *self._old_sinks(view, q, held, positions, at, positions)]
+    def over_cache(self, i, q, cache, positions, *, include_self=True):
+        view, compute = _without_sinks(self.views[i]), self.compute
+        near = cache.attend(q, positions, view, compute, include_self=include_self)
+        sink = self.views[i].sink
+        at = jnp.broadcast_to(jnp.arange(sink), (q.shape[0], sink))
+        held = tuple(x.astype(q.dtype) for x in cache.entries(at, q.shape[2::2]))
+        return [near, *self._old_sinks(self.views[i], q, held, positions, at, positions)]
 
     def _old_sinks(self, view, q, keys_values, q_pos, k_pos, limit) -> list[Attended]:
         """Attention to the sinks that the window has left behind, if there are any."""
@@ -46,8 +47,13 @@ class StreamingDraft(SpireDraft):
         beyond = xp.minimum(limit, q_pos - view.window + 1)
         all_of_them = dataclasses.replace(view, window=0, sink=0)
         k, v = keys_values
-        return [attention(rope(q, -moved, self.config), k, v, q_pos, k_pos, all_of_them,
-                          limit=beyond, compute=self.compute)]  # fmt: skip
+        k, v = keys_values
+        return [
+            attention(
+                rope(q, -moved, self.config), k, v, q_pos, k_pos, all_of_them, limit=beyond,
+                compute=self.compute,
+            )
+        ]  # fmt: skip
 
 
 def _without_sinks(view):

@@ -31,7 +31,9 @@ class SelfDrafting(Strategy):
         return cache[layer].entries(positions, heads, rows)
 
     def step(self, params, state, target, tokens, positions):
-        return self.model.bind(params).step(state, tokens, positions)
+        # A drafted token's own memory is what it would be to the target: its layer's input.
+        logits, _, state = self.model.bind(params).extend(state, tokens, positions)
+        return logits[:, -1], state
 
     def commit(self, params, state, block):
         return tuple(

@@ -184,7 +184,7 @@ class SpireDraft(Transformer):
 
         def attend(i: int, block: Block, x: Array):
             q = block.queries(x, positions)
-            parts = self.over_cache(i, q, caches[i], positions)
+            parts = self.over_cache(i, q, caches[i], positions, include_self=False)
             if self.attend_self:
                 k, v = block.keys_values(x, positions)
                 parts.append(attention(q, k, v, positions, positions, self.views[i]))
@@ -203,13 +203,6 @@ class SpireDraft(Transformer):
         """Attention of layer i to keys and values of the target's tokens before `limit`."""
         return [attention(q, *keys_values, positions, k_pos, self.views[i], limit=limit,
                           compute=self.compute)]  # fmt: skip
-
-    def over_cache(
-        self, i: int, q: Array, cache: LayerCache, positions: Int[Array, "B 1"]
-    ) -> list[Attended]:
-        """Attention of layer i to all that is cached before `positions`."""
-        view, compute = self.views[i], self.compute
-        return [cache.attend(q, positions, view, compute, include_self=False)]
 
 
 class _Static:
@@ -279,7 +272,7 @@ class Spire(Strategy):
 
 
 def begin_windowed(
-    entries, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], view: View, k: int,
+    entries, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], view: View, room: int,
     capacity: int, compute: Compute,
 ) -> LayerCache:  # fmt: skip
     """A layer's cache over the first `lengths` of T prompt tokens, under its view.
@@ -288,14 +281,15 @@ def begin_windowed(
     sinks need is projected.
 
     Args:
-        entries: keys and values at positions [B, P] that are all within the prompt.
+        entries: of positions [B, P] that are all within the prompt: keys and values there.
+        room: drafted tokens that a ring has room for.
     """
     if not view.window:
-        at = jnp.tile(jnp.arange(tokens.shape[1]), (tokens.shape[0], 1))
-        return full_cache(*entries(at), capacity=capacity, compute=compute)
-    ring = view.window + k
-    _, at = ring_positions(lengths, view.sink, ring)
-    return ring_cache(*entries(at), sink=view.sink, ring=ring, compute=compute)
+        k, v = entries(jnp.tile(jnp.arange(tokens.shape[1]), (tokens.shape[0], 1)))
+        return full_cache(k, v, capacity, compute)
+    ring = view.window + room
+    k, v = entries(ring_positions(lengths, view.sink, ring)[1])
+    return ring_cache(k, v, view.sink, ring, compute)
 
 
 def _at(prompt: Processed, positions: Int[Array, "B P"]):

@@ -44,18 +44,18 @@ class Compute:
     # TPU that takes the heads, else XLA (on GPUs too, where no kernel of ours was measured yet).
     attention: str = AUTO
 
-    def kernel(self, head_dim: int, q_per_kv: int, softcap: float = 0.0) -> str:
+    def kernel(self, head_dim: int, q_per_kv: int, view: View = View()) -> str:
         """Which implementation of the kernels such heads get; "" = XLA.
 
         Raises:
             ValueError: a softcap, which no kernel has, with one that is asked for by name.
         """
         if self.attention == AUTO:
-            found = is_tpu() and not softcap and not unsupported_heads(head_dim, q_per_kv)
+            found = is_tpu() and not view.softcap and not unsupported_heads(head_dim, q_per_kv)
             return "tpu" if found else ""
         if self.attention == XLA:
             return ""
-        if softcap:
+        if view.softcap:
             raise ValueError(f"attention={self.attention!r}: the kernels have no softcap; use "
                              f"{AUTO!r} or {XLA!r}")  # fmt: skip
         return self.attention
@@ -109,7 +109,7 @@ def attention(
             target end before the block); None for no such limit.
     """
     static = isinstance(q_pos, np.ndarray) and isinstance(k_pos, np.ndarray)
-    kernel = compute.kernel(*q.shape[:2:-1], softcap=view.softcap) if static and k.shape[1] else ""
+    kernel = compute.kernel(q.shape[4], q.shape[3], view) if static and k.shape[1] else ""
     if kernel in TPU_KERNELS:
         positions: dict[str, Any] = dict(q_positions=q_pos, k_positions=k_pos, limits=limit)
         call = functools.partial(
@@ -146,7 +146,7 @@ def cached_attention(
     """
     last = positions[:, -1] if include_self else positions[:, 0] - 1
     k_pos = cache.held(last)
-    kernel = compute.kernel(*q.shape[:2:-1], softcap=view.softcap)
+    kernel = compute.kernel(q.shape[4], q.shape[3], view)
     if kernel and k_pos.ndim == 2 and q.shape[1] <= MAX_TOKENS:
         # Position j is in a slot no later than j, so that later ones hold nothing to be seen.
         lengths = jnp.clip(positions[:, -1] + 1, 0, cache.live)
@@ -206,6 +206,8 @@ def unpacked(x: Float[Array, "B S W"], kv_heads: int, head_dim: int) -> Float[Ar
 
 def merge_attention(parts):
     """One softmax over the keys of several `attention` results (out, log-sum-exp)."""
+    if len(parts) == 1:
+        return parts[0][0]
     top = jnp.max(jnp.stack([lse for _, lse in parts]), axis=0)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     weights = [jnp.exp(lse - top) for _, lse in parts]

@@ -12,8 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from spire_jax.config.schema import ModelConfig, head_size
-from spire_jax.models.attention import Compute, attention
-from spire_jax.models.caches import Caches, KeysValues, read_then_append
+from spire_jax.models.attention import Attended, Compute, attention, merge_attention
+from spire_jax.models.caches import Caches, KeysValues, LayerCache, read_then_append
 from spire_jax.models.layers import Block, RMSNorm, parameter, product, truncated_normal
 from spire_jax.models.masks import View
 from spire_jax.models.sharding import constrain
@@ -163,10 +163,23 @@ class Transformer(nnx.Module):
         def attend(i: int, block: Block, x: Array):
             q, cache = block.queries(x, positions), caches[i]
             cache = cache.append(positions, *block.keys_values(x, positions))
-            return cache.attend(q, positions, self.views[i], self.compute)[0], cache
+            return merge_attention(self.over_cache(i, q, cache, positions)), cache
 
         xs, left = self.run(self.embed(tokens), attend)
         return self.unembed(xs[-1][:, logits_from:]), tuple(xs[i] for i in collect), tuple(left)
+
+    def over_cache(
+        self,
+        i: int,
+        q: Float[Array, "B T K G H"],
+        cache: LayerCache,
+        positions: Int[Array, "B T"],
+        *,
+        include_self: bool = True,
+    ) -> list[Attended]:
+        """Attention of layer i over its cache, in parts that are one softmax."""
+        view, compute = self.views[i], self.compute
+        return [cache.attend(q, positions, view, compute, include_self=include_self)]
 
     def extend_prompt(
         self,
