@@ -130,8 +130,13 @@ def test_results_are_compared_by_all_that_made_them():
         section = getattr(config, part.name)
         old = getattr(section, field.name)
         more = ("spire", 0.5) if field.name in ("tau", "training_cost") else 1
-        new = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 0.5,
-               str: lambda v: v + "x", tuple: lambda v, more=more: (*v, more)}[type(old)](old)  # fmt: skip
+        new = {
+            bool: lambda v: not v,
+            int: lambda v: v + 1,
+            float: lambda v: v + 0.5,
+            str: lambda v: v + "x",
+            tuple: lambda v, more=more: (*v, more),
+        }[type(old)](old)
         other = dataclasses.replace(
             config, **{part.name: dataclasses.replace(section, **{field.name: new})}
         )
