@@ -32,8 +32,8 @@ def get_config() -> ml_collections.ConfigDict:
         vanilla=dict(kind="vanilla", n_layers=4, d_model=256, d_head=64, d_ff=2048, window=0,
                      init="random", loss="hard", steps=2604),
         spire=dict(kind="spire", n_layers=2, window=64, sink=1, steps=5208),
+        magicdec=dict(kind="magicdec", window=64, sink=1),
     )  # fmt: skip
-    config.magicdec = dict(window=64, sink=1)
     config.decode = dict(k=4)
     config.eval = dict(context_lengths=(256, 512, 960), output_length=64)
     config.throughput = dict(
@@ -45,9 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
         batch_size=64,
         context_length=512,
         # What the paper measured at context 512, over 64 output tokens.
-        tau_vanilla=2.647,
-        tau_magicdec=3.891,
-        tau_spire=3.401,
-        training_cost_spire=0.25,
+        tau=dict(vanilla=2.647, magicdec=3.891, spire=3.401),
+        training_cost=dict(spire=0.25),
     )
     return config

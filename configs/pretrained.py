@@ -17,14 +17,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.pretrained = {"path": "CHECKPOINT"}  # given on the command line
     config.drafts = {
         "spire": {
+            "kind": "spire",
             "n_layers": 4,
             "window": 64,
             "sink": 1,
             "share_embedding": True,
             "head_tokens": 8192,
         },
+        "magicdec": {"kind": "magicdec", "window": 64, "sink": 1},
     }
-    config.magicdec = {"evaluate": True, "window": 64, "sink": 1}
     config.continuations = {"rows": 1024}
     config.train = {
         "steps": 2000,

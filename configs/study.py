@@ -33,8 +33,8 @@ def get_config() -> ml_collections.ConfigDict:
         vanilla=dict(kind="vanilla", n_layers=4, d_model=64, d_head=32, d_ff=160, window=0,
                      init="random", loss="hard", steps=900),
         spire=dict(kind="spire", n_layers=2, window=64, sink=1, steps=900),
+        magicdec=dict(kind="magicdec", window=64, sink=1),
     )  # fmt: skip
-    config.magicdec = dict(evaluate=True, window=64, sink=1)
     config.study = dict(of="spire", trained_k=(8, 16), seeds=3, context_length=256, contexts=256)
     config.train = dict(steps=2400, batch_size=8, seq_len=512, k=4, checkpoint_every=200)
     # The paper's 256, 512 and 960 of 1024, halved: the longest with its output fills a sequence.

@@ -14,10 +14,11 @@ import sys
 from collections.abc import Sequence
 
 from spire_jax.config.files import command_line
-from spire_jax.config.schema import ExperimentConfig, identity, trained_depth
+from spire_jax.config.schema import ConfigError, ExperimentConfig
+from spire_jax.config.values import to_dict
 from spire_jax.pretrained.exported_draft import export_draft
-from spire_jax.run import ERRORS, Pipeline
 from spire_jax.training.tasks import draft_task
+from spire_jax.training.workdir import ERRORS, WorkDir
 
 
 def export(config: ExperimentConfig, workdir: str, name: str, out: str) -> str:
@@ -27,19 +28,23 @@ def export(config: ExperimentConfig, workdir: str, name: str, out: str) -> str:
         ConfigError: no such draft, or one that is not trained.
         PretrainedError: `out` holds something else.
     """
-    draft, pipeline = config.draft(name), Pipeline(config, workdir)
-    task, params = draft_task(config, name), pipeline.params(f"draft {name}")
+    draft = config.draft(name)
+    if name not in config.trained:
+        raise ConfigError(f"--draft={name}: of kind {draft.kind!r} nothing is trained, so that "
+                          f"there is nothing to export; name it in a config")  # fmt: skip
+    at = WorkDir(config, workdir)
+    task, params = draft_task(config, name), at.draft(name)
     own = {key: value for key, value in params.items() if key not in task.shared}
     trained_on = {
         "steps": task.steps,
-        "k": trained_depth(config, name),
+        "k": draft.rollout(config.train),
         "tokens": task.steps * config.train.batch_size * config.train.seq_len,
-        "train": identity(config.train),
-        "continuations": identity(config.continuations),
-        "corpus": pipeline.corpus.summary(),
+        "train": to_dict(config.train),
+        "continuations": to_dict(config.continuations),
+        "corpus": at.corpus.summary(),
     }
-    made = export_draft(out, own, draft, config.target, pipeline.target_sha256, trained_on)
-    return f"{made}: {name}, for the target {pipeline.target_sha256[:16]}"
+    made = export_draft(out, own, draft, config.target, at.target_sha256, trained_on)
+    return f"{made}: {name}, for the target {at.target_sha256[:16]}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,52 +12,36 @@ from other values are set aside under their own hash, since making them again is
 import argparse
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from spire_jax.config.files import command_line
-from spire_jax.config.identity import batch_seed, differences, plan
-from spire_jax.config.schema import (
-    ConfigError,
-    ExperimentConfig,
-    digest,
-    to_dict,
-)
-from spire_jax.data.pipeline import Dataset, WrittenRows, most_frequent, train_batches
-from spire_jax.data.sources import Corpus, DataError, load_corpus
-from spire_jax.decoding import DecodeError
-from spire_jax.models.sharding import check_mesh, make_mesh, shardings
+from spire_jax.config.identity import Stage, batch_seed
+from spire_jax.config.readers import STAGES
+from spire_jax.config.schema import ConfigError, ExperimentConfig
+from spire_jax.config.values import to_dict
+from spire_jax.data.pipeline import most_frequent, train_batches
+from spire_jax.decoding.build import for_decoding
 from spire_jax.models.transformer import Params
-from spire_jax.pretrained import PretrainedError
-from spire_jax.pretrained.checkpoint import open_checkpoint
-from spire_jax.results.evaluate import choose_contexts, evaluate, for_decoding
+from spire_jax.results.evaluate import choose_contexts, evaluate
 from spire_jax.results.records import ReportError
 from spire_jax.results.report import print_table, write_report
 from spire_jax.results.study import evaluate_study, study_config
 from spire_jax.results.study_report import print_study, write_study
 from spire_jax.storage.bucket import check_bucket, in_bucket, trouble, watch_the_end
-from spire_jax.storage.checkpoints import (
-    CheckpointError,
-    Checkpoints,
-    has_params,
-    load_params,
-    save_params,
-)
-from spire_jax.storage.metrics import MetricsError, write_whole
-from spire_jax.storage.paths import Place, cache_folder, free_bytes, locate, move_aside
+from spire_jax.storage.checkpoints import Checkpoints, save_params
+from spire_jax.storage.metrics import write_whole
+from spire_jax.storage.paths import free_bytes, locate
 from spire_jax.storage.processes import (
     PREEMPTED,
     Preempted,
-    ProcessError,
     add_arguments,
     by_first,
     check_alike,
@@ -69,8 +53,8 @@ from spire_jax.storage.processes import (
     say,
     start,
 )
-from spire_jax.training.continuations import read_continuations, write_continuations, written
-from spire_jax.training.loop import Learner, TrainingError, train
+from spire_jax.training.continuations import write_continuations, written
+from spire_jax.training.loop import Learner, train
 from spire_jax.training.tasks import (
     Task,
     Teacher,
@@ -80,34 +64,20 @@ from spire_jax.training.tasks import (
     stream_key,
     target_task,
     teacher,
-    with_shared,
 )
-
-ERRORS = (  # what a user can mend: shown without a traceback
-    ConfigError, DataError, CheckpointError, MetricsError, TrainingError, DecodeError, ReportError,
-    PretrainedError, ProcessError, OSError,
-)  # fmt: skip
-STAGES = ("target", "continuations", "drafts", "evaluate", "report", "study")
+from spire_jax.training.workdir import ERRORS, WorkDir
 
 
 class Pipeline:
     """The stages of one config in one work directory."""
 
     def __init__(self, config: ExperimentConfig, workdir: str | os.PathLike[str]):
-        self.config = config
-        self.workdir = locate(workdir)
+        self.config, self.at = config, WorkDir(config, workdir)
         self.console = Console(stderr=True)
-        self.mesh = make_mesh(config.mesh)
-        check_mesh(self.mesh, config)
-        self.corpus: Corpus = load_corpus(config.data, cache_folder(self.workdir))
-        self.dataset = Dataset(self.corpus, config.train.seq_len)
-        self.pretrained = open_checkpoint(path) if (path := config.pretrained.path) else None
-        of_target = self.target_sha256 if self.pretrained else ""
-        self.plan = plan(config, self.corpus.sha256, of_target)
 
     def run(self, stages: Sequence[str]) -> dict[str, Any] | None:
         """Run the stages named, in order; returns the report's summary if it was among them."""
-        names = [name for name, _ in self.config.trained]
+        names = list(self.config.trained)
         unknown = set(stages) - set(STAGES) - set(names)
         if unknown:
             raise ConfigError(f"--stages: unknown {sorted(unknown)}; there are {[*STAGES, *names]}")
@@ -119,11 +89,11 @@ class Pipeline:
         study = "study" in stages and self.config.study.of
         # What would fail after hours of training fails now.
         if "evaluate" in stages:
-            choose_contexts(self.config, self.corpus)
+            choose_contexts(self.config, self.at.corpus)
         if study:
-            choose_contexts(study_config(self.config), self.corpus)
+            choose_contexts(study_config(self.config), self.at.corpus)
         summary = None
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.at.mesh):
             if "target" in stages:
                 self.train_target()
             if "continuations" in stages:
@@ -143,75 +113,74 @@ class Pipeline:
         """Train the target, unless it is complete, or pretrained."""
         task = target_task(self.config)
         key = stream_key(self.config.seed, "init target")
-        jobs = {"target": (task, lambda: init_params(task.model, key, self.mesh))}
-        self._train(jobs, self.config.seed, None, None)
+        job = _Job(self.at.plan.target, task, lambda: init_params(task.model, key, self.at.mesh))
+        self._train([job], self.config.seed, None, None)
 
     def write_continuations(self) -> None:
         """Let the target write the rows that drafts are trained on besides text."""
-        stage, folder = "continuations", self.workdir / "continuations"
-        if not self.config.continuations.rows or self._continuations_left() == 0:
+        stage = self.at.plan.continuations
+        if stage is None or self._continuations_left() == 0:
             return
-        target, _ = for_decoding(self.config, self.params("target"), {})
-        write_continuations(self.config, target, self.corpus, folder, self.plan.stages[stage])
+        target, _ = for_decoding(self.config, self.at.target(), {})
+        write_continuations(self.config, target, self.at.corpus, self.at.place(stage), stage.values)
 
     def _continuations_left(self) -> int:
         """Rows that are still to be written."""
-        if not self.config.continuations.rows:
+        stage = self.at.plan.continuations
+        if stage is None:
             return 0
-        folder, values = self.workdir / "continuations", self.plan.stages["continuations"]
-        return self.config.continuations.rows - written(folder, values)
+        return self.config.continuations.rows - written(self.at.place(stage), stage.values)
 
     def _check_continuations(self, to_write: bool, drafts: Sequence[str]) -> None:
         """Fail before anything expensive: rows of another config, rows that drafts would miss."""
-        waiting = [name for name in drafts if not self._complete(f"draft {name}")]
+        waiting = self._untrained(drafts)
         left = self._continuations_left()
         if left and waiting and not to_write:
             raise ConfigError(
                 f"{left} of continuations.rows={self.config.continuations.rows} are not written in "
-                f"{self.workdir}; run --stages=continuations first"
+                f"{self.at.folder}; run --stages=continuations first"
             )
 
     def train_drafts(self, names: Sequence[str]) -> None:
         """Train drafts on the frozen target, those of the same batches together."""
-        names = [name for name in names if not self._complete(f"draft {name}")]
+        names = self._untrained(names)
         if not names:
             return
-        target = self.params("target")
-        rows, n_tokens = self.written_rows(), self.config.target.n_tokens
-        frequent = functools.partial(most_frequent, self.dataset, rows, n_tokens)
-        for seed in sorted({self.config.draft(name).seed for name in names}):
+        target, trained = self.at.target(), self.config.trained
+        rows, n_tokens = self.at.written_rows(), self.config.target.n_tokens
+        frequent = functools.partial(most_frequent, self.at.dataset, rows, n_tokens)
+        for seed in sorted({trained[name].seed for name in names}):
             tasks = {name: draft_task(self.config, name)
-                     for name in names if self.config.draft(name).seed == seed}  # fmt: skip
-            jobs = {
-                f"draft {name}": (task, functools.partial(
-                    initial_draft, self.config, name, task, target, self.mesh, frequent))
+                     for name in names if trained[name].seed == seed}  # fmt: skip
+            jobs = [
+                _Job(self.at.plan.drafts[name], task, functools.partial(
+                    initial_draft, self.config, name, task, target, self.at.mesh, frequent))
                 for name, task in tasks.items()
-            }  # fmt: skip
+            ]  # fmt: skip
             order = batch_seed(self.config.seed, seed)
             self._train(jobs, order, teacher(self.config, list(tasks.values())), target)
 
+    def _untrained(self, drafts: Sequence[str]) -> list[str]:
+        return [name for name in drafts if not self.at.trained(self.at.plan.drafts[name])]
+
     def _train(
-        self,
-        jobs: Mapping[str, tuple[Task, Callable[[], Params]]],
-        order: int,
-        taught_by: Teacher | None,
-        frozen: Params,
+        self, jobs: Sequence["_Job"], order: int, taught_by: Teacher | None, frozen: Params
     ) -> None:
-        """Train what is not complete of stage -> (task, its initial parameters)."""
-        jobs = {stage: job for stage, job in jobs.items() if not self._complete(stage)}
+        """Train what is not complete."""
+        jobs = [job for job in jobs if not self.at.trained(job.stage)]
         if not jobs:
             return
-        config, metrics = self.config.train, self.workdir / "metrics"
-        rows = self.written_rows() if frozen is not None else None
+        config, metrics, dataset = self.config.train, self.at.folder / "metrics", self.at.dataset
+        rows = self.at.written_rows() if frozen is not None else None
 
         def describe(example: int) -> str:
             if rows is not None and example >= rows.first_example:
                 return rows.describe(example)
-            return self.dataset.describe(example)
+            return dataset.describe(example)
 
         def batches(examples: int):
             return train_batches(
-                self.dataset,
+                dataset,
                 batch_size=config.batch_size,
                 seed=order,
                 start_example=examples,
@@ -224,164 +193,96 @@ class Pipeline:
 
         with contextlib.ExitStack() as stack:
             learners = []
-            for stage, (task, initial) in jobs.items():
-                checkpoints = stack.enter_context(
-                    Checkpoints(self._folder(stage) / "checkpoints", kept=config.checkpoints_kept,
-                                identity=self.plan.stages[stage])
-                )  # fmt: skip
-                path = metrics / f"{task.name}.jsonl"
-                events = self.workdir / "tensorboard" / task.name
+            for job in jobs:
+                checkpoints = stack.enter_context(self._checkpoints(job.stage))
+                path = metrics / f"{job.task.name}.jsonl"
+                events = self.at.folder / "tensorboard" / job.task.name
                 learner = Learner(
-                    task, config, self.mesh, initial, checkpoints, path, frozen, events
+                    job.task, config, self.at.mesh, job.initial, checkpoints, path, frozen, events
                 )
                 learners.append(stack.enter_context(learner))
-            train(learners, config, self.mesh, taught_by, frozen, batches, describe)
-        for stage, learner in zip(jobs, learners, strict=True):
-            save_params(self._folder(stage) / "params", learner.params, self.plan.stages[stage])
+            train(learners, config, self.at.mesh, taught_by, frozen, batches, describe)
+        for job, learner in zip(jobs, learners, strict=True):
+            save_params(self.at.place(job.stage) / "params", learner.params, job.stage.values)
 
-    def written_rows(self) -> WrittenRows | None:
-        """The target's continuations, where the config asks for them."""
-        if not self.config.continuations.rows:
-            return None
-        return read_continuations(self.workdir / "continuations", len(self.dataset))
-
-    def params(self, stage: str, target: Params = None) -> Params:
-        """The parameters of a finished stage, on the mesh; an error says what to run first.
-
-        `target` lends a draft what it shares with the target; it is loaded unless given.
-        """
-        task = (
-            target_task(self.config)
-            if stage == "target"
-            else draft_task(self.config, stage.removeprefix("draft "))
-        )
-        if not self._complete(stage):
-            name = "target" if stage == "target" else "drafts"
-            raise ConfigError(
-                f"{stage} is not trained in {self.workdir}; run --stages={name} first"
-            )
-        if stage == "target" and self.pretrained is not None:
-            return self.pretrained.load(task.model, self.mesh, self.config.pretrained.dtype)
-        abstract = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            task.model.shapes(),
-            shardings(self.mesh, task.model.axes()),
-        )
-        own = {name: value for name, value in abstract.items() if name not in task.shared}
-        params = load_params(self._folder(stage) / "params", own, self.plan.stages[stage])
-        if not task.shared:
-            return params
-        return with_shared(task, params, self.params("target") if target is None else target)
-
-    @functools.cached_property
-    def target_sha256(self) -> str:
-        """The hash of the target's weights: of its checkpoint, or of what was trained here."""
-        if self.pretrained is not None:
-            return self.pretrained.cached_sha256(cache_folder(self.workdir))
-        content = hashlib.sha256()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params("target")):
-            content.update(jax.tree_util.keystr(path).encode())
-            content.update(np.ascontiguousarray(leaf).tobytes())
-        return content.hexdigest()
+    def _checkpoints(self, stage: Stage) -> Checkpoints:
+        """CheckpointError where those that are there are another config's."""
+        kept = self.config.train.checkpoints_kept
+        return Checkpoints(self.at.place(stage) / "checkpoints", kept=kept, identity=stage.values)
 
     # --- evaluation and report -----------------------------------------------------------------
 
     def evaluate(self) -> None:
         """Evaluate every method, unless that is done."""
-        folder = self.workdir / "eval"
-        if self._current(folder, "evaluate"):
+        stage = self.at.plan.evaluate
+        if self.at.current(stage):
             return
-        target = self.params("target")
-        drafts = {name: self.params(f"draft {name}", target) for name, _ in self.config.drafts}
-        self._set_aside(folder, "evaluate")
-        evaluate(self.config, target, drafts, self.dataset, folder)
-        self._stamp(folder, "evaluate")
+        target = self.at.target()
+        drafts = {name: self.at.draft(name, target)
+                  for name, _ in self.config.drafts if name in self.config.trained}  # fmt: skip
+        self._set_aside(stage)
+        evaluate(self.config, target, drafts, self.at.dataset, self.at.place(stage))
+        self.at.stamp(stage)
 
     def report(self) -> dict[str, Any]:
         """Write the report, unless it is there; returns its summary."""
-        folder = self.workdir / "report"
-        if not self._current(self.workdir / "eval", "evaluate"):
-            raise ConfigError(f"{self.workdir / 'eval'} holds no evaluation of this config; run "
-                              f"--stages=evaluate first")  # fmt: skip
-        if not self._current(folder, "report") and is_first():
-            self._set_aside(folder, "report")
-            write_report(self.workdir, self.config, stages=self.plan.hashes)
-            self._stamp(folder, "report")
+        plan = self.at.plan
+        if not self.at.current(plan.evaluate):
+            raise ConfigError(f"{self.at.place(plan.evaluate)} holds no evaluation of this config; "
+                              f"run --stages=evaluate first")  # fmt: skip
+        if not self.at.current(plan.report) and is_first():
+            self._set_aside(plan.report)
+            write_report(self.at.folder, self.config, stages=plan.hashes)
+            self.at.stamp(plan.report)
         of_first(True)  # it is there
-        return json.loads((folder / "summary.json").read_text())
+        return json.loads((self.at.place(plan.report) / "summary.json").read_text())
 
     def study(self) -> None:
         """Evaluate every variant and write what the study found, unless it is there."""
-        folder = self.workdir / "study"
-        if not self._current(folder, "study"):
-            target = self.params("target")
-            drafts = {name: self.params(f"draft {name}", target)
-                      for name, _ in self.config.trained}  # fmt: skip
-            self._set_aside(folder, "study")
-            evaluate_study(self.config, target, drafts, self.dataset, folder)
+        stage = self.at.plan.study
+        assert stage is not None  # `run` asks whether the config names one
+        folder = self.at.place(stage)
+        if not self.at.current(stage):
+            target = self.at.target()
+            drafts = {name: self.at.draft(name, target) for name in self.config.trained}
+            self._set_aside(stage)
+            evaluate_study(self.config, target, drafts, self.at.dataset, folder)
             if is_first():
                 write_study(self.config, folder)
-            self._stamp(folder, "study")
+            self.at.stamp(stage)
         if is_first():
             print_study(folder, Console(stderr=False))
 
-    # --- what is in the work directory ---------------------------------------------------------
-
-    def _folder(self, stage: str) -> Place:
-        draft = stage.removeprefix("draft ")
-        return self.workdir / "target" if stage == "target" else self.workdir / "drafts" / draft
-
-    def _complete(self, stage: str) -> bool:
-        """Whether a training stage is finished; CheckpointError if it is another config's."""
-        if stage == "target" and self.pretrained is not None:
-            return True
-        folder = self._folder(stage) / "params"
-        if not has_params(folder):
-            return False
-        load_params(folder, None, self.plan.stages[stage], check_only=True)
-        return True
-
-    def _current(self, folder: Place, stage: str) -> bool:
-        stamp = folder / "identity.json"
-        return of_first(stamp.exists() and json.loads(stamp.read_text()) == self.plan.stages[stage])
-
-    def _stamp(self, folder: Place, stage: str) -> None:
-        write_whole(folder / "identity.json", json.dumps(self.plan.stages[stage], indent=1))
-
-    def _set_aside(self, folder: Place, stage: str) -> None:
-        """Move results of other values out of the way, under the hash of those values."""
-        stamp = folder / "identity.json"
-        if not is_first() or not stamp.exists():
-            return
-        old = json.loads(stamp.read_text())
-        kept = folder.with_name(f"{folder.name}-{digest(old)}")
-        move_aside(folder, kept, stamp.name)  # over one of the same values: the same results
-        changed = differences(old, self.plan.stages[stage])
-        self.console.print(f"{folder.name}/ was made with {changed}; kept as {kept.name}/")
+    def _set_aside(self, stage: Stage) -> None:
+        if said := self.at.set_aside(stage):
+            self.console.print(said)
 
     def _check_workdir(self, with_target: bool, drafts: Sequence[str]) -> None:
         """Fail before anything expensive: identities, and room on the disk."""
-        wanted = [*(["target"] if with_target else []), *(f"draft {name}" for name in drafts)]
+        plan, config = self.at.plan, self.config
+        wanted = [(plan.target, target_task(config))] if with_target else []
+        wanted += [(plan.drafts[name], draft_task(config, name)) for name in drafts]
         need = 0
-        for stage in wanted:
-            if self._complete(stage):
-                continue
-            with Checkpoints(
-                self._folder(stage) / "checkpoints",
-                kept=self.config.train.checkpoints_kept,
-                identity=self.plan.stages[stage],
-            ):
-                pass
-            task = (target_task(self.config) if stage == "target"
-                    else draft_task(self.config, stage.removeprefix("draft ")))  # fmt: skip
-            copies = 3 * (self.config.train.checkpoints_kept + 1) + 1
-            need += 4 * task.model.count() * copies
-        free = free_bytes(self.workdir)
+        for stage, task in wanted:
+            if not self.at.trained(stage):
+                with self._checkpoints(stage):
+                    pass
+                copies = 3 * (config.train.checkpoints_kept + 1) + 1
+                need += 4 * task.model.count() * copies
+        free = free_bytes(self.at.folder)
         if need > free:
             raise ConfigError(
-                f"--workdir={self.workdir} has {free / 1e9:.2f} GB free, but checkpoints need "
+                f"--workdir={self.at.folder} has {free / 1e9:.2f} GB free, but checkpoints need "
                 f"about {need / 1e9:.2f} GB; free some, or lower train.checkpoints_kept"
             )
+
+
+class _Job(NamedTuple):
+    """What is to be trained."""
+
+    stage: Stage
+    task: Task
+    initial: Callable[[], Params]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -401,12 +302,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             if in_bucket(workdir := locate(args.workdir)):
                 by_first(functools.partial(check_bucket, workdir))
             pipeline = Pipeline(config, args.workdir)
-            check_alike({"data": pipeline.corpus.sha256, "stages": pipeline.plan.hashes})
-            with only_one(pipeline.workdir):
+            check_alike({"data": pipeline.at.corpus.sha256, "stages": pipeline.at.plan.hashes})
+            with only_one(pipeline.at.folder):
                 values = json.dumps(to_dict(config), indent=1)
-                write_whole(pipeline.workdir / "config.json", values)
+                write_whole(pipeline.at.folder / "config.json", values)
                 summary = pipeline.run([s for s in args.stages.split(",") if s])
-    except ERRORS as error:
+    except (*ERRORS, ReportError) as error:
         nameless = isinstance(error, OSError) and error.filename is None
         where = f" (work directory: {args.workdir})" if nameless else ""
         say(f"error: {error}{where}")
@@ -427,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if summary is not None and is_first():
         console = Console()
         print_table(summary, console)
-        console.print(f"report: {pipeline.workdir / 'report' / 'index.html'}", soft_wrap=True)
+        console.print(f"report: {pipeline.at.folder / 'report' / 'index.html'}", soft_wrap=True)
     return 0
 
 

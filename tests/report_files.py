@@ -25,12 +25,13 @@ def experiment(**evaluation) -> schema.ExperimentConfig:
             "spire": dict(kind="spire", n_layers=2, window=32, sink=1),
             "vanilla": dict(kind="vanilla", n_layers=2, d_model=64, n_kv_heads=2, d_ff=192,
                             window=0, init="random", loss="hard"),
+            "magicdec": dict(kind="magicdec", window=32, sink=1),
         },
         "train": dict(steps=300, seq_len=256, k=K),
         "decode": dict(k=K),
         "eval": dict(context_lengths=LENGTHS, bootstrap=300) | evaluation,
     }  # fmt: skip
-    return files.build(files.defaults(values))
+    return files.build(values)
 
 
 def write_lines(path: pathlib.Path, rows) -> None:

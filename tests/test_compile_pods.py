@@ -40,9 +40,10 @@ from spire_jax.models.sharding import make_mesh
 SMALL = [
     "target.n_layers=2", "target.d_model=32", "target.n_kv_heads=4", "target.d_head=32",
     "target.d_ff=64", "target.n_tokens=968", "drafts.spire.n_layers=1", "drafts.spire.window=38",
+    "drafts.magicdec.window=38",
     "train.batch_size=8", "train.seq_len=64", "throughput.batch_size=8",
     "throughput.context_length=90", "eval.output_length=10", "eval.context_lengths=50",
-    "decode.k=1", "throughput.tau_vanilla=0", "throughput.tau_magicdec=0", "throughput.tau_spire=0",
+    "decode.k=1", "throughput.tau.vanilla=0", "throughput.tau.magicdec=0", "throughput.tau.spire=0",
 ]  # fmt: skip
 ON_TPU = [*SMALL, "target.d_head=128", "decode.dtype=bfloat16"]
 ROWS, VOCAB, WIDTH, RING = 8, 968, 90 + 10 + 1, 1 + 38 + 1

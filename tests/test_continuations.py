@@ -13,8 +13,8 @@ from spire_jax.config.identity import plan
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError
 from spire_jax.data.pipeline import Dataset, WrittenRows, train_batches
 from spire_jax.decoding import Weights, generate
+from spire_jax.decoding.build import make_decoder
 from spire_jax.models.sampling import Sampling
-from spire_jax.results.evaluate import make_decoder
 from spire_jax.training import continuations
 from spire_jax.training.continuations import (
     fitting,
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 VALUES = {
     "target": {"n_layers": 1, "d_model": 16, "n_kv_heads": 1, "d_head": 8, "d_ff": 16},
-    "drafts": {"spire": {"n_layers": 1, "window": 8}},
+    "drafts": {"spire": {"kind": "spire", "n_layers": 1, "window": 8}},
     "train": {"steps": 4, "batch_size": 4, "seq_len": 24, "k": 4},
     "eval": {"context_lengths": (8,), "output_length": 4},
     "continuations": {"rows": 5, "prompt": 8, "batch_size": 2, "temperature": 0.9},
@@ -39,7 +39,7 @@ IDENTITY = {"of": "a test"}
 
 def experiment(**values):
     sections = VALUES | {"continuations": VALUES["continuations"] | values}
-    return files.build(files.defaults(sections))
+    return files.build(sections)
 
 
 @pytest.fixture(scope="module")

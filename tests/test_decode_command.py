@@ -17,13 +17,15 @@ from rich.console import Console
 
 from spire_jax.config.schema import (
     ConfigError,
-    DraftConfig,
     ExperimentConfig,
-    MagicDecConfig,
     ModelConfig,
     StudyConfig,
 )
 from spire_jax.data.tokenizer import ByteTokenizer
+from spire_jax.drafting.magicdec import MagicDecOptions
+from spire_jax.drafting.snapkv import SnapKvOptions
+from spire_jax.drafting.spire import SpireOptions
+from spire_jax.drafting.vanilla import VanillaOptions
 from spire_jax.models.sharding import MESH_AXES, make_mesh
 from spire_jax.serving import command, loading
 from spire_jax.serving.batching import Server, Serving
@@ -275,18 +277,21 @@ def test_resumption_keeps_the_shapes(run, tmp_path, monkeypatch):
 
 CONFIG = ExperimentConfig(
     target=ModelConfig(vocab_size=264, n_tokens=257),
-    drafts=(("long", DraftConfig()), ("plain", DraftConfig(kind="vanilla", window=0))),
-    magicdec=MagicDecConfig(window=4),
-)
+    drafts=(("long", SpireOptions()), ("plain", VanillaOptions(window=0)),
+            ("sparse", MagicDecOptions()), ("chosen", SnapKvOptions())),
+)  # fmt: skip
 
 
 def test_methods_by_name_and_by_kind():
-    assert [method_name(CONFIG, m) for m in ("long", "plain", "spire", "vanilla")] == [
-        "long", "plain", "long", "plain",
+    asked = ("long", "plain", "spire", "vanilla", "magicdec", "autoregressive")
+    assert [method_name(CONFIG, method) for method in asked] == [
+        "long", "plain", "long", "plain", "sparse", "autoregressive",
     ]  # fmt: skip
-    for own in ("autoregressive", "magicdec"):
-        assert method_name(CONFIG, own) == own
-    two = dataclasses.replace(CONFIG, drafts=(*CONFIG.drafts, ("wide", DraftConfig())))
+    one = dataclasses.replace(CONFIG, drafts=CONFIG.drafts[:1])
+    assert method_name(one, None) == "long"
+    with pytest.raises(ConfigError, match=r"--method=: the config has 4 drafts; choose from"):
+        method_name(CONFIG, None)
+    two = dataclasses.replace(CONFIG, drafts=(*CONFIG.drafts, ("wide", SpireOptions())))
     with pytest.raises(ConfigError, match="--method=spire: the config has 2 drafts of this kind"):
         method_name(two, "spire")
     with pytest.raises(ConfigError, match=r"--method=eagle: unknown; choose from \['long'"):
@@ -297,7 +302,6 @@ def test_methods_by_name_and_by_kind():
     "method, options, message",
     [
         ("snapkv", {}, "it selects over a whole prompt"),
-        ("magicdec", {}, "magicdec.window=4 must be above k"),
         ("spire", {"top_p": 1.5}, "decode.top_p=1.5 must lie"),
         ("spire", {"temperature": -1.0}, "decode.temperature=-1.0 is negative"),
     ],
@@ -315,21 +319,20 @@ def test_an_exported_draft_is_the_method_whatever_its_kind(monkeypatch):
     """And a study of a draft of the config is none of it."""
     found = []
 
-    def checked(config, method, args):
-        found.append(method_name(config, method))
+    def checked(config, method):
+        found.append((method, [name for name, _ in config.drafts]))
         raise ConfigError("enough")
 
     exported = types.SimpleNamespace(draft=CONFIG.drafts[1][1])
     monkeypatch.setattr(loading, "_Target", lambda *_: types.SimpleNamespace(sha256=""))
     monkeypatch.setattr(loading, "import_draft", lambda *_: exported)
-    monkeypatch.setattr(loading, "_check_method", checked)
+    monkeypatch.setattr(loading, "method_name", checked)
     config = dataclasses.replace(CONFIG, study=StudyConfig(of="long", ablations=""))
-    for draft in ("folder", None):
-        args = argparse.Namespace(method=None, workdir="nowhere", draft=draft, ignore_eos=False,
-                                  temperature=None, top_k=None, top_p=None)  # fmt: skip
-        with pytest.raises(ConfigError, match="enough"):
-            load_for_decoding(args, config)
-    assert found == ["exported", "long"]
+    args = argparse.Namespace(method=None, workdir="nowhere", draft="folder", ignore_eos=False,
+                              temperature=None, top_k=None, top_p=None)  # fmt: skip
+    with pytest.raises(ConfigError, match="enough"):
+        load_for_decoding(args, config)
+    assert found == [("exported", ["exported"])]
 
 
 # --- interactive -------------------------------------------------------------------------------

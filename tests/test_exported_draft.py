@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 from models import TINY
 
-from spire_jax.config.schema import DraftConfig, draft_model
+from spire_jax.config.registry import DRAFT_KINDS
+from spire_jax.config.schema import TrainedOptions
+from spire_jax.drafting.spire import SpireOptions
 from spire_jax.pretrained import PretrainedError, exported_draft
 from spire_jax.pretrained.exported_draft import export_draft, import_draft
 
 TARGET, SHA = dataclasses.replace(TINY, rope_base=500000.0), "a" * 64
-DRAFT = DraftConfig(n_layers=2, window=6, d_ff=24)
+DRAFT = SpireOptions(n_layers=2, window=6, d_ff=24)
 TRAINED_ON = {"text": "a folder", "steps": 12, "loss": 2.5}
 FILES = {"config.json", "model.safetensors"}
 
@@ -53,7 +56,7 @@ def test_round_trip(tmp_path):
     assert [p.name for p in folder.parent.iterdir()] == ["draft"]
     found = import_draft(folder, SHA)
     assert (found.draft, found.target, found.trained_on) == (DRAFT, TARGET, TRAINED_ON)
-    assert found.model == draft_model(TARGET, DRAFT)
+    assert found.model == DRAFT.model(TARGET)
     loaded, expected = found.load(shapes(params())), params()
     assert jax.tree.structure(loaded) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
@@ -142,9 +145,15 @@ CONFIGS = {
     "no key": (lambda c: c.pop("leaves"), "leaves missing; export the draft again"),
     "draft's key": (lambda c: c["draft"].update(heads=1), "unknown key draft.heads; "),
     "target's key": (lambda c: c["target"].update(moe=1), "unknown key target.moe; "),
-    "type": (lambda c: c["draft"].update(window="6"), "draft.window='6' should be of type int"),
-    "bool": (lambda c: c["target"].update(tied=0), "target.tied=0 should be of type bool"),
+    "type": (lambda c: c["draft"].update(window="6"), "draft.window='6' should be int"),
+    "bool": (lambda c: c["target"].update(tied=0), "target.tied=0 should be bool"),
     "no object": (lambda c: c.update(draft=[]), "draft must be an object"),
+    "no kind": (lambda c: c["draft"].pop("kind"), "draft must be an object with its kind"),
+    "unknown kind": (lambda c: c["draft"].update(kind="os"), "draft.kind: unknown draft kind 'os'"),
+    "unknown family": (
+        lambda c: c["target"].update(family="rwkv"),
+        "target.family: unknown model fam",
+    ),
     "contradiction": (lambda c: c["draft"].update(d_ff=16), "`model` is not what follows"),
     "target's sizes": (lambda c: c["target"].update(d_head=4), "`model` is not what follows"),
     "data": (lambda c: c.update(trained_on=1), "trained_on must be an object"),
@@ -173,6 +182,38 @@ def test_later_field(tmp_path):
     del config["draft"]["omega"]
     (folder / "config.json").write_text(json.dumps(config))
     assert import_draft(folder, SHA).draft == DRAFT
+
+
+@dataclasses.dataclass(frozen=True)
+class OddOptions(TrainedOptions):
+    kind: str = "odd"
+    depths: tuple[int, ...] = ()
+    words: tuple[str, ...] = ("a",)
+    weights: tuple[tuple[str, float], ...] = ()
+
+
+def test_any_option_of_any_kind_is_carried(tmp_path, monkeypatch):
+    """Lists and mappings too; without the module that registers the kind the draft is refused."""
+    draft = OddOptions(n_layers=2, depths=(1, 4), words=("x", "y"), weights=(("b", 0.5), ("a", 1)))
+    folder = export(tmp_path / "draft", draft=draft)
+    with pytest.raises(PretrainedError, match=r"kind 'odd'.* the module that registers it in `plu"):
+        import_draft(folder, SHA)
+    monkeypatch.setattr(DRAFT_KINDS, "_found", DRAFT_KINDS.items() | {"odd": OddOptions})
+    found = import_draft(folder, SHA).draft
+    assert found == draft and hash(found) == hash(draft)
+
+
+def test_an_import_runs_no_code(tmp_path, monkeypatch):
+    """Whatever the file names: a kind is looked up, never imported."""
+    (tmp_path / "trap.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = export(tmp_path / "draft")
+    config = json.loads((folder / "config.json").read_text())
+    for more in ({"plugins": ["trap"]}, {"draft": config["draft"] | {"kind": "trap"}}):
+        (folder / "config.json").write_text(json.dumps(config | more))
+        with pytest.raises(PretrainedError, match="unknown"):
+            import_draft(folder, SHA)
+    assert "trap" not in sys.modules
 
 
 def test_not_there(tmp_path):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from models import SINK, TINY, WINDOW, computed_by, init, pair, ragged, texts
 
-from spire_jax.config.schema import DraftConfig, ExperimentConfig, TrainConfig
+from spire_jax.config.schema import ExperimentConfig, TrainConfig
 from spire_jax.decoding import generate
+from spire_jax.drafting.spire import SpireOptions
+from spire_jax.drafting.vanilla import VanillaOptions
 from spire_jax.models.sampling import Sampling
 from spire_jax.training.tasks import TrainBatch, draft_task, target_task, teach, teacher
 
@@ -61,11 +63,8 @@ def test_sampled_decoding():
 )
 def test_training(name, remat):
     """Loss and gradients of a step, a rollout of every fourth token included."""
-    draft = DraftConfig(n_layers=1, window=WINDOW, sink=SINK)
-    drafts = (
-        ("spire", draft),
-        ("vanilla", dataclasses.replace(draft, kind="vanilla", loss="hard")),
-    )
+    sizes: dict = {"n_layers": 1, "window": WINDOW, "sink": SINK}
+    drafts = (("spire", SpireOptions(**sizes)), ("vanilla", VanillaOptions(loss="hard", **sizes)))
     rows = jnp.asarray(texts(2, 25))
     batch = TrainBatch(rows[:, :-1], rows[:, 1:], jnp.ones((2, 24), bool))
     found = []

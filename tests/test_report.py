@@ -112,13 +112,29 @@ def test_intervals_cover_the_truth():
 
 def test_paired_difference_is_narrower_than_the_intervals_and_signed(summary):
     pairs = summary["paired_differences"]
-    assert set(pairs) == {"spire - vanilla", "spire - magicdec", "vanilla - magicdec"}
+    assert set(pairs) == {"magicdec - spire", "magicdec - vanilla", "spire - vanilla"}
     pair, methods = pairs["spire - vanilla"], summary["methods"]
     assert pair["difference"] == pytest.approx(methods["spire"]["tau"] - methods["vanilla"]["tau"])
     assert pair["resolved"] and pair["ci95"][0] < pair["difference"] < pair["ci95"][1]
     widths = [np.diff(methods[m]["tau_ci95"])[0] for m in ("spire", "vanilla")]
     assert np.diff(pair["ci95"])[0] < np.hypot(*widths)
-    assert pairs["vanilla - magicdec"]["difference"] < 0
+    assert pairs["magicdec - vanilla"]["difference"] > 0
+
+
+@pytest.mark.parametrize("own, train, expected", [(0, 4, False), (0, 2, True), (2, 4, True),
+                                                  (8, 2, False)])  # fmt: skip
+def test_depths_beyond_what_a_draft_was_trained_to_are_extrapolated(own, train, expected, tmp_path):
+    """By the draft's own rollout depth, where it has one; others are trained to no depth."""
+    config = experiment()
+    drafts = tuple((name, dataclasses.replace(draft, k=own) if name == "spire" else draft)
+                   for name, draft in config.drafts)  # fmt: skip
+    config = dataclasses.replace(
+        config, drafts=drafts, train=dataclasses.replace(config.train, k=train)
+    )
+    methods = report.summarize(fill(tmp_path), config, stages=STAGES)["methods"]
+    assert {name for name, row in methods.items() if row["extrapolated"]} == (
+        {"spire"} if expected else set()
+    )
 
 
 def test_equal_methods_are_not_resolved(tmp_path):

@@ -20,22 +20,21 @@ def _small(
     magicdec: dict[str, int] | None = None, **throughput_values: float
 ) -> schema.ExperimentConfig:
     """Sizes so small that costs can be counted by hand."""
-    full = files.defaults(
+    return files.build(
         {
             "target": {"n_layers": 3, "d_model": 5, "n_kv_heads": 2, "q_per_kv": 2, "d_head": 4,
                        "d_ff": 7, "n_tokens": 16},
             "drafts": {
-                "spire": {"n_layers": 1, "window": 6, "sink": 2},
+                "spire": {"kind": "spire", "n_layers": 1, "window": 6, "sink": 2},
                 "vanilla": {"kind": "vanilla", "n_layers": 1, "d_model": 3, "init": "random",
                             "window": 0, "loss": "hard"},
                 "sparse": {"kind": "vanilla", "n_layers": 1, "window": 6, "sink": 2},
+                "magicdec": {"kind": "magicdec", **(magicdec or {})},
             },
             "decode": {"k": 3},
             "throughput": throughput_values,
-            "magicdec": magicdec or {},
         }
     )  # fmt: skip
-    return files.build(full)
 
 
 # Of `_small`, by hand: body parameters, elements of a cached token, unembedding.
@@ -102,7 +101,7 @@ _MUTANTS = {
     "window of a quarter": ("context // 8", "context // 4"),
     "window beyond the context": ("min(context, self.window)", "self.window"),
     "dense draft is sparse": ("return context\n", "return context // 8\n"),
-    "free memory projection": ("if memory:", "if False:"),
+    "free memory projection": ("if projects_twice:", "if False:"),
     "memory projected once for keys and values": (
         "flops += 2 * batch * tokens * row",
         "flops += batch * tokens * row",

@@ -20,8 +20,8 @@ def _toy() -> schema.ExperimentConfig:
     """Sizes so small that costs can be counted by hand, and that 2 and 4 chips divide."""
     sizes = {"n_layers": 3, "d_model": 5, "n_kv_heads": 2, "q_per_kv": 2, "d_head": 4, "d_ff": 8,
              "n_tokens": 16}  # fmt: skip
-    spire = {"n_layers": 1, "window": 6, "sink": 2}
-    full = files.defaults(
+    spire = {"kind": "spire", "n_layers": 1, "window": 6, "sink": 2}
+    return files.build(
         {
             "target": sizes,
             "drafts": {
@@ -29,13 +29,12 @@ def _toy() -> schema.ExperimentConfig:
                 "shared": {**spire, "share_embedding": True},
                 "vanilla": {"kind": "vanilla", "n_layers": 1, "d_model": 3, "init": "random",
                             "window": 0, "loss": "hard"},
+                "magicdec": {"kind": "magicdec", "window": 6, "sink": 2},
             },
-            "magicdec": {"window": 6, "sink": 2},
             "decode": {"k": 3},
             "throughput": {"weight_bytes": 2.0, "cache_bytes": 0.5},
         }
     )  # fmt: skip
-    return files.build(full)
 
 
 TOY = _toy()

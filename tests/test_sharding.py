@@ -26,13 +26,13 @@ from models import SINK, TINY, WINDOW, computed_by, init, pair, ragged, texts
 
 from spire_jax.config.schema import (
     ConfigError,
-    DraftConfig,
     ExperimentConfig,
     MeshConfig,
     TrainConfig,
 )
 from spire_jax.decoding import Weights, generate
 from spire_jax.drafting.pruning import prune
+from spire_jax.drafting.spire import SpireOptions
 from spire_jax.models.attention import Compute, attention
 from spire_jax.models.sharding import check_mesh, constrain, make_mesh, shardings, spec
 from spire_jax.models.transformer import Model, Transformer
@@ -56,7 +56,7 @@ SMALL = dataclasses.replace(TINY, n_layers=2)  # few layers and depths: compilin
 WIDE = dataclasses.replace(SMALL, d_head=32)  # heads that the kernels take
 CONFIG = ExperimentConfig(
     target=SMALL,
-    drafts=(("spire", DraftConfig(n_layers=1, window=WINDOW, sink=SINK)),),
+    drafts=(("spire", SpireOptions(n_layers=1, window=WINDOW, sink=SINK)),),
     train=TrainConfig(batch_size=8, seq_len=16, k=2),
 )
 K, BUDGET = 2, 14
@@ -78,7 +78,7 @@ BAD: dict[str, tuple[MeshConfig, dict[str, Any]]] = {
     "target.d_model=36 is not a multiple of mesh.fsdp=8": (
         MeshConfig(data=1, fsdp=8), dict(target=dataclasses.replace(TINY, d_model=36))),
     "drafts.spire.d_ff=25 is not a multiple of mesh.tensor=2": (
-        MeshConfig(tensor=2), dict(drafts=(("spire", DraftConfig(d_ff=25)),))),
+        MeshConfig(tensor=2), dict(drafts=(("spire", SpireOptions(d_ff=25)),))),
 }  # fmt: skip
 
 

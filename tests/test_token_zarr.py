@@ -307,7 +307,7 @@ def test_training_reads_arrays_and_knows_them(tmp_path, capsys):
     small = {"target.n_layers": 1, "target.d_model": 16, "target.n_kv_heads": 1, "target.d_head": 8,
              "target.d_ff": 16, "train.steps": 4, "train.batch_size": 4, "train.seq_len": 32,
              "train.log_every": 1, "eval.context_lengths": 16, "eval.output_length": 8,
-             "eval.contexts": 8, "magicdec.window": 6, "drafts.spire.n_layers": 1,
+             "eval.contexts": 8, "drafts.magicdec.window": 6, "drafts.spire.n_layers": 1,
              "drafts.spire.window": 8, "drafts.vanilla.n_layers": 1}  # fmt: skip
     flags = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'work'}", "--stages=target",
              *(f"--config.{key}={value}" for key, value in small.items())]  # fmt: skip

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIZES: dict[str, dict] = {
     "target": {"n_layers": 2, "d_model": 16, "n_kv_heads": 2, "d_head": 8, "d_ff": 24},
     "drafts": {
-        "spire": {"n_layers": 1, "window": 8},
+        "spire": {"kind": "spire", "n_layers": 1, "window": 8},
         "vanilla": {
             "kind": "vanilla",
             "n_layers": 1,
@@ -66,7 +66,7 @@ SIZES: dict[str, dict] = {
 
 def experiment(**train_values) -> schema.ExperimentConfig:
     values = SIZES | {"train": SIZES["train"] | train_values}
-    return files.build(files.defaults(values))
+    return files.build(values)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from models import SINK, TINY, WINDOW, init, target, texts
 
-from spire_jax.config.schema import DraftConfig, ModelConfig, body_parameters, draft_model
-from spire_jax.drafting.spire import SpireDraft
+from spire_jax.config.schema import ModelConfig, body_parameters
+from spire_jax.drafting.spire import SpireDraft, SpireOptions
+from spire_jax.drafting.vanilla import VanillaOptions
 from spire_jax.models.attention import Compute
 from spire_jax.models.caches import empty_full, empty_ring
 from spire_jax.models.transformer import Model, Transformer
@@ -30,14 +31,14 @@ LLAMA = dataclasses.replace(TARGET, n_layers=80, d_model=8192, q_per_kv=8, d_ff=
 # method.md section 2: model, config, class of the draft, body parameters
 TABLE = [
     ("target 67M", TARGET, Transformer, 67_117_056),
-    ("vanilla draft", draft_model(TARGET, DraftConfig(
-        kind="vanilla", n_layers=4, d_model=256, d_head=64, d_ff=2048, window=0)),
+    ("vanilla draft", VanillaOptions(
+        n_layers=4, d_model=256, d_head=64, d_ff=2048, window=0).model(TARGET),
      Transformer, 8_390_656),
-    ("SPIRe draft", draft_model(TARGET, DraftConfig()), SpireDraft, 16_779_264),
+    ("SPIRe draft", SpireOptions().model(TARGET), SpireDraft, 16_779_264),
     ("Llama 3 70B", LLAMA, Transformer, 68_452_352_000),
     ("Llama 3 8B", dataclasses.replace(LLAMA, n_layers=32, d_model=4096, q_per_kv=4, d_ff=14336),
      Transformer, 6_979_584_000),
-    ("SPIRe draft of 70B", draft_model(LLAMA, DraftConfig(n_layers=20)), SpireDraft,
+    ("SPIRe draft of 70B", SpireOptions(n_layers=20).model(LLAMA), SpireDraft,
      17_113_088_000),
 ]  # fmt: skip
 

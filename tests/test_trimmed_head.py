@@ -11,7 +11,7 @@ from corpora import SEPARATOR, corpus_of, names
 from models import HEAD_IDS, TINY, pair, target, texts
 
 from spire_jax.config import files
-from spire_jax.config.schema import ConfigError, DraftConfig, MeshConfig, identity
+from spire_jax.config.schema import ConfigError, MeshConfig
 from spire_jax.costs.throughput import memory_bytes, round_cost
 from spire_jax.data.pipeline import Batch, Dataset, WrittenRows, most_frequent
 from spire_jax.decoding import Weights, generate
@@ -80,8 +80,9 @@ def test_losses_in_the_head_are_those_over_the_vocabulary():
 VALUES = {
     "target": {"n_layers": 2, "d_model": 16, "n_kv_heads": 2, "d_head": 8, "d_ff": 24,
                "tied": True},
-    "drafts": {"small": {"n_layers": 1, "window": 8, "head_tokens": 40, "share_embedding": True},
-               "whole": {"n_layers": 1, "window": 8}},
+    "drafts": {"small": {"kind": "spire", "n_layers": 1, "window": 8, "head_tokens": 40,
+                         "share_embedding": True},
+               "whole": {"kind": "spire", "n_layers": 1, "window": 8}},
     "train": {"steps": 6, "batch_size": 4, "seq_len": 16, "log_every": 2, "checkpoint_every": 3,
               "k": 4},
     "eval": {"context_lengths": (8,), "output_length": 4},
@@ -90,7 +91,7 @@ VALUES = {
 
 def experiment(**sections):
     values = {name: VALUES.get(name, {}) | sections.get(name, {}) for name in VALUES | sections}
-    return files.build(files.defaults(values))
+    return files.build(values)
 
 
 def batches(start):
@@ -172,13 +173,6 @@ def test_the_most_frequent_tokens_by_hand(tmp_path):
 # --- configuration and cost --------------------------------------------------------------------
 
 
-def test_defaults_of_later_fields_leave_old_hashes_alone():
-    assert "head_tokens" not in identity(DraftConfig())
-    assert "share_embedding" not in identity(DraftConfig())
-    assert identity(DraftConfig(head_tokens=8))["head_tokens"] == 8
-    assert identity(DraftConfig(share_embedding=True))["share_embedding"] is True
-
-
 @pytest.mark.parametrize(
     "draft, message",
     [
@@ -191,7 +185,7 @@ def test_defaults_of_later_fields_leave_old_hashes_alone():
 )  # fmt: skip
 def test_bad_heads_name_the_key(draft, message):
     with pytest.raises(ConfigError, match=message):
-        experiment(drafts={"bad": {"n_layers": 1, "window": 8} | draft})
+        experiment(drafts={"bad": {"kind": "spire", "n_layers": 1, "window": 8} | draft})
 
 
 def test_the_head_counts_where_unembeddings_count():

@@ -20,12 +20,12 @@ import numpy as np
 
 from launch.bench.pipeline import interleaved
 from spire_jax.config.files import command_line
-from spire_jax.config.schema import AUTOREGRESSIVE, ExperimentConfig
+from spire_jax.config.schema import AUTOREGRESSIVE, ExperimentConfig, TrainedOptions
 from spire_jax.costs.hardware import describe
 from spire_jax.data.pipeline import Batch
 from spire_jax.decoding import Weights, generate
+from spire_jax.decoding.build import make_decoder
 from spire_jax.models.sharding import make_mesh
-from spire_jax.results.evaluate import make_decoder
 from spire_jax.training.loop import init_state, make_optimizer, to_device, train_step
 from spire_jax.training.tasks import (
     draft_task,
@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def sized(config: ExperimentConfig, layers: int, length: int) -> ExperimentConfig:
     """The config with fewer layers and shorter texts, where they are given."""
-    drafts = [(name, dataclasses.replace(draft, n_layers=min(draft.n_layers, layers or 10**9)))
+    drafts = [(name, dataclasses.replace(draft, n_layers=min(draft.n_layers, layers or 10**9))
+               if isinstance(draft, TrainedOptions) else draft)
               for name, draft in config.drafts]  # fmt: skip
     layers, length = layers or config.target.n_layers, length or config.train.seq_len
     return dataclasses.replace(

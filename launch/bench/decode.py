@@ -37,14 +37,14 @@ import rich.table
 
 from launch.command_line import sizes
 from spire_jax.config.files import command_line, exit_with_error
-from spire_jax.config.schema import AUTOREGRESSIVE, MAGICDEC, ConfigError, ExperimentConfig
+from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig
 from spire_jax.costs.hardware import describe
 from spire_jax.costs.throughput import round_cost
 from spire_jax.data.pipeline import cut_contexts
 from spire_jax.decoding import Weights, decode_rounds, generation_lengths, start
-from spire_jax.results.evaluate import for_decoding, make_decoder
-from spire_jax.run import ERRORS, Pipeline
+from spire_jax.decoding.build import for_decoding, make_decoder
 from spire_jax.storage.metrics import write_whole
+from spire_jax.training.workdir import ERRORS, WorkDir
 
 Record = dict[str, Any]
 SHARES = "multiplier", "predicted_multiplier", "share_of_prediction", "share_of_bandwidth"
@@ -69,7 +69,6 @@ class Point:
             config,
             decode=of(config.decode, dtype=self.dtype, k=k),
             throughput=of(config.throughput, weight_bytes=width, cache_bytes=width),
-            magicdec=of(config.magicdec, evaluate=True),
         )
 
 
@@ -244,8 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m launch.bench.decode", None,
                                      __doc__.split("\n", 1)[0])  # fmt: skip
     parser.add_argument("--workdir", required=True, help="where the drafts were trained")
-    parser.add_argument("--methods", help="comma-separated; by default autoregressive, every "
-                        "draft and magicdec")  # fmt: skip
+    parser.add_argument("--methods", help="comma-separated; by default every draft")
     for name, default in (("batch", "1,4,16"), ("context", "128,1024,4096"), ("k", "4")):
         parser.add_argument(f"--{name}", type=sizes, default=sizes(default))
     parser.add_argument("--dtype", default="float32,bfloat16", help="comma-separated")
@@ -265,22 +263,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace, config: ExperimentConfig) -> None:
     """Measure the grid, print the table, write OUT/decode.json."""
-    pipeline = Pipeline(config, args.workdir)
+    at = WorkDir(config, args.workdir)
     names = [name for name, _ in config.drafts]
-    methods = args.methods.split(",") if args.methods else [*names, MAGICDEC]
+    methods = args.methods.split(",") if args.methods else names
     drafting = [name for name in methods if name != AUTOREGRESSIVE]
-    if unknown := set(drafting) - {*names, MAGICDEC}:
-        raise ConfigError(f"--methods: unknown {sorted(unknown)}; there are {[*names, MAGICDEC]}")
+    if unknown := set(drafting) - set(names):
+        raise ConfigError(f"--methods: unknown {sorted(unknown)}; there are {names}")
     runs = [(AUTOREGRESSIVE, 0), *itertools.product(drafting, args.k)]
     room = room_for([0, *args.k], args.tokens)
     contexts = cut_contexts(
-        pipeline.corpus, n_contexts=max(args.batch), context_length=max(args.context), room=room,
+        at.corpus, n_contexts=max(args.batch), context_length=max(args.context), room=room,
         seed=config.seed,
     )  # fmt: skip
-    target = pipeline.params("target")
-    drafts = {name: pipeline.params(f"draft {name}", target) for name in drafting if name in names}
+    target = at.target()
+    drafts = {name: at.draft(name, target) for name in drafting}
     records: list[Record] = []
-    with jax.set_mesh(pipeline.mesh):
+    with jax.set_mesh(at.mesh):
         for dtype in args.dtype.split(","):
             cast, cast_drafts = for_decoding(
                 Point(dtype, 1, 1).config(config, max(args.k)), target, drafts

@@ -25,18 +25,18 @@ from spire_jax.config.schema import ExperimentConfig, body_parameters, oracle_de
 from spire_jax.costs.hardware import describe, peak_memory_bytes
 from spire_jax.data.pipeline import Batch, Context
 from spire_jax.decoding import Weights, decode_rounds, finish, generation_lengths, start
+from spire_jax.decoding.build import make_decoder
 from spire_jax.models.sharding import make_mesh
 from spire_jax.results.evaluate import (
     AUTOREGRESSIVE,
     choose_contexts,
     decode_counts,
-    make_decoder,
     oracle_records,
     sample_texts,
     target_pass,
 )
-from spire_jax.run import Pipeline
 from spire_jax.training.loop import to_device
+from spire_jax.training.workdir import WorkDir
 
 
 def main() -> None:
@@ -52,13 +52,13 @@ def main() -> None:
         train = dataclasses.replace(sized.train, seq_len=seq_len, batch_size=batch)
         with jax.set_mesh(make_mesh(config.mesh)):
             bench_training(dataclasses.replace(sized, train=train), args.repeats)
-    pipeline = Pipeline(config, args.workdir)
-    with jax.set_mesh(pipeline.mesh):
-        target = pipeline.params("target")
+    at = WorkDir(config, args.workdir)
+    with jax.set_mesh(at.mesh):
+        target = at.target()
         weights = {AUTOREGRESSIVE: Weights(target)}
         for name, _ in config.drafts:
-            weights[name] = Weights(target, pipeline.params(f"draft {name}"))
-        contexts = choose_contexts(config, pipeline.corpus)[: config.eval.batch_size]
+            weights[name] = Weights(target, at.draft(name, target))
+        contexts = choose_contexts(config, at.corpus)[: config.eval.batch_size]
         bench_decoding(config, weights, contexts, args.repeats)
         bench_oracle(config, weights, contexts)
     print(f"peak memory of this process: {peak_memory_bytes() / 1e6:.0f} MB")

@@ -64,8 +64,8 @@ from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError
 from spire_jax.costs.hardware import describe
 from spire_jax.costs.throughput import memory_bytes
 from spire_jax.decoding import Decoder, Weights
+from spire_jax.decoding.build import make_decoder
 from spire_jax.models.caches import empty_full
-from spire_jax.results.evaluate import make_decoder
 
 # --- a point of the grid ------------------------------------------------------------------------
 

@@ -24,7 +24,6 @@ from matplotlib.figure import Figure
 
 from spire_jax.config.schema import (
     DecodeConfig,
-    DraftConfig,
     ExperimentConfig,
     ModelConfig,
     ThroughputConfig,
@@ -34,6 +33,7 @@ from spire_jax.config.schema import (
 from spire_jax.costs.chips import device_chip
 from spire_jax.costs.roofline import VARIANTS, cache_row, visible_rows
 from spire_jax.costs.throughput import round_cost
+from spire_jax.drafting.spire import SpireOptions
 from spire_jax.storage.metrics import write_whole
 
 Record = dict[str, Any]
@@ -80,7 +80,7 @@ SMALL = Shape(
 
 def experiment(shape: Shape) -> ExperimentConfig:
     """The config of a shape: its target, and a SPIRe draft of the last quarter of its layers."""
-    draft = DraftConfig(kind="spire", n_layers=max(1, shape.target.n_layers // 4))
+    draft = SpireOptions(n_layers=max(1, shape.target.n_layers // 4))
     width = float(jnp.dtype(shape.dtype).itemsize)
     return ExperimentConfig(
         target=shape.target,

@@ -35,7 +35,6 @@ from spire_jax.results.evaluate import (
     target_pass,
 )
 from spire_jax.results.study import tau_by_depth
-from spire_jax.run import Pipeline
 from spire_jax.storage.checkpoints import Checkpoints
 from spire_jax.training.loop import Learner, to_device, train
 from spire_jax.training.tasks import (
@@ -46,6 +45,7 @@ from spire_jax.training.tasks import (
     teach,
     teacher,
 )
+from spire_jax.training.workdir import WorkDir
 
 
 def main() -> None:
@@ -62,10 +62,10 @@ def main() -> None:
 def bench_oracle(config: ExperimentConfig, workdir: str) -> None:
     """Seconds of the oracle for the studied draft at the longest context, from nothing."""
     name, length = config.study.of, max(config.eval.context_lengths)
-    pipeline = Pipeline(config, workdir)
-    with jax.set_mesh(pipeline.mesh):
-        target, draft = pipeline.params("target"), pipeline.params(f"draft {name}")
-        contexts = choose_contexts(config, pipeline.corpus)[: config.study.contexts]
+    at = WorkDir(config, workdir)
+    with jax.set_mesh(at.mesh):
+        target, draft = at.target(), at.draft(name)
+        contexts = choose_contexts(config, at.corpus)[: config.study.contexts]
         batches = list(in_batches(len(contexts), config.eval.batch_size))
         records: list[dict] = []
 
@@ -88,8 +88,8 @@ def bench_together(config: ExperimentConfig, steps: int) -> None:
     """A step of all drafts of one order of the batches against its parts."""
     mesh, settings = jax.sharding.get_mesh(), config.train
     settings = dataclasses.replace(settings, log_every=10**9, checkpoint_every=10**9)
-    names = [name for name, draft in config.trained if not draft.seed]
-    full = dataclasses.replace(config, drafts=config.trained, variants=())
+    names = [name for name, draft in config.trained.items() if not draft.seed]
+    full = dataclasses.replace(config, drafts=config.drafts + config.variants, variants=())
     tasks = [dataclasses.replace(draft_task(full, name), steps=1 + steps) for name in names]
     frozen = init_params(target_task(full).model, jax.random.key(0), mesh)
     taught_by = teacher(full, tasks)

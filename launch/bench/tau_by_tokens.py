@@ -17,36 +17,36 @@ import rich.console
 import rich.table
 
 from spire_jax.config.files import command_line, exit_with_error
-from spire_jax.config.schema import MAGICDEC, ExperimentConfig, oracle_depth, self_drafting
+from spire_jax.config.schema import ExperimentConfig, oracle_depth
 from spire_jax.data.pipeline import most_frequent
+from spire_jax.decoding.build import for_decoding
 from spire_jax.models.transformer import Params
 from spire_jax.results.evaluate import (
     about,
     choose_contexts,
-    for_decoding,
     in_batches,
     oracle_records,
     sample_texts,
     target_pass,
 )
 from spire_jax.results.study import tau_by_depth
-from spire_jax.run import ERRORS, Pipeline
 from spire_jax.storage.checkpoint_files import absolute, abstract_tree_of, read, read_metadata
 from spire_jax.storage.metrics import Progress, write_whole
 from spire_jax.training.tasks import draft_task, initial_draft, with_shared
+from spire_jax.training.workdir import ERRORS, WorkDir
 
 
-def stages_of(pipeline: Pipeline, name: str, target: Params) -> Iterator[tuple[int, Params]]:
+def stages_of(at: WorkDir, name: str, target: Params) -> Iterator[tuple[int, Params]]:
     """(steps, parameters) of a draft: before training, and at each checkpoint that was kept."""
-    config, task = pipeline.config, draft_task(pipeline.config, name)
-    rows = pipeline.written_rows()
+    config, task = at.config, draft_task(at.config, name)
+    rows = at.written_rows()
 
     def frequent(n: int) -> Any:
-        return most_frequent(pipeline.dataset, rows, config.target.n_tokens, n)
+        return most_frequent(at.dataset, rows, config.target.n_tokens, n)
 
-    fresh = initial_draft(config, name, task, target, pipeline.mesh, frequent)
+    fresh = initial_draft(config, name, task, target, at.mesh, frequent)
     yield 0, with_shared(task, fresh, target)
-    folder = absolute(pipeline.workdir / "drafts" / name / "checkpoints")
+    folder = absolute(at.place(at.plan.drafts[name]) / "checkpoints")
     for path in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name)):
         state = read(path, abstract_tree_of(read_metadata(path)["leaves"]))
         yield (
@@ -55,18 +55,18 @@ def stages_of(pipeline: Pipeline, name: str, target: Params) -> Iterator[tuple[i
         )
 
 
-def evaluate(pipeline: Pipeline, names: Sequence[str]) -> list[dict[str, Any]]:
+def evaluate(at: WorkDir) -> list[dict[str, Any]]:
     """tau by (method, steps, context length, depth)."""
-    config = pipeline.config
-    target = pipeline.params("target")
-    drafts = {(name, steps): params for name in names
-              for steps, params in stages_of(pipeline, name, target)}  # fmt: skip
-    own = self_drafting(config)
-    cast, of_drafts = for_decoding(config, target, {})
+    config = at.config
+    target = at.target()
+    names = [name for name, _ in config.drafts]
+    drafts = {(name, steps): params for name in names if name in config.trained
+              for steps, params in stages_of(at, name, target)}  # fmt: skip
+    cast, untrained = for_decoding(config, target, {})
     for (name, steps), params in drafts.items():
         drafts[name, steps] = for_decoding(config, target, {name: params})[1][name]
-    methods = {**drafts, **{(name, 0): of_drafts[name] for name in own}}
-    contexts, per_step = choose_contexts(config, pipeline.corpus), tokens_per_step(config)
+    methods = drafts | {(name, 0): params for name, params in untrained.items()}
+    contexts, per_step = choose_contexts(config, at.corpus), tokens_per_step(config)
     lengths, size = config.eval.context_lengths, config.eval.batch_size
     results = []
     total = len(lengths) * len(list(in_batches(len(contexts), size)))
@@ -76,7 +76,7 @@ def evaluate(pipeline: Pipeline, names: Sequence[str]) -> list[dict[str, Any]]:
             for rows in in_batches(len(contexts), size):
                 batch = [contexts[i] for i in rows]
                 texts, cache = sample_texts(config, cast, batch, rows, length)
-                along = target_pass(config, cast, [*names, *own], texts, cache, length)
+                along = target_pass(config, cast, names, texts, cache, length)
                 places = [about(config, i, contexts[i], length) for i in dict.fromkeys(rows)]
                 for (name, steps), params in methods.items():
                     found = oracle_records(
@@ -85,8 +85,9 @@ def evaluate(pipeline: Pipeline, names: Sequence[str]) -> list[dict[str, Any]]:
                     records[name, steps] += [{"oracle": r} for r in found[: len(places)]]
                 progress.advance()
             for (name, steps), lines in records.items():
+                tokens = steps * per_step if name in config.trained else None
                 results.append({
-                    "method": name, "steps": steps, "tokens": steps * per_step,
+                    "method": name, "steps": steps, "tokens": tokens,
                     "context_length": length, "contexts": len(lines), "tau": tau_by_depth(lines),
                 })  # fmt: skip
     return results
@@ -104,7 +105,8 @@ def print_table(results: Sequence[dict[str, Any]], k: int) -> None:
     for method, steps in dict.fromkeys((r["method"], r["steps"]) for r in results):
         rows = {r["context_length"]: r for r in results
                 if (r["method"], r["steps"]) == (method, steps)}  # fmt: skip
-        tokens = "-" if method == MAGICDEC else f"{rows[lengths[0]]['tokens']:,}"
+        seen = rows[lengths[0]]["tokens"]
+        tokens = "-" if seen is None else f"{seen:,}"
         table.add_row(method, tokens, *(f"{rows[length]['tau'][k - 1]:.3f}" for length in lengths))
     rich.console.Console(highlight=False).print(table)
 
@@ -115,12 +117,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, help="where the drafts were trained")
     args, config = command_line(parser, argv)
     try:
-        pipeline = Pipeline(config, args.workdir)
-        with jax.set_mesh(pipeline.mesh):
-            results = evaluate(pipeline, [name for name, _ in config.drafts])
+        at = WorkDir(config, args.workdir)
+        with jax.set_mesh(at.mesh):
+            results = evaluate(at)
     except ERRORS as error:
         exit_with_error(error)
-    path = pipeline.workdir / "tau_by_tokens.json"
+    path = at.folder / "tau_by_tokens.json"
     write_whole(path, json.dumps(results, indent=1) + "\n")
     print_table(results, config.decode.k)
     print(path)

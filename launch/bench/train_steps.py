@@ -32,7 +32,7 @@ def training_steps(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> dict[st
     frozen = init_params(task.model, key, mesh)
     # The step donates what it trains: the target's own is a second copy.
     steps = {"target": _step(config, task, init_params(task.model, key, mesh), None, mesh)}
-    for name, _ in config.drafts:
+    for name in config.trained:
         task = draft_task(config, name)
         params = initial_draft(config, name, task, frozen, mesh)
         steps[name] = _step(config, task, params, frozen, mesh)

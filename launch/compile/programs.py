@@ -59,7 +59,7 @@ class Program:
 
 def programs(config: ExperimentConfig, mesh: Mesh) -> Iterator[tuple[str, Any]]:
     """Every step of a config as (name, what makes its `Program`); with the mesh in force."""
-    names = [name for name, _ in config.drafts]
+    names = _trained(config)
     yield "target's train step", functools.partial(train_program, config, "target", mesh)
     if any(draft_task(config, name).reads is not None for name in names):
         yield "teacher's pass", functools.partial(teacher_program, config, mesh)
@@ -96,7 +96,7 @@ def train_program(config: ExperimentConfig, name: str, mesh: Mesh) -> Program:
     if lesson is not None:
         held["lesson"] = lesson
         resident["frozen target"] = frozen_target(config, mesh)
-    others = [other for other, _ in config.drafts if name not in (other, "target")]
+    others = [other for other in _trained(config) if name not in (other, "target")]
     if others:
         resident["other drafts"] = [_state(config, _task(config, n), mesh)[0] for n in others]
     return Program(train_step, arguments, held, resident=resident)
@@ -104,7 +104,7 @@ def train_program(config: ExperimentConfig, name: str, mesh: Mesh) -> Program:
 
 def teacher_program(config: ExperimentConfig, mesh: Mesh) -> Program:
     """The frozen target's pass over a batch, for all drafts that read it."""
-    tasks = [_task(config, name) for name, _ in config.drafts]
+    tasks = [_task(config, name) for name in _trained(config)]
     params, batch = frozen_target(config, mesh), _batch(config, mesh)
     resident = {"drafts": [_state(config, task, mesh)[0] for task in tasks]}
     arguments = teacher(config, tasks), params, batch
@@ -116,6 +116,11 @@ def frozen_target(config: ExperimentConfig, mesh: Mesh) -> Any:
     compute = compute_for(config.train, config.train)
     kept = dataclasses.replace(compute, dtype=config.pretrained.dtype)
     return _cast(target_model(config, kept), mesh)
+
+
+def _trained(config: ExperimentConfig) -> list[str]:
+    """The drafts with parameters of their own."""
+    return [name for name, _ in config.drafts if name in config.trained]
 
 
 def _task(config: ExperimentConfig, name: str) -> Task:

@@ -1,96 +1,115 @@
 """Config files and the command line: from text to a validated ``ExperimentConfig``.
 
 A file of ``configs/`` has a function ``get_config`` that returns a ConfigDict of what differs from
-the defaults. Values are checked against the names and types of the dataclasses of ``config.py``.
+the defaults. The modules that `plugins` names are imported first; then ``drafts.NAME.kind`` and
+``target.family`` say which dataclass a section is, and values.py fills it.
 """
 
 import argparse
 import dataclasses
-import difflib
+import importlib
 import importlib.util
+import json
 import pathlib
 import sys
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
 
-from spire_jax.config.schema import ConfigError, DraftConfig, ExperimentConfig, ModelConfig, as_dict
+from spire_jax.config.checks import ConfigError
+from spire_jax.config.registry import DRAFT_KINDS, FAMILIES, below
+from spire_jax.config.schema import DraftOptions, ExperimentConfig, ModelConfig
 from spire_jax.config.validation import validate, with_vocabulary
+from spire_jax.config.values import Text, convert, known, section
 from spire_jax.config.variants import variants
-from spire_jax.pretrained import PretrainedError
-
-
-def defaults(
-    file_config: Mapping[str, Any] | ml_collections.ConfigDict | None = None,
-) -> ml_collections.ConfigDict:
-    """A locked ConfigDict of every value: the defaults, with a config file's values over them."""
-    values = as_dict(ExperimentConfig()) | {"drafts": {}}
-    del values["variants"]  # made from the section `study`
-    full = ml_collections.ConfigDict(values)
-    given = file_config.to_dict() if isinstance(file_config, ml_collections.ConfigDict) else {}
-    if file_config is not None and not given:
-        given = dict(file_config)
-    drafts = given.pop("drafts", {})
-    if not isinstance(drafts, Mapping):
-        raise ConfigError("drafts must be a mapping: drafts.<name> = {...}")
-    for name, values in drafts.items():
-        full.drafts[name] = ml_collections.ConfigDict(as_dict(DraftConfig()))
-        _merge(full.drafts[name], values, f"drafts.{name}.")
-    _merge(full, given, "")
-    full.lock()
-    return full
 
 
 def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read a config file, apply ``a.b=value`` overrides, validate; raises ConfigError."""
     path = pathlib.Path(path)
     if not path.is_file():
-        known = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise ConfigError(f"config file {path} does not exist; there is {known}")
+        beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise ConfigError(f"config file {path} does not exist; there is {beside}")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    full = defaults(module.get_config())
+    values = _plain(module.get_config(), path)
+    drafts = list(_mapping(values.get("drafts", {})))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise ConfigError(f"override {override!r} is not of the form key=value")
-        *parents, leaf = key.split(".")
-        node = full
-        for depth, name in enumerate(parents):
-            _known(name, node, ".".join([*parents[:depth], name]))
-            node = node[name]
-        if not isinstance(node, ml_collections.ConfigDict):
-            raise ConfigError(f"{key}: {'.'.join(parents)} is a value, not a section")
-        _known(leaf, node, key)
-        node[leaf] = _parse(text, node[leaf], key)
-    return build(full)
+        _override(values, key, text)
+    for name, draft in _mapping(values.get("drafts", {})).items():
+        if "kind" not in draft:  # the command line makes a draft by naming its kind
+            known(name, drafts, f"drafts.{name}")
+    return build(values)
 
 
-def build(full: Mapping[str, Any] | ml_collections.ConfigDict) -> ExperimentConfig:
-    """Frozen, validated dataclasses from a mapping with all the keys of `defaults`."""
-    values = full.to_dict() if isinstance(full, ml_collections.ConfigDict) else dict(full)
-    drafts = tuple(
-        (name, _build(DraftConfig, v, f"drafts.{name}."))
-        for name, v in sorted(values.pop("drafts", {}).items())
+def build(values: Mapping[str, Any]) -> ExperimentConfig:
+    """Frozen, validated dataclasses from a mapping of what differs from the defaults."""
+    values = dict(values)
+    of = ExperimentConfig()
+    plugins = convert(values.get("plugins", ()), tuple[str, ...], "plugins", ("package.module",))
+    for name in plugins:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # of a stranger's code
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"plugins: {name!r} cannot be imported ({type(error).__name__}: "
+                              f"{reason}); give a module's dotted name, found from where the "
+                              f"command runs or on PYTHONPATH") from error  # fmt: skip
+    named = _mapping(values.pop("drafts", {}))
+    drafts = tuple((name, _draft(name, named[name])) for name in sorted(named))
+    target = _model(values.pop("target", {}))
+    known_here = [f.name for f in dataclasses.fields(of) if f.name != "variants"]
+    for name in values:
+        known(name, known_here, name)
+    config = dataclasses.replace(
+        section(ExperimentConfig, values, ""), drafts=drafts, target=target
     )
-    hints = typing.get_type_hints(ExperimentConfig)
-    sections = {
-        name: _build(hints[name], v, f"{name}.") if isinstance(v, Mapping) else v
-        for name, v in values.items()
-    }
-    config = ExperimentConfig(drafts=drafts, **sections)
     if config.pretrained.path:
         config = with_pretrained(config)
     config = dataclasses.replace(config, target=with_vocabulary(config))
-    base = dict(config.drafts).get(config.study.of)
-    if base is not None and base.kind == "spire":  # what else it may be, `validate` refuses
-        config = dataclasses.replace(config, variants=variants(config.study, base))
+    if config.study.of in dict(config.drafts):  # what else it may be, `validate` refuses
+        more = variants(config.study, config.draft(config.study.of))
+        config = dataclasses.replace(config, variants=more)
     validate(config)
     return config
+
+
+def _draft(name: str, values: Any) -> DraftOptions:
+    at = f"drafts.{name}"
+    values = _mapping(values, at)
+    if "kind" not in values:
+        raise ConfigError(f"{at}.kind is missing; choose from {DRAFT_KINDS.names()}")
+    kind = convert(values["kind"], str, f"{at}.kind", "")
+    try:
+        cls = DRAFT_KINDS.get(kind)
+    except ConfigError as error:
+        raise ConfigError(f"{at}.kind={kind!r}: {error}") from None
+    own = {field.name for field in dataclasses.fields(cls)}
+    for key in values:
+        others = [f"{other!r}" for other, its in DRAFT_KINDS.items().items()
+                  if key in {field.name for field in dataclasses.fields(its)}]  # fmt: skip
+        if key not in own and others:
+            raise ConfigError(
+                f"unknown config key '{at}.{key}': a draft of kind {kind!r} has no such option; "
+                f"it belongs to {' and '.join(sorted(others))}"
+            )
+    return section(cls, values, f"{at}.")
+
+
+def _model(values: Any) -> ModelConfig:
+    values = _mapping(values, "target")
+    family = convert(values.get("family", ModelConfig.family), str, "target.family", "")
+    try:
+        cls = FAMILIES.get(family)
+    except ConfigError as error:
+        raise ConfigError(f"target.family={family!r}: {error}") from None
+    return section(cls, values, "target.")
 
 
 def with_pretrained(config: ExperimentConfig) -> ExperimentConfig:
@@ -99,15 +118,14 @@ def with_pretrained(config: ExperimentConfig) -> ExperimentConfig:
     Raises:
         ConfigError: a checkpoint that cannot be used, or sizes in `target` that are not its own.
     """
-    from spire_jax.pretrained.checkpoint import open_checkpoint  # jax: only where it is needed
-
+    checkpoints = below("pretrained.checkpoint")
     path = config.pretrained.path
     try:
-        model = open_checkpoint(path).model
-    except PretrainedError as error:
+        model = checkpoints.open_checkpoint(path).model
+    except checkpoints.PretrainedError as error:
         raise ConfigError(f"pretrained.path={path!r}: {error}") from error
     size = config.target.vocab_size or model.vocab_size
-    for field in dataclasses.fields(ModelConfig):
+    for field in dataclasses.fields(config.target):
         given, its = getattr(config.target, field.name), getattr(model, field.name)
         if given not in (field.default, its) and field.name != "vocab_size":
             raise ConfigError(f"target.{field.name}={given!r}, but the checkpoint {path!r} has "
@@ -149,61 +167,32 @@ def exit_with_error(error: Exception | str) -> NoReturn:
     sys.exit(2)
 
 
-def _known(name: str, node: Any, key: str) -> None:
-    if name in node:
-        return
-    close = difflib.get_close_matches(name, list(node), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else f"; known here: {sorted(node)}"
-    raise ConfigError(f"unknown config key {key!r}{hint}")
-
-
-def _merge(into: ml_collections.ConfigDict, values: Mapping[str, Any], path: str) -> None:
-    for name, value in values.items():
-        _known(name, into, path + name)
-        if isinstance(into[name], ml_collections.ConfigDict):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{path}{name} is a section, not a value")
-            _merge(into[name], value, f"{path}{name}.")
-        else:
-            into[name] = _typed(value, into[name], path + name)
-
-
-def _typed(value: Any, like: Any, key: str) -> Any:
-    """`value` as the type of `like`, where nothing is lost; else a ConfigError."""
-    if isinstance(like, bool) or isinstance(value, bool):
-        good = isinstance(like, bool) and isinstance(value, bool)
-    elif isinstance(like, float) and isinstance(value, int):
-        return float(value)
-    elif isinstance(like, tuple):
-        good = isinstance(value, list | tuple) and all(isinstance(v, int) for v in value)
-        value = tuple(value) if good else value
-    else:
-        good = isinstance(value, type(like))
-    if not good:
-        kind = type(like).__name__
-        raise ConfigError(f"{key}={value!r} should be of type {kind}, like {like!r}")
-    return value
-
-
-def _parse(text: str, like: Any, key: str) -> Any:
-    """A command-line value, of the type that the key has."""
-    if isinstance(like, str):
-        return text
+def _plain(config: Any, path: pathlib.Path) -> dict[str, Any]:
+    """What a file's get_config returned, as nested dicts."""
+    if not isinstance(config, ml_collections.ConfigDict):
+        return _nested(_mapping(config, f"{path}: get_config()"))
     try:
-        if isinstance(like, bool):
-            value: Any = {"true": True, "false": False}[text.lower()]
-        elif isinstance(like, tuple):
-            value = tuple(int(v) for v in text.strip("()[] ").split(",") if v.strip())
-        else:
-            value = type(like)(text)
-    except (ValueError, KeyError):
-        kind = "a list of integers" if isinstance(like, tuple) else type(like).__name__
-        raise ConfigError(f"{key}={text!r} should be {kind}, like {like!r}") from None
-    return value
+        # As JSON a ConfigDict keeps the order in which it was written, which to_dict() does not.
+        return json.loads(config.to_json())
+    except TypeError as error:
+        raise ConfigError(f"{path}: a value is no number, text, list or section: {error}") from None
 
 
-def _build(cls: Any, values: Mapping[str, Any], path: str) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
-    for name in values:
-        _known(name, known, path + name)
-    return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _nested(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _mapping(values: Any, at: str = "drafts") -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{at} is a section, not a value")
+    return values
+
+
+def _override(values: dict[str, Any], key: str, text: str) -> None:
+    """Put a value of the command line in its place; what there is no place for, `build` says."""
+    *parents, leaf = key.split(".")
+    for depth, name in enumerate(parents):
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{key}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+    values[leaf] = Text(text)

@@ -1,110 +1,151 @@
 """What every stage of a pipeline is made from: the values that identify it.
 
-A stage's identity names the config values that it uses and the identities of the stages before it.
+A stage's identity is the config values that it reads (which these are, their fields say: `read_by`
+of readers.py), what came of the data and of a given target, and the stages before it.
 """
 
 import dataclasses
+import hashlib
+import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from spire_jax.config.schema import (
-    DraftConfig,
-    ExperimentConfig,
-    digest,
-    draft_model,
-    identity,
-    oracle_depth,
-    self_drafting,
-    trained_depth,
-)
+from spire_jax.config.readers import Reader
+from spire_jax.config.schema import DraftOptions, ExperimentConfig, TrainedOptions
+from spire_jax.config.values import to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of one config."""
+
+    name: str  # as messages call it
+    folder: str  # in the work directory
+    reader: Reader
+    values: dict[str, Any]  # what identifies it
+
+    @property
+    def hash(self) -> str:
+        return digest(self.values)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What every stage is made from; the hash of each entry identifies that stage."""
+    """The stages of a config, each with what it is made from."""
 
-    stages: dict[str, dict[str, Any]]  # stage or "draft <name>" -> the values that it uses
+    target: Stage
+    continuations: Stage | None
+    drafts: dict[str, Stage]  # by name: those that are trained
+    evaluate: Stage
+    report: Stage
+    study: Stage | None
 
     @property
     def hashes(self) -> dict[str, str]:
-        return {name: digest(values) for name, values in self.stages.items()}
+        """Stage -> its hash."""
+        stages = [self.target, self.continuations, *self.drafts.values(), self.evaluate,
+                  self.report, self.study]  # fmt: skip
+        return {stage.name: stage.hash for stage in stages if stage}
 
 
 def plan(config: ExperimentConfig, corpus_sha256: str, target_sha256: str = "") -> Plan:
-    """The identity of every stage of `config` on a corpus; and on a pretrained target."""
-    train_values = identity(config.train)
-    train_values.pop("k")
-    data = {"corpus": corpus_sha256, "seed": config.seed}
-    stages = {"target": {**data, "target": identity(config.target), "train": train_values}}
-    if target_sha256:
-        stages = {"target": {"target": identity(config.target), "sha256": target_sha256,
-                             "dtype": config.pretrained.dtype}}  # fmt: skip
-    made = {"target": digest(stages["target"])}
+    """The stages of `config` on a corpus; and on a pretrained target."""
+
+    def stage(name: str, folder: str, reader: Reader, *made_from: Stage | None, draft: str = ""):
+        values = values_read(config, reader, draft)
+        # What the files hold counts, not where they lie.
+        if values.pop("data", None):
+            values["corpus"] = corpus_sha256
+        if reader == Reader.PRETRAINED:
+            del values["pretrained"]["path"]
+            values["sha256"] = target_sha256
+        values["made_from"] = {before.name: before.hash for before in made_from if before}
+        return Stage(name, folder, reader, values)
+
+    of_target = Reader.PRETRAINED if config.pretrained.path else Reader.TARGET
+    target = stage("target", "target", of_target)
+    continuations = None
     if config.continuations.rows:
-        stages["continuations"] = {
-            **data,
-            "continuations": {key: value for key, value in identity(config.continuations).items()
-                              if key not in ("share", "batch_size")},
-            "seq_len": config.train.seq_len,
-            "dtype": config.decode.dtype,
-            "made_from": {"target": made["target"]},
-        }  # fmt: skip
-        data["continuations"] = digest(stages["continuations"])
-        data["share"] = config.continuations.share
-    for name, draft in config.trained:
-        stage = f"draft {name}"
-        rollout = {"k": trained_depth(config, name)} if draft.kind == "spire" else {}
-        stages[stage] = {
-            **data,
-            "draft": _used(draft),
-            "sizes": identity(draft_model(config.target, draft)),
-            "train": train_values | rollout,
-            "made_from": {"target": made["target"]},
-        }
-        made[stage] = digest(stages[stage])
-    evaluation = {
-        "eval": identity(config.eval),
-        "decode": identity(config.decode),
-        "depth": oracle_depth(config),
-        "made_from": {n: h for n, h in made.items()
-                      if n.removeprefix("draft ") not in dict(config.variants)},
+        continuations = stage("continuations", "continuations", Reader.CONTINUATIONS, target)
+    drafts = {
+        name: stage(f"draft {name}", f"drafts/{name}", Reader.DRAFT, target, continuations,
+                    draft=name)
+        for name in config.trained
     }  # fmt: skip
-    if self_drafting(config):
-        evaluation["magicdec"] = identity(config.magicdec)
-    stages["evaluate"] = evaluation
-    stages["report"] = {
-        "throughput": identity(config.throughput),
-        "magicdec": identity(config.magicdec),
-        "made_from": {"evaluate": digest(evaluation)},
-    }
+    own = [of for name, of in drafts.items() if name not in dict(config.variants)]
+    evaluate = stage("evaluate", "eval", Reader.EVALUATE, target, *own)
+    report = stage("report", "report", Reader.REPORT, evaluate)
+    study = None
     if config.study.of:
-        stages["study"] = {
-            "study": identity(config.study),
-            "eval": {"output_length": config.eval.output_length,
-                     "batch_size": config.eval.batch_size, "bootstrap": config.eval.bootstrap},
-            "decode": identity(config.decode),
-            "magicdec": identity(config.magicdec),
-            "throughput": identity(config.throughput),
-            "made_from": made,
-        }  # fmt: skip
-    return Plan(stages)
+        study = stage("study", "study", Reader.STUDY, target, *drafts.values())
+    return Plan(target, continuations, drafts, evaluate, report, study)
 
 
-def _used(draft: DraftConfig) -> dict[str, Any]:
-    """The values of a draft that its training reads."""
-    values = identity(draft)
-    unused = ["k"] if draft.steps or draft.peak_lr else ["k", "steps", "peak_lr"]
-    if draft.kind == "vanilla":
-        unused += ["attend_self", "feedback", "memory", "memory_init"]
-    if draft.loss != "mixed":
-        unused.append("omega")
-    return {key: value for key, value in values.items() if key not in unused}
+def values_read(config: ExperimentConfig, reader: Reader, draft: str = "") -> dict[str, Any]:
+    """What a stage reads of a config, section by section; a draft's own stage names the draft."""
+    values = {}
+    for field in dataclasses.fields(config):
+        value, readers = getattr(config, field.name), field.metadata.get("read_by", ())
+        if dataclasses.is_dataclass(value):
+            if part := _read(value, reader, readers):
+                values[field.name] = part
+        elif reader in readers:
+            values[field.name] = value
+    named = [(draft, config.draft(draft))] if draft else config.drafts
+    if drafts := {
+        name: part
+        for name, of in named
+        if (part := _read(of.filled(config.train), reader, draft_readers(of)))
+    }:
+        values["drafts"] = drafts  # fmt: skip
+    return json.loads(json.dumps(values))
+
+
+def draft_readers(draft: DraftOptions) -> tuple[Reader, ...]:
+    """The stages that read a draft's options where these do not say it themselves."""
+    if isinstance(draft, TrainedOptions):
+        return (Reader.DRAFT,)
+    return (Reader.EVALUATE, Reader.STUDY)  # nothing is trained
+
+
+def _read(section: Any, reader: Reader, readers: Iterable[Reader]) -> dict[str, Any]:
+    values = to_dict(section)
+    for field in dataclasses.fields(section):
+        when = field.metadata.get("when")
+        if reader not in field.metadata.get("read_by", readers) or (when and not when(section)):
+            del values[field.name]
+    return values
+
+
+def made_with(config: ExperimentConfig) -> dict[str, Any]:
+    """What an evaluation and all the stages before it read; of equal ones results are the same."""
+    of_target = Reader.PRETRAINED if config.pretrained.path else Reader.TARGET
+    readers = [of_target, *([Reader.CONTINUATIONS] if config.continuations.rows else []),
+               Reader.DRAFT, Reader.EVALUATE]  # fmt: skip
+    values: dict[str, Any] = {}
+    for reader in readers:
+        _merge(values, values_read(config, reader))
+    return values
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _merge(into.setdefault(key, {}), value)
+        else:
+            into[key] = value
 
 
 def batch_seed(seed: int, draft_seed: int) -> int:
     """The order of a draft's batches; by default the target's."""
     return zlib.crc32(f"{seed}/{draft_seed}".encode()) if draft_seed else seed
+
+
+def digest(values: Any) -> str:
+    """Sixteen hex digits that identify JSON-able values."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> str:

@@ -12,34 +12,34 @@ Dimension letters, for the whole library (a name like ``logits_BxTxV`` shows its
     P  slots of a ring cache: sink + window + k
 
 A config file in ``configs/`` names only what differs from the defaults below. Everything can
-be overridden on the command line: ``--config.train.steps=100``. Sizes of 0 in a draft mean "as
-the target". Fields marked ``_free`` do not change what is computed, only how it is run or
-shown, and stay out of the hashes that identify a stage.
+be overridden on the command line: ``--config.train.steps=100``.
+
+Every field says which stages read it, by `read_by`, or leaves it to its section. By this alone
+stages are identified (identity.py): what no stage reads changes only how something is run or shown.
 """
 
 import dataclasses
-import hashlib
-import json
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar
+
+from spire_jax.config.checks import ConfigError, check, choice, not_negative, positive
+from spire_jax.config.readers import (
+    CONTINUATIONS,
+    DRAFT,
+    EVALUATE,
+    PRETRAINED,
+    REPORT,
+    STUDY,
+    TARGET,
+    read_by,
+)
+from spire_jax.config.registry import LOSSES
+
+if TYPE_CHECKING:  # what a draft makes is below this folder
+    from spire_jax.drafting.strategy import Strategy
+    from spire_jax.models.attention import Compute
 
 BYTES = "bytes"  # the tokenizer that needs no file
-# Methods that no draft is trained for.
-AUTOREGRESSIVE, MAGICDEC, SNAPKV = "autoregressive", "magicdec", "snapkv"
-SNAPKV_OBSERVED = 32  # the last tokens of a prompt: SnapKV keeps them and asks them for the others
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot work; the message names the key and the remedy."""
-
-
-def _free(default: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"identity": False})
-
-
-def _added(default: Any) -> Any:
-    """A field that came later: at its default it is left out of hashes, so that what was trained
-    before it existed is still what the config asks for."""
-    return dataclasses.field(default=default, metadata={"added": True})
+AUTOREGRESSIVE = "autoregressive"  # the method without a draft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +52,14 @@ class DataConfig:
     split: str = "file"  # what is held out: single files, or folders at the top as a whole
     heldout_source: str = ""  # an array of held-out rows; "" = beside the training rows, or some
     # of them
-    workers: int = _free(0)  # threads that read ahead; 0 = Grain's default
+    workers: int = read_by(0)  # threads that read ahead; 0 = Grain's default
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer (method.md section 2)."""
+    """A decoder-only transformer (method.md section 2); other families add their own fields."""
 
+    family: str = "llama"  # models/families, or one of a module in `plugins`
     n_layers: int = 8
     d_model: int = 512
     n_kv_heads: int = 8
@@ -68,10 +69,11 @@ class ModelConfig:
     vocab_size: int = 0  # padded size; 0 = the tokenizer's, rounded up to a multiple of 8
     n_tokens: int = 0  # valid tokens, set from the tokenizer; the rest of V is -inf
     max_len: int = 0  # longest position + 1; 0 = no limit beyond memory (RoPE has none)
+    # The target's own mask; what a draft keeps is its own option.
     window: int = 0  # visible keys, the query included; 0 = all earlier ones
     sink: int = 0  # first positions that stay visible beyond the window
     tied: bool = False  # unembedding = embedding transposed
-    head_tokens: int = _added(0)  # tokens that the unembedding covers; 0 = all (a draft's only)
+    head_tokens: int = 0  # tokens that the unembedding covers; 0 = all (a draft's only)
     qkv_bias: bool = False
     qk_norm: bool = False
     scale_in_init: bool = True  # 1/sqrt(d_head) in the query's initializer, not in attention
@@ -81,6 +83,12 @@ class ModelConfig:
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_len: int = 8192
+
+    def check(self, at: str, config: "ExperimentConfig") -> None:
+        """ConfigError for sizes that no model can have; `at` is where they stand."""
+        positive(self, at, "n_layers d_model n_kv_heads q_per_kv d_head d_ff")
+        not_negative(self, at, "max_len window sink")
+        check(self.d_head % 2 == 0, f"{at}.d_head={self.d_head} is odd; RoPE rotates pairs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,58 +105,140 @@ class ContinuationsConfig:
 
     rows: int = 0  # of train.seq_len tokens; 0 = none
     prompt: int = 64  # tokens at the start of each that are the document's own
-    share: float = 0.5  # of the rows that drafts see; the others are text
+    # Of the rows that drafts see; the others are text.
+    share: float = read_by(0.5, DRAFT, when=lambda at: at.rows)
     temperature: float = 1.0
-    batch_size: int = 16  # rows that are written at a time
+    batch_size: int = read_by(16)  # rows that are written at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftConfig:
-    """One draft model and how it is trained."""
+class DraftOptions:
+    """What every way of drafting has; each kind adds its own in its file (drafting/).
 
-    kind: str = "spire"  # "spire" (feedback memory) or "vanilla" (a plain transformer)
+    A subclass is registered under its kind and answers here what the rest asks of a draft. As it
+    stands nothing is trained, and the target's own weights draft.
+    """
+
+    kind: str = ""  # as it is registered
+    of: str = read_by("")  # the draft that this one is an ablation of
+
+    # Whether it needs a prompt as a whole, so that a server cannot read it in chunks.
+    whole_prompt: ClassVar[bool] = False
+
+    def strategy(self, target: ModelConfig, compute: "Compute") -> "Strategy":
+        """How it drafts for a target."""
+        raise NotImplementedError(f"{type(self).__name__} of kind {self.kind!r} has no strategy")
+
+    def check(self, at: str, config: "ExperimentConfig") -> None:
+        """ConfigError, which names the key and the remedy; `at` is where the draft stands."""
+
+    def model(self, target: ModelConfig) -> ModelConfig:
+        """Its transformer: the target's conventions, and the draft's sizes."""
+        return target
+
+    def kept(self) -> tuple[int, int]:
+        """(window, sink): the tokens whose keys and values a step reads; a window of 0: all."""
+        return 0, 0
+
+    def rollout(self, train: "TrainConfig") -> int:
+        """Depths that training rolls it out to; 0: it learns of no depth."""
+        return 0
+
+    def projects_twice(self) -> bool:
+        """Whether a draft step makes a token's keys and values from two vectors."""
+        return False
+
+    def filled(self, train: "TrainConfig") -> "DraftOptions":
+        """With the values of `train` where 0 stands for them."""
+        values = {
+            f.name: getattr(self, f.name) or getattr(train, f.name)
+            for f in dataclasses.fields(self)
+            if f.metadata.get("as_train")
+        }
+        return dataclasses.replace(self, **values)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedOptions(DraftOptions):
+    """A draft with a transformer of its own. Sizes of 0: as the target."""
+
     n_layers: int = 2
-    d_model: int = 0  # sizes of 0: as the target
+    d_model: int = 0
     n_kv_heads: int = 0
     q_per_kv: int = 0
     d_head: int = 0
     d_ff: int = 0
-    window: int = 64  # 0 = dense cache (vanilla only)
+    window: int = 64  # 0 = dense cache
     sink: int = 1
     init: str = "pruned"  # "pruned": the target's last n_layers blocks; "random"
-    loss: str = "mixed"  # "hard", "distillation" or "mixed"
-    omega: float = 0.5  # weight of distillation in the mixed loss
-    attend_self: bool = True  # spire: also attend to the token's own layer input
-    feedback: bool = True  # spire: memories mix all layers; False: each layer's own input
-    memory: str = "layers"  # spire: what the memories of tokens the target has processed are:
-    # "layers": the target's activations, layer by layer; "final": its last one for all layers,
-    # with one mix for all; "embedding": none of it, the draft's own embeddings of the tokens
-    memory_init: float = 0.95  # spire: initial softmax weight of the layer's own input
-    k: int = 0  # spire: rollout depth in training; 0 = train.k
+    loss: str = "mixed"  # "hard", "distillation", "mixed", or one of a module in `plugins`
+    # Weight of distillation in the mixed loss.
+    omega: float = read_by(0.5, DRAFT, when=lambda of: of.loss == "mixed")
     seed: int = 0  # another order of the batches, and another random initialization
-    share_embedding: bool = _added(False)  # the frozen target's own: neither trained nor stored
-    head_tokens: int = _added(0)  # unembed these many most frequent tokens alone; 0 = all
-    of: str = _free("")  # the draft that this one is an ablation of
-    steps: int = 0  # 0 = train.steps
-    peak_lr: float = 0.0  # 0 = train.peak_lr
+    share_embedding: bool = False  # the frozen target's own: neither trained nor stored
+    head_tokens: int = 0  # unembed these many most frequent tokens alone; 0 = all
+    steps: int = read_by(0, DRAFT, as_train=True)  # 0 = train.steps
+    peak_lr: float = read_by(0.0, DRAFT, as_train=True)  # 0 = train.peak_lr
 
+    def model(self, target: ModelConfig) -> ModelConfig:
+        """A trimmed head is a matrix of its own, whether or not the target's is tied."""
+        sizes = ("d_model", "n_kv_heads", "q_per_kv", "d_head", "d_ff")
+        return dataclasses.replace(
+            target,
+            n_layers=self.n_layers,
+            tied=target.tied and not self.head_tokens,
+            head_tokens=self.head_tokens,
+            **{s: getattr(self, s) or getattr(target, s) for s in sizes},
+        )
 
-@dataclasses.dataclass(frozen=True)
-class MagicDecConfig:
-    """The target as its own draft, reading a sparse cache (method.md 3.5); nothing is trained."""
+    def kept(self) -> tuple[int, int]:
+        return self.window, self.sink if self.window else 0
 
-    evaluate: bool = False  # beside the drafts; its modeled throughput is always at hand
-    snapkv: bool = False  # and the selection of SnapKV, of as many tokens: sink + window
-    window: int = 64
-    sink: int = 1
+    def check(self, at: str, config: "ExperimentConfig") -> None:
+        target, model = config.target, self.model(config.target)
+        choice(f"{at}.init", self.init, "pruned random")
+        choice(f"{at}.loss", self.loss, LOSSES.names())
+        positive(self, at, "n_layers")
+        not_negative(self, at, "seed steps peak_lr sink")
+        check(0 <= self.omega <= 1, f"{at}.omega={self.omega} must lie in [0, 1]")
+        check(self.window >= 0, f"{at}.window={self.window} is under 1; the window counts the "
+                                f"query itself (0 = dense)")  # fmt: skip
+        shortest = min(config.eval.context_lengths)
+        check(not self.window or self.sink <= shortest,
+              f"{at}.sink={self.sink} is longer than the shortest context "
+              f"(eval.context_lengths: {shortest})")  # fmt: skip
+        check(0 <= self.head_tokens < target.n_tokens,
+              f"{at}.head_tokens={self.head_tokens} must lie between 1 and the target's "
+              f"{target.n_tokens} tokens, or be 0 (all of them)")  # fmt: skip
+        check(not self.head_tokens or self.loss != "hard",
+              f"{at}: a head of {self.head_tokens} tokens cannot learn the hard target, which may "
+              f"be any token; use loss='mixed' or 'distillation'")  # fmt: skip
+        check(not self.share_embedding or model.d_model == target.d_model,
+              f"{at}.share_embedding: the draft's d_model={model.d_model} is not the target's "
+              f"{target.d_model}")  # fmt: skip
+        if self.init == "pruned":
+            sizes = "d_model n_kv_heads q_per_kv d_head d_ff"
+            self.check_against(target, at, sizes, "is pruned from it")
+
+    def check_against(self, target: ModelConfig, at: str, sizes: str, why: str) -> None:
+        """ConfigError where it is deeper than the target, or has other `sizes` (words)."""
+        check(self.n_layers <= target.n_layers,
+              f"{at}.n_layers={self.n_layers} is deeper than the target "
+              f"({target.n_layers}), but the draft {why}")  # fmt: skip
+        model = self.model(target)
+        for size in sizes.split():
+            mine, its = getattr(model, size), getattr(target, size)
+            check(mine == its,
+                  f"{at}.{size}={mine} differs from target.{size}={its}, but the draft {why}; "
+                  f"use 0 (as the target)")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
-    """What is compared with one draft, on the same batches and samples (ablations.py)."""
+    """What is compared with one draft, on the same batches and samples (variants.py)."""
 
     of: str = ""  # the draft that is studied; "" = no study
-    ablations: str = "all"  # comma-separated names of ablations.py, "all" or ""
+    ablations: str = "all"  # comma-separated names of variants.py, "all" or ""
     trained_k: tuple[int, ...] = (8, 16)  # rollout depths to train it at, besides its own
     seeds: int = 3  # orders of the batches, the first one the base's own
     seeded: str = "distillation_only,no_feedback"  # trained with every seed, as the draft itself
@@ -159,11 +249,12 @@ class StudyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 1000
+    steps: int = read_by(1000, TARGET)
     batch_size: int = 16  # sequences per step, over all devices
-    seq_len: int = 1024
-    k: int = 4  # rollout depth of spire drafts; divides seq_len
-    peak_lr: float = 3e-3
+    seq_len: int = read_by(1024, TARGET, DRAFT, CONTINUATIONS, EVALUATE)
+    # Depth of drafts' rollouts, which divides seq_len; the oracle follows at least as many.
+    k: int = read_by(4, EVALUATE, STUDY)
+    peak_lr: float = read_by(3e-3, TARGET)
     warmup_fraction: float = 0.1
     final_lr_fraction: float = 0.1
     b1: float = 0.9
@@ -173,12 +264,12 @@ class TrainConfig:
     clip_norm: float = 1.0
     dtype: str = "float32"  # compute type; parameters and logits stay float32
     accumulate: int = 1  # micro-batches per step
-    remat: bool = _free(False)  # recompute each layer in the backward pass
-    attention_chunk: int = _free(128)  # queries per chunk of the XLA attention
-    attention: str = _free("auto")  # "xla"; "tpu", the Pallas kernels; "auto": these on a TPU
-    log_every: int = _free(10)
-    checkpoint_every: int = _free(100)
-    checkpoints_kept: int = _free(2)
+    remat: bool = read_by(False)  # recompute each layer in the backward pass
+    attention_chunk: int = read_by(128)  # queries per chunk of the XLA attention
+    attention: str = read_by("auto")  # "xla"; "tpu", the Pallas kernels; "auto": these on a TPU
+    log_every: int = read_by(10)
+    checkpoint_every: int = read_by(100)
+    checkpoints_kept: int = read_by(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,25 +280,25 @@ class DecodeConfig:
     top_p: float = 1.0  # 1 = off
     verification: str = "token"  # "token" by token, or a "block" at once
     stop_at_eos: bool = False  # the paper's evaluation ignores the end of sequence
-    dtype: str = "float32"
-    attention: str = _free("auto")  # as train.attention; "gpu", the kernel for Hopper (bfloat16)
-    products: str = _free("auto")  # "auto": on CPUs the kernel for a few rows (few_rows); "xla"
-    rounds_per_call: int = _free(64)  # rounds before the loop returns to the host
+    dtype: str = read_by("float32", CONTINUATIONS, EVALUATE, STUDY)
+    attention: str = read_by("auto")  # as train.attention; "gpu", the kernel for Hopper (bfloat16)
+    products: str = read_by("auto")  # "auto": on CPUs the kernel for a few rows (few_rows); "xla"
+    rounds_per_call: int = read_by(64)  # rounds before the loop returns to the host
     # python -m spire_jax.decode: depths to choose k among, round by round; () = k alone
-    depths: tuple[int, ...] = _free(())
-    chunk: int = _free(128)  # prompt tokens that are read at once
-    chunks_per_round: int = _free(1)  # ... between two rounds of the rows that decode
+    depths: tuple[int, ...] = read_by(())
+    chunk: int = read_by(128)  # prompt tokens that are read at once
+    chunks_per_round: int = read_by(1)  # ... between two rounds of the rows that decode
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     contexts: int = 64  # held-out contexts
     context_lengths: tuple[int, ...] = (256, 512, 960)
-    output_length: int = 64
-    batch_size: int = 16
+    output_length: int = read_by(64, EVALUATE, STUDY)
+    batch_size: int = read_by(16, EVALUATE, STUDY)
     heldout_rows: int = 512  # rows of train.seq_len for the held-out loss
     decoder_samples: int = 1  # decoded samples per context, beside the oracle
-    bootstrap: int = 2000
+    bootstrap: int = read_by(2000, REPORT, STUDY)
     timing_repeats: int = 3  # alternating autoregressive and speculative runs
     examples: int = 3  # generated texts shown in the report
 
@@ -216,22 +307,22 @@ class EvalConfig:
 class ThroughputConfig:
     """The modeled multiplier (method.md section 5); byte widths are bytes per element."""
 
-    chip: str = "h100"  # the chip that the report's headline uses
+    chip: str = "h100"  # the chip that the report's headline uses (costs/chips.py)
     hoi: float = 600.0  # peak FLOP/s over bytes/s of the paper's figures
-    variant: str = "paper"  # "paper", "fixed_window", "per_operator" or "with_head"
+    variant: str = "paper"  # of the cost model: VARIANTS of costs/roofline.py
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     context_lengths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     batch_size: int = 64  # the report's headline point
     context_length: int = 512
-    decode_to_train: float = 10.0  # decoding to come, in units of the target's training
-    training_cost_spire: float = 0.0  # training SPIRe, in the same units; 0 = by its FLOPs
+    # Decoding to come, in units of the target's training; and by name, what training a draft costs
+    # in the same units; 0 = by its FLOPs.
+    decode_to_train: float = read_by(10.0)
+    training_cost: tuple[tuple[str, float], ...] = read_by(())
     weight_bytes: float = 1.0
     cache_bytes: float = 1.0
     compute_bytes: float = 1.0  # the width whose peak FLOP/s counts: 1 = FP8/INT8, 2 = bf16
-    # Acceptance lengths to use when none were measured; 0 = not given.
-    tau_vanilla: float = 0.0
-    tau_magicdec: float = 0.0
-    tau_spire: float = 0.0
+    # By name, acceptance lengths to use when none were measured; 0 = not given.
+    tau: tuple[tuple[str, float], ...] = read_by(())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,66 +336,44 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    data: DataConfig = DataConfig()
-    target: ModelConfig = ModelConfig()
-    pretrained: PretrainedConfig = PretrainedConfig()
-    continuations: ContinuationsConfig = ContinuationsConfig()
-    drafts: tuple[tuple[str, DraftConfig], ...] = ()  # (name, draft), sorted by name
-    magicdec: MagicDecConfig = MagicDecConfig()
-    study: StudyConfig = StudyConfig()
-    train: TrainConfig = TrainConfig()
-    decode: DecodeConfig = DecodeConfig()
-    eval: EvalConfig = EvalConfig()
-    throughput: ThroughputConfig = ThroughputConfig()
-    mesh: MeshConfig = MeshConfig()
-    seed: int = 0
-    variants: tuple[tuple[str, DraftConfig], ...] = ()  # the study's, made from its names
+    """All of it. A section's readers are those of the fields in it that name none themselves."""
 
-    def draft(self, name: str) -> DraftConfig:
+    plugins: tuple[str, ...] = read_by(())  # modules to import first: they register kinds
+    data: DataConfig = read_by(DataConfig(), TARGET, CONTINUATIONS, DRAFT, EVALUATE, STUDY)
+    target: ModelConfig = read_by(ModelConfig(), TARGET, PRETRAINED)
+    pretrained: PretrainedConfig = read_by(PretrainedConfig(), PRETRAINED)
+    continuations: ContinuationsConfig = read_by(ContinuationsConfig(), CONTINUATIONS)
+    drafts: tuple[tuple[str, DraftOptions], ...] = ()  # (name, draft), sorted by name
+    study: StudyConfig = read_by(StudyConfig(), STUDY)
+    train: TrainConfig = read_by(TrainConfig(), TARGET, DRAFT)
+    decode: DecodeConfig = read_by(DecodeConfig(), EVALUATE, STUDY)
+    eval: EvalConfig = read_by(EvalConfig(), EVALUATE)
+    throughput: ThroughputConfig = read_by(ThroughputConfig(), REPORT, STUDY)
+    mesh: MeshConfig = read_by(MeshConfig())
+    seed: int = read_by(0, TARGET, CONTINUATIONS, DRAFT, EVALUATE, STUDY)
+    variants: tuple[tuple[str, DraftOptions], ...] = ()  # the study's, made from its names
+
+    def draft(self, name: str) -> DraftOptions:
         """The draft or variant called `name`; ConfigError lists those that exist."""
-        trained = dict(self.trained)
-        if name not in trained:
-            raise ConfigError(f"no draft named {name!r}; drafts: {list(trained)}")
-        return trained[name]
+        known = dict(self.drafts + self.variants)
+        if name not in known:
+            raise ConfigError(f"no draft named {name!r}; drafts: {list(known)}")
+        return known[name]
 
     @property
-    def trained(self) -> tuple[tuple[str, DraftConfig], ...]:
-        """Everything that is trained on the target: the drafts, and the study's variants."""
-        return self.drafts + self.variants
+    def trained(self) -> dict[str, TrainedOptions]:
+        """Everything that is trained on the target, of the drafts and the study's variants."""
+        return {name: draft for name, draft in self.drafts + self.variants
+                if isinstance(draft, TrainedOptions)}  # fmt: skip
 
 
 # --- sizes derived from a config ---------------------------------------------------------------
 
 
-def draft_model(target: ModelConfig, draft: DraftConfig) -> ModelConfig:
-    """The draft's transformer: the target's conventions, the draft's sizes and mask.
-
-    A trimmed head is a matrix of its own, whether or not the target's is tied.
-    """
-    sizes = ("d_model", "n_kv_heads", "q_per_kv", "d_head", "d_ff")
-    return dataclasses.replace(
-        target,
-        n_layers=draft.n_layers,
-        tied=target.tied and not draft.head_tokens,
-        head_tokens=draft.head_tokens,
-        **{s: getattr(draft, s) or getattr(target, s) for s in sizes},
-    )
-
-
 def oracle_depth(config: ExperimentConfig) -> int:
     """Depths that the oracle follows: those trained, and those that the decoder uses."""
-    return max(config.train.k, config.decode.k, *(draft.k for _, draft in config.drafts), 0)
-
-
-def self_drafting(config: ExperimentConfig) -> tuple[str, ...]:
-    """The methods to evaluate that draft with the target itself."""
-    at = config.magicdec
-    return (MAGICDEC,) * at.evaluate + (SNAPKV,) * at.snapkv
-
-
-def trained_depth(config: ExperimentConfig, name: str) -> int:
-    """Depths at which a draft (or the target itself, untrained) has learned to predict."""
-    return (0 if name in (MAGICDEC, SNAPKV) else config.draft(name).k) or config.train.k
+    trained = (draft.rollout(config.train) for _, draft in config.drafts)
+    return max(config.train.k, config.decode.k, *trained, 0)
 
 
 def head_size(model: ModelConfig) -> int:
@@ -321,44 +390,3 @@ def body_parameters(model: ModelConfig) -> int:
     if model.qk_norm:
         attention += 2 * model.d_head
     return model.n_layers * (attention + 3 * model.d_model * model.d_ff + 2 * model.d_model)
-
-
-# --- identity -----------------------------------------------------------------------------------
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """One dataclass and those inside it as dicts; tuples stay tuples."""
-    return {
-        f.name: as_dict(v) if dataclasses.is_dataclass(v := getattr(config, f.name)) else v
-        for f in dataclasses.fields(config)
-    }
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as nested plain dicts, lists and scalars, ready for JSON."""
-    values = as_dict(config)
-    if isinstance(config, ExperimentConfig):
-        values["drafts"] = {name: as_dict(draft) for name, draft in config.drafts}
-        values["variants"] = {name: as_dict(draft) for name, draft in config.variants}
-    return json.loads(json.dumps(values))
-
-
-def identity(*parts: Any) -> dict[str, Any]:
-    """The values of dataclasses (less their free fields) and plain mappings, as one dict."""
-    values: dict[str, Any] = {}
-    for part in parts:
-        if dataclasses.is_dataclass(part):
-            part = {
-                f.name: value
-                for f in dataclasses.fields(part)
-                if f.metadata.get("identity", True)
-                and not ((value := getattr(part, f.name)) == f.default and "added" in f.metadata)
-            }
-        values.update(part)
-    return json.loads(json.dumps(values, sort_keys=True))
-
-
-def digest(values: Any) -> str:
-    """Sixteen hex digits that identify JSON-able values."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

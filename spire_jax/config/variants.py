@@ -7,7 +7,9 @@ in the values listed here and in nothing else: the same batches, the same number
 import dataclasses
 from typing import Any
 
-from spire_jax.config.schema import ConfigError, DraftConfig, StudyConfig
+from spire_jax.config.checks import ConfigError
+from spire_jax.config.registry import DRAFT_KINDS
+from spire_jax.config.schema import DraftOptions, StudyConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,20 +56,22 @@ ABLATIONS = {
 }
 
 
-def variants(study: StudyConfig, base: DraftConfig) -> tuple[tuple[str, DraftConfig], ...]:
+def variants(study: StudyConfig, base: DraftOptions) -> tuple[tuple[str, DraftOptions], ...]:
     """The drafts of a study besides its base, by name.
 
     Raises:
-        ConfigError: an ablation that does not exist; lists those that do.
+        ConfigError: an ablation that does not exist (lists those that do), or one of an option that
+            the base does not have.
     """
     names = names_in("study.ablations", study.ablations)
     found = [(f"{study.of}-{name}", _apply(name, base)) for name in names]
-    found += [(f"{study.of}-k{k}", dataclasses.replace(base, k=k)) for k in study.trained_k]
+    found += [(f"{study.of}-k{k}", changed("study.trained_k", base, k=k)) for k in study.trained_k]
+    start = getattr(base, "seed", 0)
     for seed in range(1, study.seeds):
         seeded = [(study.of, base)]
         seeded += [(f"{study.of}-{name}", _apply(name, base))
                    for name in names_in("study.seeded", study.seeded)]  # fmt: skip
-        found += [(f"{name}-seed{seed}", dataclasses.replace(draft, seed=base.seed + seed))
+        found += [(f"{name}-seed{seed}", changed("study.seeds", draft, seed=start + seed))
                   for name, draft in seeded]  # fmt: skip
     return tuple((name, dataclasses.replace(draft, of=study.of)) for name, draft in found)
 
@@ -85,8 +89,24 @@ def names_in(key: str, value: str) -> list[str]:
     return names
 
 
-def _apply(name: str, base: DraftConfig) -> DraftConfig:
-    changed = dataclasses.replace(base, **dict(ABLATIONS[name].overrides))
-    if changed == base:
-        raise ConfigError(f"study.ablations: {name!r} takes away what study.of does not have")
-    return changed
+def changed(key: str, base: DraftOptions, **overrides: Any) -> DraftOptions:
+    """The draft with other options; of another `kind` it keeps those that both have.
+
+    ConfigError, naming the config's `key`, for an option that it does not have.
+    """
+    cls = DRAFT_KINDS.get(overrides.get("kind", base.kind))
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(overrides.keys() - known):
+        raise ConfigError(f"{key} changes the option {unknown[0]!r}, which the draft of study.of, "
+                          f"of kind {base.kind!r}, does not have")  # fmt: skip
+    kept = {field.name: getattr(base, field.name)
+            for field in dataclasses.fields(base) if field.name in known}  # fmt: skip
+    return cls(**(kept | overrides))
+
+
+def _apply(name: str, base: DraftOptions) -> DraftOptions:
+    one = changed(f"study.ablations: {name!r}", base, **dict(ABLATIONS[name].overrides))
+    if one == base:
+        raise ConfigError(f"study.ablations: {name!r} takes away what the draft of study.of does "
+                          f"not have")  # fmt: skip
+    return one

@@ -54,7 +54,7 @@ class Draft:
     model: ModelConfig
     window: int  # 0 = dense cache
     sink: int
-    memory: bool  # projects keys and values from a memory vector too (SPIRe)
+    projects_twice: bool  # makes a token's keys and values from two vectors
 
     def rows(self, context: int, variant: str) -> int:
         """Cached tokens that a draft step reads, per request."""
@@ -154,7 +154,13 @@ class Roofline:
     group: Group = ALONE
 
     def forward(
-        self, model: ModelConfig, *, batch: int, tokens: int, rows: float, memory: bool = False
+        self,
+        model: ModelConfig,
+        *,
+        batch: int,
+        tokens: int,
+        rows: float,
+        projects_twice: bool = False,
     ) -> float:
         """A forward pass over `tokens` tokens of each request, reading `rows` cached tokens.
 
@@ -163,7 +169,7 @@ class Roofline:
         weights, row = self.group.weights(model), cache_row(model)
         flops = 2.0 * weights * batch * tokens
         shards = self.group.cache_shards(model)
-        if memory:
+        if projects_twice:
             flops += 2 * batch * tokens * row * model.d_model / shards
         weight_reads = weights * self.weight_bytes * self.hoi
         cache_reads = batch * rows * row * self.cache_bytes * self.hoi / shards
@@ -196,7 +202,7 @@ class Roofline:
                 batch=group.drafted(batch),
                 tokens=1,
                 rows=draft_rows,
-                memory=draft.memory,
+                projects_twice=draft.projects_twice,
             )
             if group.drafting is not group and self.variant == "with_head":
                 handover = group.handover(draft.model, batch=batch, k=k)

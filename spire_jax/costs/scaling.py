@@ -3,7 +3,7 @@
 Each of n chips has 1/n of the computing and of the weights and 1/min(n, KV heads) of the caches;
 what it sends to the others costs time of its own (`cost_model.Group`). The paper's metric is the
 case n = 1. Data parallelism on top is a plain factor, so that everything is per chip of one group.
-Everything here is modeled, nothing measured, and jax is not needed.
+Everything here is modeled, nothing measured.
 
     python -m spire_jax.scaling --config=configs/paper_llama3_70b.py --chip=v5p --chips=4,8,16
 """
@@ -18,11 +18,8 @@ from typing import Any
 from spire_jax.config.files import command_line, exit_with_error
 from spire_jax.config.schema import (
     AUTOREGRESSIVE,
-    MAGICDEC,
-    SNAPKV,
     ConfigError,
     ExperimentConfig,
-    draft_model,
 )
 from spire_jax.costs import chips, throughput
 from spire_jax.costs.chips import Chip
@@ -84,11 +81,11 @@ def check_sharding(config: ExperimentConfig, method: str, parallel: TensorParall
     """
     n = parallel.chips
     models = [("target", config.target)]
-    own_draft = method not in (AUTOREGRESSIVE, MAGICDEC, SNAPKV)
-    if own_draft and parallel.draft_parallelism == "tensor":
-        model = draft_model(config.target, config.draft(method))
-        models.append((f"drafts.{method}", model))
-    if method in (MAGICDEC, SNAPKV) and parallel.draft_parallelism == "replicated":
+    if method in config.trained and parallel.draft_parallelism == "tensor":
+        models.append((f"drafts.{method}", config.draft(method).model(config.target)))
+    elif parallel.draft_parallelism == "replicated" and (
+        method not in (AUTOREGRESSIVE, *config.trained)
+    ):
         raise ConfigError(f"draft_parallelism='replicated': {method} drafts with the target, whose "
                           f"weights are sharded; use 'tensor'")  # fmt: skip
     for name, model in models:
@@ -244,7 +241,7 @@ def rows(
         (n, method, tau, how)
         for n in sizes
         for method, tau in {AUTOREGRESSIVE: 1.0, **methods_tau}.items()
-        for how in _ways(method, n)
+        for how in _ways(config, method, n)
     ]
     for n, method, _, how in asked:
         check_sharding(config, method, _at(parallel, n, how))
@@ -260,7 +257,7 @@ def rows(
         records.append({
             "chips": n,
             "method": method,
-            "draft_parallelism": how if len(_ways(method, n)) > 1 else None,
+            "draft_parallelism": how if len(_ways(config, method, n)) > 1 else None,
             "largest_batch": most,
             "smallest_group": None if most else smallest_group(config, method, **where),
             "gain": largest and largest.tokens_per_s_per_chip / unit,
@@ -280,8 +277,8 @@ def rows(
     return records
 
 
-def _ways(method: str, n: int) -> tuple[str, ...]:
-    both = n > 1 and method not in (AUTOREGRESSIVE, MAGICDEC, SNAPKV)
+def _ways(config: ExperimentConfig, method: str, n: int) -> tuple[str, ...]:
+    both = n > 1 and method in config.trained
     return DRAFT_PARALLELISM if both else DRAFT_PARALLELISM[:1]
 
 
@@ -321,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         chip = _chip(at.chip if args.chip is None else args.chip)
         context = at.context_length if args.context is None else args.context
         batch = at.batch_size if args.batch is None else args.batch
-        methods_tau = throughput.stated_tau(config, args.config)
+        methods_tau = throughput.given_tau(config, args.config)
         records = rows(config, methods_tau, sizes, batch=batch, context=context, chip=chip,
                        parallel=parallel)  # fmt: skip
     except ConfigError as error:

@@ -4,7 +4,7 @@
     multiplier = tau / delta_t
 
 with the costs of `spire_jax.costs.roofline`: the paper's, and variants of it that flatter
-speculation less. Everything here is modeled, nothing measured, and jax is not needed.
+speculation less. Everything here is modeled, nothing measured.
 
     python -m spire_jax.throughput --config=configs/paper_67m.py
 """
@@ -22,12 +22,9 @@ import rich.table
 from spire_jax.config.files import command_line, exit_with_error
 from spire_jax.config.schema import (
     AUTOREGRESSIVE,
-    MAGICDEC,
-    SNAPKV,
     ConfigError,
     ExperimentConfig,
     body_parameters,
-    draft_model,
     head_size,
 )
 from spire_jax.costs import chips
@@ -59,9 +56,8 @@ def round_cost(
 ) -> RoundCost:
     """Cost of one round of `method` on `batch` requests of `context` tokens each.
 
-    `method` is the name of a draft in the config, "magicdec" or "snapkv" (the target as its own
-    draft, which reads magicdec.sink + .window tokens of its cache) or "autoregressive". `hoi` is in
-    FLOPs per byte; `k`, `hoi` and `variant` default to decode.k, throughput.hoi and
+    `method` is the name of a draft in the config, or "autoregressive". `hoi` is in FLOPs per byte;
+    `k`, `hoi` and `variant` default to decode.k, throughput.hoi and
     throughput.variant. Of a `group` of chips the cost is each chip's, the batch the group's.
     ConfigError for an unknown method or variant and for sizes that are not positive. Method.md
     section 5.
@@ -134,9 +130,9 @@ def memory_bytes(
     tables = (1 if target.tied else 2) * target.vocab_size
     resident = [(target, group, batch, rows_of_target, tables)]
     # The target as its own draft reads its own weights and cache.
-    if draft and method not in (MAGICDEC, SNAPKV):
+    if draft and (options := config.trained.get(method)):
         # A chip that drafts alone needs the whole of a table that the target has sharded.
-        own = not config.draft(method).share_embedding or group.drafting is not group
+        own = not options.share_embedding or group.drafting is not group
         tables = own * draft.model.vocab_size + (not draft.model.tied) * head_size(draft.model)
         rows = float(draft.rows(context, "fixed_window"))
         resident.append((draft.model, group.drafting, group.drafted(batch), rows, tables))
@@ -251,20 +247,19 @@ def critical_context(
     return 1 << (longest.bit_length() - 1) if longest >= 1 else 0
 
 
-def given_tau(config: ExperimentConfig) -> dict[str, float]:
-    """The methods whose acceptance length the config gives (throughput.tau_*), and that length."""
-    at = config.throughput
-    given = {"vanilla": at.tau_vanilla, MAGICDEC: at.tau_magicdec, "spire": at.tau_spire}
-    return {method: tau for method, tau in given.items() if tau}
+def given_tau(
+    config: ExperimentConfig, where: str = "the config", remedy: str = ""
+) -> dict[str, float]:
+    """The drafts whose acceptance length the config gives, and that length; in its order.
 
-
-def stated_tau(config: ExperimentConfig, file: str) -> dict[str, float]:
-    """`given_tau`; ConfigError, naming the config's file, where there is none."""
-    given = given_tau(config)
+    ConfigError, naming `where` it is looked for and another `remedy`, where there is none.
+    """
+    given = {name: tau for name, tau in config.throughput.tau if tau}
     if not given:
+        names = [name for name, _ in config.drafts]
         raise ConfigError(
-            f"{file} gives no acceptance length; set throughput.tau_vanilla, tau_magicdec or "
-            f"tau_spire"
+            f"{where} gives no acceptance length; set throughput.tau.NAME of a draft in "
+            f"{names}{remedy}"
         )
     return given
 
@@ -272,12 +267,9 @@ def stated_tau(config: ExperimentConfig, file: str) -> dict[str, float]:
 def _draft(config: ExperimentConfig, method: str) -> Draft | None:
     if method == AUTOREGRESSIVE:
         return None
-    if method in (MAGICDEC, SNAPKV):
-        at = config.magicdec
-        return Draft(config.target, at.window, at.sink, memory=False)
-    draft = config.draft(method)
-    model = draft_model(config.target, draft)
-    return Draft(model, draft.window, draft.sink, memory=draft.kind == "spire")
+    options = config.draft(method)
+    window, sink = options.kept()
+    return Draft(options.model(config.target), window, sink, options.projects_twice())
 
 
 def _resolve(
@@ -328,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args, config = command_line(parser, argv)
     try:
-        methods_tau = stated_tau(config, args.config)
+        methods_tau = given_tau(config, args.config)
         if args.format == "json":
             print(json.dumps(grid(config, methods_tau)))
         else:

@@ -30,8 +30,8 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Integer
 
-from spire_jax.config.identity import differences
-from spire_jax.config.schema import BYTES, ConfigError, digest
+from spire_jax.config.identity import differences, digest
+from spire_jax.config.schema import BYTES, ConfigError
 from spire_jax.data.sources import DataError
 from spire_jax.data.token_zarr import (
     HELDOUT,

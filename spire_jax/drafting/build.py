@@ -1,22 +1,15 @@
-"""From a config to models and strategies: the one place that knows every draft's kind."""
+"""From a config to models and strategies."""
 
 import dataclasses
 
 from spire_jax.config.schema import (
-    MAGICDEC,
-    SNAPKV,
     DecodeConfig,
-    DraftConfig,
+    DraftOptions,
     ExperimentConfig,
     ModelConfig,
     TrainConfig,
-    draft_model,
 )
-from spire_jax.drafting.magicdec import magicdec
-from spire_jax.drafting.snapkv import snapkv
-from spire_jax.drafting.spire import Spire, SpireDraft
 from spire_jax.drafting.strategy import Strategy
-from spire_jax.drafting.vanilla import Vanilla
 from spire_jax.models.attention import XLA, Compute
 from spire_jax.models.masks import View
 from spire_jax.models.transformer import Model, Transformer, layer_views
@@ -35,30 +28,16 @@ def target_model(config: ExperimentConfig, compute: Compute) -> Model:
 
 
 def strategy(config: ExperimentConfig, name: str, compute: Compute) -> Strategy:
-    """The drafting strategy of a method: a draft's name, MAGICDEC or SNAPKV."""
-    window, sink = config.magicdec.window, config.magicdec.sink
-    if name == MAGICDEC:
-        return magicdec(config.target, window, sink, compute)
-    if name == SNAPKV:
-        return snapkv(config.target, sink + window, compute)
-    draft: DraftConfig = config.draft(name)
-    sizes = draft_model(config.target, draft)
-    if draft.kind == "vanilla":
-        views = draft_views(config.target, sizes, draft.window, draft.sink)
-        return Vanilla(Model(Transformer, sizes, compute, (("views", views),)))
-    options = {"views": draft_views(config.target, sizes, draft.window, draft.sink),
-               "feedback": draft.feedback, "attend_self": draft.attend_self,
-               "memory": draft.memory, "memory_init": draft.memory_init}  # fmt: skip
-    return Spire(Model(SpireDraft, sizes, compute, tuple(options.items())), config.target.n_layers)
+    """The drafting strategy of a draft."""
+    return config.draft(name).strategy(config.target, compute)
 
 
-def draft_views(
-    target: ModelConfig, sizes: ModelConfig, window: int, sink: int
-) -> tuple[View, ...]:
+def draft_views(target: ModelConfig, draft: DraftOptions) -> tuple[View, ...]:
     """What each layer of a draft sees: what the target's last layers do, of what the draft keeps.
 
-    `sizes` are the draft's own; a draft deeper than the target has the views of its own depth.
+    A draft deeper than the target has the views of its own depth.
     """
+    sizes = draft.model(target)
     deep = dataclasses.replace(sizes, n_layers=max(target.n_layers, sizes.n_layers))
     views = layer_views(deep)[-sizes.n_layers :]
-    return tuple(view.keeping(window, sink) for view in views)
+    return tuple(view.keeping(*draft.kept()) for view in views)

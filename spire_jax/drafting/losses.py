@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from spire_jax.config.registry import LOSSES
+
 
 def cross_entropy(
     logits: Float[Array, "*rows V"], targets: Int[Array, "*rows"]
@@ -62,19 +64,29 @@ def draft_loss(
     logits: Float[Array, "*rows V"],
     targets: Int[Array, "*rows"],
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"] | None]:
-    """Per-token loss of a kind in `LOSSES`, and alpha where `p` is given."""
+    """Per-token loss of a kind in LOSSES, and alpha where `p` is given.
+
+    Without `p` it is "hard", the only one that needs none.
+    """
     if p is None:
         return cross_entropy(logits, targets), None
     distillation, alpha = compare(p, logits)
-    if kind == "hard":
-        return cross_entropy(logits, targets), alpha
-    if kind == "mixed":
-        return omega * distillation - (1 - omega) * alpha, alpha
-    return distillation, alpha
+    return LOSSES.get(kind)(distillation, alpha, logits, targets, omega), alpha
 
 
-LOSSES = {
-    "hard": "-log q of the text's next token",
-    "distillation": "-sum p log q",
-    "mixed": "omega distillation + (1 - omega)(-alpha)",
-}
+@LOSSES.register("hard")
+def _hard(distillation, alpha, logits, targets, omega):
+    """-log q of the text's next token."""
+    return cross_entropy(logits, targets)
+
+
+@LOSSES.register("distillation")
+def _distillation(distillation, alpha, logits, targets, omega):
+    """-sum p log q."""
+    return distillation
+
+
+@LOSSES.register("mixed")
+def _mixed(distillation, alpha, logits, targets, omega):
+    """omega distillation + (1 - omega)(-alpha)."""
+    return omega * distillation - (1 - omega) * alpha

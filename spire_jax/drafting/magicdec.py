@@ -5,13 +5,51 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from spire_jax.config.schema import ModelConfig
+from spire_jax.config.checks import check, not_negative, positive
+from spire_jax.config.registry import DRAFT_KINDS
+from spire_jax.config.schema import DraftOptions, ExperimentConfig, ModelConfig, oracle_depth
 from spire_jax.drafting.self_drafting import SelfDrafting, drafting_target
 from spire_jax.drafting.spire import SpireDraft, begin_windowed
 from spire_jax.models.attention import Attended, Compute, attention
 from spire_jax.models.caches import empty_windowed
 from spire_jax.models.layers import rope
 from spire_jax.models.transformer import layer_views
+
+
+@DRAFT_KINDS.register("magicdec")
+@dataclasses.dataclass(frozen=True)
+class MagicDecOptions(DraftOptions):
+    """The target as its own draft, reading a sparse cache; nothing is trained."""
+
+    kind: str = "magicdec"
+    window: int = 64
+    sink: int = 1
+
+    def strategy(self, target, compute):
+        return magicdec(target, self.window, self.sink, compute)
+
+    def kept(self):
+        return self.window, self.sink
+
+    def check(self, at, config):
+        positive(self, at, "window")
+        not_negative(self, at, "sink")
+        k = max(oracle_depth(config), *config.decode.depths, 0)
+        check(self.window > k,
+              f"{at}.window={self.window} must be above k = {k}: the drafted tokens stay "
+              f"visible")  # fmt: skip
+        check_budget(at, self.sink + self.window, config)
+
+
+def check_budget(at: str, budget: int, config: ExperimentConfig) -> None:
+    """ConfigError where the target as its own draft would keep everything, or more than it sees."""
+    longest, window = max(config.eval.context_lengths), config.target.window
+    check(budget <= longest,
+          f"{at}: a budget of {budget} tokens is larger than the longest context ({longest} of "
+          f"eval.context_lengths); lower it")  # fmt: skip
+    check(not window,
+          f"{at}: the target has a window of its own (target.window={window}); use 0, a dense "
+          f"cache")  # fmt: skip
 
 
 class StreamingDraft(SpireDraft):

@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from spire_jax.config.schema import ModelConfig
+from spire_jax.config.checks import check, positive
+from spire_jax.config.registry import DRAFT_KINDS
+from spire_jax.config.schema import DraftOptions, ModelConfig
+from spire_jax.drafting.magicdec import check_budget
 from spire_jax.drafting.self_drafting import SelfDrafting, drafting_target
 from spire_jax.models.attention import Compute
 from spire_jax.models.caches import SelectedCache, allocated
@@ -20,8 +23,33 @@ from spire_jax.models.layers import Block
 from spire_jax.models.masks import EMPTY, View
 from spire_jax.models.transformer import layer_views
 
-OBSERVED = 32  # the last tokens of a prompt: they are kept, and asked for the others
 POOL = 5  # votes are averaged over so many neighbours
+
+
+@DRAFT_KINDS.register("snapkv")
+@dataclasses.dataclass(frozen=True)
+class SnapKvOptions(DraftOptions):
+    """The target as its own draft, reading what its last queries chose; nothing is trained."""
+
+    kind: str = "snapkv"
+    budget: int = 65  # prompt tokens that are kept, the observed ones included
+    observed: int = 32  # the last tokens of a prompt: they are kept and asked for the others
+
+    # What a prompt's last tokens select among all of it is known only when all of it is there.
+    whole_prompt = True
+
+    def strategy(self, target, compute):
+        return snapkv(target, self.budget, compute, self.observed)
+
+    def kept(self):
+        return self.budget, 0
+
+    def check(self, at, config):
+        positive(self, at, "budget observed")
+        check(self.budget > self.observed,
+              f"{at}.budget={self.budget}: the last {self.observed} tokens ({at}.observed) are "
+              f"kept anyway; keep more")  # fmt: skip
+        check_budget(at, self.budget, config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +57,7 @@ class SnapKv(SelfDrafting):
     """`budget` prompt tokens are kept, the `observed` last ones included."""
 
     budget: int
-    observed: int = OBSERVED
+    observed: int
 
     @property
     def collect(self):
@@ -82,7 +110,7 @@ class SnapKv(SelfDrafting):
         return self.rolled_out(params, tokens, cache, everything, starts, k, sampling, selected)
 
 
-def snapkv(target: ModelConfig, budget: int, compute: Compute, observed: int = OBSERVED) -> SnapKv:
+def snapkv(target: ModelConfig, budget: int, compute: Compute, observed: int) -> SnapKv:
     """The strategy; its draft's parameters are the target's own."""
     return SnapKv(drafting_target(target, compute, layer_views(target)), budget, observed)
 

@@ -16,7 +16,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from spire_jax.config.schema import ModelConfig
+from spire_jax.config.checks import check, choice, not_negative
+from spire_jax.config.readers import DRAFT, read_by
+from spire_jax.config.registry import DRAFT_KINDS
+from spire_jax.config.schema import ModelConfig, TrainedOptions
+from spire_jax.drafting.build import draft_views
 from spire_jax.drafting.strategy import Processed, Strategy
 from spire_jax.models.attention import (
     Attended,
@@ -37,7 +41,46 @@ from spire_jax.models.caches import (
 from spire_jax.models.layers import Block, parameter
 from spire_jax.models.masks import EMPTY, View
 from spire_jax.models.sampling import probability_of
-from spire_jax.models.transformer import Activations, Transformer
+from spire_jax.models.transformer import Activations, Model, Transformer
+
+
+@DRAFT_KINDS.register("spire")
+@dataclasses.dataclass(frozen=True)
+class SpireOptions(TrainedOptions):
+    """A pruned transformer with feedback memory, which reads the target's activations."""
+
+    kind: str = "spire"
+    k: int = read_by(0, DRAFT, as_train=True)  # rollout depth in training; 0 = train.k
+    attend_self: bool = True  # also attend to the token's own layer input
+    feedback: bool = True  # memories mix all layers; False: each layer's own input
+    memory: str = "layers"  # what the memories of tokens the target has processed are:
+    # "layers": the target's activations, layer by layer; "final": its last one for all layers,
+    # with one mix for all; "embedding": none of it, the draft's own embeddings of the tokens
+    memory_init: float = 0.95  # initial softmax weight of the layer's own input
+
+    def strategy(self, target, compute):
+        names = ("feedback", "attend_self", "memory", "memory_init")
+        options = {"views": draft_views(target, self)} | {n: getattr(self, n) for n in names}
+        model = Model(SpireDraft, self.model(target), compute, tuple(options.items()))
+        return Spire(model, target.n_layers)
+
+    def rollout(self, train):
+        return self.k or train.k
+
+    def projects_twice(self):
+        return self.attend_self and self.feedback  # without feedback both vectors are the same
+
+    def check(self, at, config):
+        super().check(at, config)
+        why, train = "reads the target's activations", config.train
+        self.check_against(config.target, at, "d_model", why)
+        choice(f"{at}.memory", self.memory, "layers final embedding")
+        check(0 < self.memory_init < 1,
+              f"{at}.memory_init={self.memory_init} must lie in (0, 1)")  # fmt: skip
+        not_negative(self, at, "k")
+        key, k = (f"{at}.k", self.k) if self.k else ("train.k", train.k)
+        check(train.seq_len % k == 0, f"{key}={k} does not divide train.seq_len={train.seq_len}")
+        check(train.seq_len > self.sink, f"{at}.sink={self.sink} fills train.seq_len")
 
 
 class SpireDraft(Transformer):

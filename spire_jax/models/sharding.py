@@ -12,7 +12,7 @@ import jax
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from spire_jax.config.schema import ConfigError, ExperimentConfig, MeshConfig, draft_model
+from spire_jax.config.schema import ConfigError, ExperimentConfig, MeshConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -63,7 +63,7 @@ def check_mesh(mesh: Mesh, config: ExperimentConfig) -> None:
         if size % rows:
             raise ConfigError(f"{key}={size} is not a multiple of mesh data x fsdp = {rows}")
     models = [("target", config.target)]
-    models += [(f"drafts.{n}", draft_model(config.target, d)) for n, d in config.drafts]
+    models += [(f"drafts.{n}", d.model(config.target)) for n, d in config.drafts]
     for name, model in models:
         for key, size, axis in (
             ("d_model", model.d_model, "fsdp"),

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from spire_jax.config.schema import ConfigError, ExperimentConfig, ModelConfig
-from spire_jax.drafting.spire import initial_mix, target_layers
+from spire_jax.drafting.spire import SpireOptions, initial_mix, target_layers
 from spire_jax.models.masks import may_attend
 from spire_jax.models.transformer import Model, Params
 from spire_jax.notebook.parts import panels
@@ -32,11 +32,11 @@ MOVED = 1e-3  # logits: far above rounding, far below what a token that is read 
 
 def masks_figure(config: ExperimentConfig, draft: str = "spire", length: int = 24) -> Figure:
     """`may_attend` of the target and of a draft, as matrices of query by key."""
-    sparse = config.draft(draft)
+    sparse = config.draft(draft).kept()
     at = np.arange(length)
     figure, axes = panels(2)
     target = config.target
-    of = [("the target", target.window, target.sink), (draft, sparse.window, sparse.sink)]
+    of = [("the target", target.window, target.sink), (draft, *sparse)]
     for one, (name, window, sink) in zip(axes, of, strict=True):
         seen = may_attend(at[:, None], at, window, sink)
         kind = f"window {window}, sink {sink}" if window else "causal"
@@ -54,7 +54,7 @@ def reads(
     rollouts.
     """
     draft = config.draft(name)
-    if draft.kind != "spire":
+    if not isinstance(draft, SpireOptions):
         raise ConfigError(f"drafts.{name}: a {draft.kind} draft reads no target; use a spire draft")
     # Of one layer: through two a token reaches others that do not read it themselves.
     one_layer = dataclasses.replace(draft, n_layers=1)
@@ -83,7 +83,7 @@ def reads(
 def reads_figure(config: ExperimentConfig, name: str = "spire", length: int = 24) -> Figure:
     """`reads` as a matrix of query by key."""
     figure, (axes,) = panels(1, width=5.8)
-    k = config.draft(name).k or config.train.k
+    k = config.draft(name).rollout(config.train)
     _matrix(axes, reads(config, name, length), f"{name}: rollouts of {k} tokens")
     kinds = [Patch(color=color, label=what) for color, what in zip(COLORS, MEANING, strict=True)]
     figure.legend(handles=kinds, loc="outside right upper", fontsize=8, frameon=False)
@@ -97,7 +97,7 @@ def layers_figure(config: ExperimentConfig, name: str = "spire", params: Params 
     training, or as the draft's `params` have learned it.
     """
     draft = config.draft(name)
-    if draft.kind != "spire" or not draft.feedback:
+    if not isinstance(draft, SpireOptions) or not draft.feedback:
         raise ConfigError(f"drafts.{name} has no feedback memory; use a spire draft with feedback")
     n, n_target = draft.n_layers, config.target.n_layers
     taken = np.zeros((n, n_target + 1))

@@ -19,8 +19,6 @@ from spire_jax.costs.throughput import (
 from spire_jax.notebook.parts import image, panels
 from spire_jax.results.figures import COLORS
 
-COLORS_HERE = {**COLORS, AUTOREGRESSIVE: "#78909c"}
-
 
 def tau_at(tau: float, k: int, new_k: int) -> float:
     """The average generation length at another depth, were acceptance the same at every depth.
@@ -39,17 +37,15 @@ def tau_at(tau: float, k: int, new_k: int) -> float:
 
 
 def with_settings(config: ExperimentConfig, *, k: int, window: int, sink: int) -> ExperimentConfig:
-    """The config with this depth, and this window and sink in SPIRe and MagicDec alike."""
+    """The config with this depth, and this window and sink in every draft that has a window."""
     drafts = tuple(
-        (name, dataclasses.replace(draft, window=window, sink=sink) if draft.window else draft)
+        (name, dataclasses.replace(draft, window=window, sink=sink))  # type: ignore[call-arg]
+        if getattr(draft, "window", 0)
+        else (name, draft)
         for name, draft in config.drafts
     )
-    return dataclasses.replace(
-        config,
-        drafts=drafts,
-        decode=dataclasses.replace(config.decode, k=k),
-        magicdec=dataclasses.replace(config.magicdec, window=window, sink=sink),
-    )
+    decode = dataclasses.replace(config.decode, k=k)
+    return dataclasses.replace(config, drafts=drafts, decode=decode)
 
 
 def cost_figure(
@@ -66,17 +62,17 @@ def cost_figure(
     """Modeled: multiplier over the context, tokens/s per chip over the batch.
 
     Args:
-        config: one that gives acceptance lengths (throughput.tau_*), at its own decode.k.
-        window, sink: of SPIRe and MagicDec, in tokens; the variant "paper" takes an eighth of the
-            context in place of the window.
+        config: one that gives acceptance lengths (throughput.tau), at its own decode.k.
+        window, sink: of every draft that has a window, in tokens; the variant "paper" takes an
+            eighth of the context in place of the window.
         variant: a key of VARIANTS.
         on: a key of CHIPS; "" = the config's.
     """
     given = given_tau(config)
-    if not given:
-        raise ConfigError("the config gives no acceptance length; set throughput.tau_spire")
     at = with_settings(config, k=k, window=window, sink=sink)
     taus = {name: tau_at(tau, config.decode.k, k) for name, tau in given.items()}
+    colors = {name: COLORS.get(name) or f"C{i}" for i, name in enumerate(taus)}
+    colors[AUTOREGRESSIVE] = "#78909c"
     on = on or config.throughput.chip
     figure, axes = panels(2, width=4.8, height=4.0)
     contexts = config.throughput.context_lengths
@@ -85,12 +81,12 @@ def cost_figure(
                   for n in contexts]  # fmt: skip
         here = multiplier(at, method, tau=tau, batch=batch, context=context, variant=variant)
         label = f"{method}: {here:.2f} (tau {tau:.2f})"
-        axes[0].plot(contexts, values, label=label, color=COLORS_HERE[method])
-        axes[0].plot(context, here, "o", color=COLORS_HERE[method])
+        axes[0].plot(contexts, values, label=label, color=colors[method])
+        axes[0].plot(context, here, "o", color=colors[method])
     axes[0].axhline(1, color="0.5", linewidth=0.8)
     axes[0].set(title=f"multiplier at batch {batch}, HOI {at.throughput.hoi:g}", xlabel="context")
     for method, tau in {AUTOREGRESSIVE: 1.0, **taus}.items():
-        _over_batch(axes[1], at, method, tau, batch, context, variant, on)
+        _over_batch(axes[1], colors[method], at, method, tau, batch, context, variant, on)
     axes[1].set(title=f"tokens/s per {on} at context {context}", xlabel="batch", yscale="log")
     for one in axes:
         one.set_xscale("log", base=2)
@@ -106,7 +102,7 @@ def cost_figure(
     return figure
 
 
-def _over_batch(axes, config, method, tau, batch, context, variant, on) -> None:
+def _over_batch(axes, color, config, method, tau, batch, context, variant, on) -> None:
     """Tokens/s of one chip by batch size, dotted where weights and caches do not fit it."""
 
     def speed(n: int) -> float:
@@ -118,7 +114,6 @@ def _over_batch(axes, config, method, tau, batch, context, variant, on) -> None:
     values = np.array([speed(n) for n in batches.tolist()])
     fits = [memory_bytes(config, method, batch=n, context=context) <= chip(on).hbm_bytes
             for n in batches.tolist()]  # fmt: skip
-    color = COLORS_HERE[method]
     axes.plot(batches, values, ":", color=color)
     axes.plot(batches, np.where(fits, values, np.nan), color=color,
               label=f"{method}: {speed(batch):,.0f}")  # fmt: skip
@@ -130,7 +125,8 @@ def cost_widgets(config: ExperimentConfig) -> Any:
     import ipywidgets as widgets
 
     at = config.throughput
-    windows = sorted({2**n for n in range(4, 15)} | {config.magicdec.window})
+    sparse = [draft.kept() for _, draft in config.drafts if draft.kept()[0]]
+    window, sink = sparse[0] if sparse else (64, 1)
 
     def powers(values, value):
         return widgets.SelectionSlider(
@@ -139,8 +135,8 @@ def cost_widgets(config: ExperimentConfig) -> Any:
 
     controls = {
         "k": widgets.IntSlider(config.decode.k, 1, 16, continuous_update=False),
-        "window": powers(windows, config.magicdec.window),
-        "sink": widgets.IntSlider(config.magicdec.sink, 0, 16, continuous_update=False),
+        "window": powers((2**n for n in range(4, 15)), window),
+        "sink": widgets.IntSlider(sink, 0, 16, continuous_update=False),
         "batch": powers(at.batch_sizes, at.batch_size),
         "context": powers(at.context_lengths, at.context_length),
         "variant": widgets.Dropdown(options=list(VARIANTS), value="fixed_window"),

@@ -22,7 +22,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from spire_jax.config.schema import DraftConfig, ModelConfig, draft_model, to_dict
+from spire_jax.config.checks import ConfigError
+from spire_jax.config.registry import DRAFT_KINDS, FAMILIES, Registry
+from spire_jax.config.schema import DraftOptions, ModelConfig
+from spire_jax.config.values import section, to_dict
 from spire_jax.models.transformer import Params
 from spire_jax.pretrained import PretrainedError
 from spire_jax.pretrained.safetensors_file import WEIGHTS, read_json, read_safetensors
@@ -40,7 +43,7 @@ class ExportedDraft:
     """An exported draft whose config is checked; `load` reads its parameters."""
 
     path: pathlib.Path
-    draft: DraftConfig
+    draft: DraftOptions
     target: ModelConfig
     target_sha256: str
     trained_on: dict[str, Any]  # JSON values: what the exporter said of data and training
@@ -50,7 +53,7 @@ class ExportedDraft:
     @property
     def model(self) -> ModelConfig:
         """The draft's transformer."""
-        return draft_model(self.target, self.draft)
+        return self.draft.model(self.target)
 
     def load(self, abstract: Params | None = None) -> Params:
         """The parameters as they were exported, bit for bit: nested dicts of NumPy arrays.
@@ -84,7 +87,7 @@ class ExportedDraft:
 def export_draft(
     directory: str | os.PathLike[str],
     params: Params,
-    draft: DraftConfig,
+    draft: DraftOptions,
     target: ModelConfig,
     target_sha256: str,
     trained_on: Mapping[str, Any],
@@ -107,7 +110,7 @@ def export_draft(
     values = {
         "format": FORMAT,
         "draft": to_dict(draft),
-        "model": to_dict(draft_model(target, draft)),
+        "model": to_dict(draft.model(target)),
         "target": to_dict(target),
         "target_sha256": target_sha256,
         "trained_on": dict(trained_on),
@@ -144,8 +147,9 @@ def export_draft(
 def import_draft(directory: str | os.PathLike[str], target_sha256: str) -> ExportedDraft:
     """An exported draft for the target with this hash; `load` reads its parameters.
 
-    PretrainedError for a draft of another target, an unknown format or key, a value of the wrong
-    type, and a config that contradicts itself.
+    PretrainedError for a draft of another target, an unknown format or key, a kind that nothing
+    registers (the file names no code, and none is imported for it), a value of the wrong type, and
+    a config that contradicts itself.
     """
     path = pathlib.Path(directory) / CONFIG
     values = read_json(path)
@@ -164,9 +168,9 @@ def import_draft(directory: str | os.PathLike[str], target_sha256: str) -> Expor
             f"{str(found)[:16]}..., and these are {target_sha256[:16]}...; use that target, or "
             f"train a draft for this one"
         )
-    draft = _build(path, "draft", DraftConfig, values["draft"])
-    target = _build(path, "target", ModelConfig, values["target"])
-    if values["model"] != to_dict(draft_model(target, draft)):
+    draft = _build(path, "draft", DRAFT_KINDS, "kind", values["draft"])
+    target = _build(path, "target", FAMILIES, "family", values["target"])
+    if values["model"] != to_dict(draft.model(target)):
         raise PretrainedError(
             f"{path}: `model` is not what follows from `draft` and `target`; export the draft "
             f"again, with this version of spire_jax"
@@ -234,19 +238,19 @@ def _keys(path: pathlib.Path, where: str, values: Mapping[str, Any], known: set[
         )
 
 
-def _build(path: pathlib.Path, where: str, cls: Any, values: Any) -> Any:
+def _build(path: pathlib.Path, where: str, registry: Registry[Any], key: str, values: Any) -> Any:
     """A dataclass from an object; a field that came after the export keeps its default."""
-    if not isinstance(values, dict):
-        raise PretrainedError(f"{path}: {where} must be an object; export the draft again")
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-    _keys(path, f"{where}.", values, set(defaults))
-    for key, value in values.items():
-        if type(value) is not type(defaults[key]):
-            raise PretrainedError(
-                f"{path}: {where}.{key}={value!r} should be of type "
-                f"{type(defaults[key]).__name__}; export the draft again"
-            )
-    return cls(**values)
+    if not isinstance(values, dict) or not isinstance(values.get(key), str):
+        raise PretrainedError(f"{path}: {where} must be an object with its {key}; export again")
+    try:
+        cls = registry.get(values[key])
+    except ConfigError as error:
+        raise PretrainedError(f"{path}: {where}.{key}: {error}") from None
+    _keys(path, f"{where}.", values, {field.name for field in dataclasses.fields(cls)})
+    try:
+        return section(cls, values, f"{where}.")
+    except ConfigError as error:
+        raise PretrainedError(f"{path}: {error}; export the draft again") from None
 
 
 def _content(path: pathlib.Path) -> bytes | None:

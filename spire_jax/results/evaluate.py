@@ -19,13 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spire_jax.config.schema import (
-    AUTOREGRESSIVE,
-    ExperimentConfig,
-    oracle_depth,
-    self_drafting,
-    trained_depth,
-)
+from spire_jax.config.schema import AUTOREGRESSIVE, ExperimentConfig, oracle_depth
 from spire_jax.costs.hardware import describe, peak_memory_bytes
 from spire_jax.data.pipeline import Context, Dataset, cut_contexts, held_out_batches
 from spire_jax.data.sources import Corpus
@@ -34,7 +28,6 @@ from spire_jax.decoding import (
     ACCEPTED,
     BONUS,
     CORRECTION,
-    Decoder,
     DecodeState,
     Weights,
     finish,
@@ -42,11 +35,11 @@ from spire_jax.decoding import (
     generation_lengths,
     start,
 )
+from spire_jax.decoding.build import for_decoding, make_decoder
 from spire_jax.decoding.oracle import TargetAlong, ratios_along, round_statistics, target_along
 from spire_jax.decoding.verification import VERIFICATIONS
-from spire_jax.drafting.build import compute_for, strategy, target_model
+from spire_jax.drafting.build import strategy
 from spire_jax.models.caches import Caches
-from spire_jax.models.sampling import Sampling
 from spire_jax.models.transformer import Params
 from spire_jax.storage.metrics import Progress, write_whole
 from spire_jax.storage.paths import locate
@@ -71,26 +64,6 @@ def choose_contexts(config: ExperimentConfig, corpus: Corpus) -> list[Context]:
 def cache_width(config: ExperimentConfig) -> int:
     """Positions of every cache in an evaluation: one shape, so that rounds compile once."""
     return max(config.eval.context_lengths) + config.eval.output_length + oracle_depth(config)
-
-
-def make_decoder(
-    config: ExperimentConfig,
-    name: str,
-    eos: int | tuple[int, ...] = -1,
-    sampling: Sampling | None = None,
-) -> Decoder:
-    """The decoder of a method: a draft's name, or `AUTOREGRESSIVE`.
-
-    `sampling` is the config's unless given.
-    """
-    compute = compute_for(config.decode, config.train)
-    target = target_model(config, compute)
-    decode = config.decode
-    sampling = sampling or Sampling(decode.temperature, decode.top_k, decode.top_p)
-    if name == AUTOREGRESSIVE:
-        return Decoder(target, None, 0, sampling, eos)
-    drafting = strategy(config, name, compute)
-    return Decoder(target, drafting, decode.k, sampling, eos, decode.verification)
 
 
 def evaluate(
@@ -154,16 +127,6 @@ def evaluate(
     write_whole(directory / "evaluation.json", json.dumps(summary, indent=1))
 
 
-def for_decoding(
-    config: ExperimentConfig, target: Params, drafts: Mapping[str, Params]
-) -> tuple[Params, dict[str, Params]]:
-    """Parameters in decode.dtype: the target's, and those of every method that drafts."""
-    compute = compute_for(config.decode, config.train)
-    target = target_model(config, compute).cast(target)
-    cast = {n: strategy(config, n, compute).model.cast(p) for n, p in drafts.items()}
-    return target, cast | dict.fromkeys(self_drafting(config), target)
-
-
 # --- acceptance --------------------------------------------------------------------------------
 
 
@@ -225,7 +188,7 @@ def oracle_records(
         decoder.sampling,
     )  # fmt: skip
     found = {v: round_statistics(to_host(ratios), v) for v in VERIFICATIONS}
-    head = {"k": k, "trained_k": trained_depth(config, name)}
+    head = {"k": k, "trained_k": config.draft(name).rollout(config.train)}
     of = {v: [{f.name: getattr(s, f.name)[row].tolist() for f in dataclasses.fields(s)}
               for row in range(len(texts))] for v, s in found.items()}  # fmt: skip
     # Both verifications cost the same texts; the decoder's own comes first.

@@ -5,13 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from spire_jax.config.schema import (
-    AUTOREGRESSIVE,
-    ConfigError,
-    ExperimentConfig,
-    StudyConfig,
-    to_dict,
-)
+from spire_jax.config.identity import differences, made_with
+from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig, StudyConfig
 from spire_jax.config.variants import variants
 from spire_jax.costs import throughput
 from spire_jax.storage.paths import Place
@@ -34,12 +29,7 @@ def paper_inputs(config: ExperimentConfig) -> Given:
     Raises:
         ConfigError: it gives none.
     """
-    tau = throughput.given_tau(config)
-    if not tau:
-        raise ConfigError(
-            "the config gives no acceptance length; set throughput.tau_vanilla, tau_magicdec or "
-            "tau_spire, or name a finished run with --workdir"
-        )
+    tau = throughput.given_tau(config, remedy=", or name a finished run with --workdir")
     listed = ", ".join(f"{name} {value:g}" for name, value in tau.items())
     return Given(tau, f"tau of the config: {listed}", training_costs(config, tau))
 
@@ -54,11 +44,8 @@ def own_inputs(config: ExperimentConfig, workdir: Place) -> Given:
     if not path.is_file():
         raise ConfigError(f"--workdir={workdir} has no report; run the pipeline there first")
     summary = json.loads(path.read_text())
-    mine, its = to_dict(config), summary["config"]
-    for section in ("data", "target", "drafts", "magicdec", "train", "decode", "eval", "seed"):
-        if mine[section] != its.get(section):
-            raise ConfigError(f"--workdir={workdir} is of another config: its section {section} is "
-                              f"{its.get(section)}, here it is {mine[section]}")  # fmt: skip
+    if changed := differences(summary["made_with"], made_with(config)):
+        raise ConfigError(f"--workdir={workdir} is of another config: it was made with {changed}")
     methods = {n: r for n, r in summary["methods"].items() if n != AUTOREGRESSIVE}
     tau = {name: round(row["tau"], 9) for name, row in methods.items()}
     listed = ", ".join(f"{name} {value:.3f}" for name, value in tau.items())
@@ -78,7 +65,7 @@ def own_inputs(config: ExperimentConfig, workdir: Place) -> Given:
 def training_costs(config: ExperimentConfig, methods: Mapping[str, Any]) -> dict[str, float]:
     """FLOPs of training each method's draft, the target's pass included, over the target's.
 
-    Or, for SPIRe, what the config gives (the paper counts a quarter).
+    Or what the config gives for it (of SPIRe the paper counts a quarter).
     """
     from spire_jax.training.tasks import (  # jax, which the rest does without
         draft_task,
@@ -86,13 +73,11 @@ def training_costs(config: ExperimentConfig, methods: Mapping[str, Any]) -> dict
         teacher,
     )
 
-    of_target = target_task(config)
+    of_target, given = target_task(config), dict(config.throughput.training_cost)
     costs = {}
     for name in methods:
-        costs[name] = 0.0  # nothing is trained
-        if name == "spire" and config.throughput.training_cost_spire:
-            costs[name] = config.throughput.training_cost_spire
-        elif name in dict(config.drafts):
+        costs[name] = given.get(name, 0.0)  # where nothing is trained, 0
+        if not costs[name] and name in config.trained:
             task = draft_task(config, name)
             flops = task.flops_per_token
             if task.reads is not None:
@@ -102,9 +87,18 @@ def training_costs(config: ExperimentConfig, methods: Mapping[str, Any]) -> dict
 
 
 def with_ablations(config: ExperimentConfig) -> ExperimentConfig:
-    """The config with all ablations of its SPIRe draft, whose cost the model can then tell."""
-    base = config.study.of or "spire"
-    if base not in dict(config.drafts):
-        raise ConfigError(f"the config has no draft {base!r}; name one by study.of")
-    study = StudyConfig(of=base, trained_k=(), seeds=1)
-    return dataclasses.replace(config, variants=variants(study, config.draft(base)))
+    """The config with all ablations of one draft, whose cost the model can then tell.
+
+    The draft is that of the config's study, or the first that has what they take away.
+    """
+    names, refused = [config.study.of] if config.study.of else [n for n, _ in config.drafts], []
+    for name in names:
+        study = StudyConfig(of=name, trained_k=(), seeds=1)
+        try:
+            all_of_it = variants(study, config.draft(name))
+        except ConfigError as error:
+            refused.append(f"{name}: {error}")
+            continue
+        return dataclasses.replace(config, study=study, variants=all_of_it)
+    raise ConfigError(f"no draft of the config has what the ablations take away; "
+                      f"{'; '.join(refused)}")  # fmt: skip

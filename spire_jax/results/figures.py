@@ -4,7 +4,7 @@
     python -m spire_jax.figures --config=configs/paper_llama3_70b.py --out=runs/figures_70b
     python -m spire_jax.figures --config=configs/study.py --workdir=runs/study --out=runs/mine
 
-The first two use the config's ``throughput.tau_*`` (the paper's), the third what a finished run
+The first two use the config's ``throughput.tau`` (the paper's), the third what a finished run
 found. Every figure is a PNG with its assumptions written below it; all of them are modeled but
 acceptance, which is measured. About ten seconds.
 """
@@ -22,18 +22,20 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from spire_jax.config.files import command_line, exit_with_error
-from spire_jax.config.schema import MAGICDEC, ConfigError, ExperimentConfig, body_parameters
+from spire_jax.config.schema import ConfigError, ExperimentConfig, body_parameters
 from spire_jax.config.variants import ABLATIONS, FULL_PAPER_TAU
 from spire_jax.costs import throughput
 from spire_jax.costs.roofline import VARIANTS, cache_row
 from spire_jax.results.figure_inputs import Given, own_inputs, paper_inputs, with_ablations
 from spire_jax.storage.paths import locate
 
-COLORS = {"vanilla": "#c2571a", MAGICDEC: "#5b6fb5", "spire": "#1b7f5c", "snapkv": "#8a5fb0"}
+# Drafts by the names that the paper's have in configs/; others take the next of the cycle.
+STUDIED = "#1b7f5c"
+COLORS = {"vanilla": "#c2571a", "magicdec": "#5b6fb5", "spire": STUDIED, "snapkv": "#8a5fb0"}
 STYLES = ("-", "--", "-.", ":")
 # The paper's Table 1: tau by context, of sequences of 1024 tokens (method.md section 6).
 PAPER_TAU = {"vanilla": {256: 2.637, 512: 2.647, 960: 2.644},
-             MAGICDEC: {256: 4.005, 512: 3.891, 960: 3.793},
+             "magicdec": {256: 4.005, 512: 3.891, 960: 3.793},
              "spire": {256: 3.427, 512: FULL_PAPER_TAU, 960: 3.382}}  # fmt: skip
 DECODE_TO_TRAIN = (0.1, 1000.0)  # shown; the target's training is 1
 INTENSITY_BATCHES = tuple(2**n for n in range(13))
@@ -144,7 +146,8 @@ def _cost_analysis(config: ExperimentConfig, given: Given) -> Figure:
         axes.set(title=variant, xlabel="decoding / training the target", ylabel="net share saved")
     _legend(panels[0])
     costs = ", ".join(f"{n} {c:.2f}" for n, c in given.training.items())
-    known = "by FLOPs, SPIRe's as given" if at.training_cost_spire else "by FLOPs"
+    stated = [name for name, cost in at.training_cost if cost and name in given.training]
+    known = f"by FLOPs, {' and '.join(stated)} as given" if stated else "by FLOPs"
     return _finish(
         figure, f"Net saving at batch {at.batch_size}, context {at.context_length}",
         f"{_roofline(config)} {given.source}. Training a draft costs, of the target's training "
@@ -193,7 +196,7 @@ def _alternative(config: ExperimentConfig, given: Given) -> Figure:
 
 def _ablations(config: ExperimentConfig, given: Given) -> Figure:
     """Figure 5: what each part of the draft brings, in tokens per round and in throughput."""
-    at, base = config.throughput, given.study["of"] if given.study else "spire"
+    at, base = config.throughput, given.study["of"] if given.study else config.study.of
     if given.study:
         rows = {name.removeprefix(f"{base}-"): row for name, row in given.study["methods"].items()}
         taus = {n: (rows[n]["tau"], rows[n]["tau_ci95"]) for n in (base, *ABLATIONS) if n in rows}
@@ -207,7 +210,7 @@ def _ablations(config: ExperimentConfig, given: Given) -> Figure:
         says = "tau of the paper at context 512, k = 4; for the dense cache it assumes the same."
     figure, (left, right) = _panels(2, width=4.6)
     for place, (name, (tau, interval)) in enumerate(taus.items()):
-        color = COLORS["spire"] if name == base else "0.55"
+        color = STUDIED if name == base else "0.55"
         error = None if interval is None else np.abs(np.array(interval)[:, None] - tau)
         left.barh(place, tau, color=color, xerr=error, height=0.7)
         if given.study and (paper := _paper_tau(name, base)):

@@ -62,12 +62,11 @@ def read_inputs(workdir: Place, config: schema.ExperimentConfig) -> Inputs:
     evaluation_path = workdir / "eval" / "evaluation.json"
     evaluation = _parse(_text(evaluation_path, EVALUATE_AGAIN), evaluation_path, EVALUATE_AGAIN)
     _check_evaluation(evaluation, evaluation_path)
-    names = [AUTOREGRESSIVE, *(name for name, _ in config.drafts)]
-    names += sorted(set(evaluation["timing"]) - set(names))  # what needs no draft: MagicDec
-    counts = read_counts(workdir / "eval", names, config)
+    names = [name for name, _ in config.drafts]
+    counts = read_counts(workdir / "eval", [AUTOREGRESSIVE, *names], config)
     metrics = {}
-    trained = ["target"] * (not config.pretrained.path) + [name for name, _ in config.drafts]
-    for name in trained:
+    trained = [name for name in names if name in config.trained]
+    for name in [*(() if config.pretrained.path else ("target",)), *trained]:
         path = workdir / "metrics" / f"{name}.jsonl"
         rows = _rows(path, f"train {name} again")
         for number, row in rows:

@@ -21,6 +21,8 @@ import rich.console
 import rich.table
 
 from spire_jax.config import schema
+from spire_jax.config.identity import made_with
+from spire_jax.config.values import to_dict
 from spire_jax.costs import throughput
 from spire_jax.results import report_page
 from spire_jax.results.intervals import Interval, difference_interval, ratio, ratio_interval
@@ -82,7 +84,8 @@ def _summary(
         "machine": inputs.evaluation["machine"],
         "seconds": inputs.evaluation.get("seconds", {}),
         "peak_memory_bytes": inputs.evaluation.get("peak_memory_bytes"),
-        "config": schema.to_dict(config),
+        "config": to_dict(config),
+        "made_with": made_with(config),
         "stages": dict(stages),
     }
 
@@ -107,12 +110,12 @@ def _method(name: str, inputs: Inputs, config: schema.ExperimentConfig) -> dict[
                 f"at context {length}; {EVALUATE_AGAIN}"
             )
         row["modeled_multiplier"] = _multiplier(config, name, tau, context=length)
-    # Only the feedback draft is rolled out in training; others have no depth they were trained to.
-    spire = {draft for draft, values in config.drafts if values.kind == "spire"}
+    # Some drafts are rolled out in training; others have no depth that they were trained to.
+    learned = 0 if name == AUTOREGRESSIVE else config.draft(name).rollout(config.train)
     return {
         **by_context[headline],
         "context_length": headline, "output_length": config.eval.output_length, "k": k,
-        "extrapolated": name in spire and k > config.train.k,
+        "extrapolated": 0 < learned < k,
         **_modeled(name, _tau(by_context[headline]), config),
         **_measured(name, inputs.evaluation["timing"]),
         "by_context": {str(n): row for n, row in sorted(by_context.items())},

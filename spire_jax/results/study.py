@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from spire_jax.config.schema import ConfigError, ExperimentConfig, oracle_depth, self_drafting
+from spire_jax.config.schema import ConfigError, ExperimentConfig, oracle_depth
 from spire_jax.costs import throughput
 from spire_jax.costs.hardware import describe
 from spire_jax.data.pipeline import Context, Dataset
 from spire_jax.decoding import Weights
+from spire_jax.decoding.build import for_decoding
 from spire_jax.models.transformer import Params
 from spire_jax.results.evaluate import (
     about,
     choose_contexts,
     decode_counts,
     decoder_record,
-    for_decoding,
     in_batches,
     oracle_records,
     sample_texts,
@@ -45,14 +45,14 @@ def study_config(config: ExperimentConfig) -> ExperimentConfig:
     ev = dataclasses.replace(
         config.eval, contexts=at.contexts, context_lengths=(at.context_length,), decoder_samples=0
     )
-    return dataclasses.replace(config, drafts=config.trained, variants=(), eval=ev)
+    everything = config.drafts + config.variants
+    return dataclasses.replace(config, drafts=everything, variants=(), eval=ev)
 
 
 def deep_methods(config: ExperimentConfig) -> list[str]:
     """The methods whose acceptance is followed to the deepest trained rollout."""
     by_k = [f"{config.study.of}-k{k}" for k in config.study.trained_k]
-    main = [name for name, draft in config.trained if not draft.of]
-    return [*main, *by_k, *self_drafting(config)]
+    return [*dict(config.drafts), *by_k]
 
 
 def evaluate_study(

@@ -13,7 +13,7 @@ from typing import Any
 import rich.console
 import rich.markdown
 
-from spire_jax.config.schema import ExperimentConfig, self_drafting
+from spire_jax.config.schema import ExperimentConfig
 from spire_jax.config.variants import ABLATIONS, FULL_PAPER_TAU
 from spire_jax.costs import throughput
 from spire_jax.results.intervals import Interval, difference_interval, ratio, ratio_interval
@@ -50,7 +50,7 @@ def print_study(folder: Place, console: rich.console.Console) -> None:
 def summarize(config: ExperimentConfig, folder: Place) -> dict[str, Any]:
     """The content of ``study.json``."""
     full, at = study_config(config), config.study
-    names = [*dict(full.drafts), *self_drafting(config)]
+    names = list(dict(full.drafts))
     by_length = read_counts(folder, [at.of, *(n for n in names if n != at.of)], full)
     counts = {name: by_length[name][at.context_length] for name in names}
     resamples, k = config.eval.bootstrap, config.decode.k

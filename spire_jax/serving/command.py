@@ -29,7 +29,6 @@ from rich.console import Console
 
 from spire_jax.config.files import command_line
 from spire_jax.config.schema import ConfigError, ExperimentConfig
-from spire_jax.run import ERRORS
 from spire_jax.serving.batching import Inbox, Server, Serving
 from spire_jax.serving.interactive import converse
 from spire_jax.serving.loading import Loaded, load_for_decoding
@@ -42,6 +41,7 @@ from spire_jax.serving.requests import (
     RequestError,
     read_requests,
 )
+from spire_jax.training.workdir import ERRORS
 
 WIDTH = 2048  # positions of a row where the requests are not known beforehand
 STEP = 256  # a width that follows from the requests is a multiple of it
@@ -57,8 +57,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--workdir", help="where the weights are; not needed for a pretrained target by itself, or "
         "with a --draft")  # fmt: skip
     add("--draft", metavar="FOLDER", help="a draft that python -m spire_jax.export has written")
-    add("--method", help="a draft's name, or its kind where that is plain; magicdec, "
-        "autoregressive; by default the --draft, spire without one")  # fmt: skip
+    add("--method", help="a draft's name, or its kind where that is plain; or autoregressive; "
+        "by default the --draft, without one the config's only draft")  # fmt: skip
     add("--prompts", metavar="FILE", help="prompts; - reads stdin")
     add("--format", choices=FORMATS, help="jsonl (also where the name ends so), text (all of it "
         "one prompt; otherwise), or lines (one prompt a line)")  # fmt: skip

@@ -7,24 +7,17 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from spire_jax.config.schema import (
-    AUTOREGRESSIVE,
-    MAGICDEC,
-    SNAPKV,
-    ConfigError,
-    ExperimentConfig,
-    StudyConfig,
-)
+from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig, StudyConfig
 from spire_jax.config.validation import validate
 from spire_jax.data.tokenizer import Tokenizer, make_tokenizer
+from spire_jax.decoding.build import for_decoding, make_decoder
 from spire_jax.decoding.rounds import Decoder, Weights
 from spire_jax.models.sharding import check_mesh, make_mesh, shardings
 from spire_jax.models.transformer import Params
 from spire_jax.pretrained.checkpoint import open_checkpoint
 from spire_jax.pretrained.exported_draft import ExportedDraft, import_draft
-from spire_jax.results.evaluate import for_decoding, make_decoder
-from spire_jax.run import Pipeline
 from spire_jax.training.tasks import draft_task, target_task, with_shared
+from spire_jax.training.workdir import WorkDir
 
 EXPORTED = "exported"  # what the draft of --draft is called
 
@@ -45,7 +38,7 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
 
     Args:
         args: with `workdir` and `draft`, None where not given; `method`, None for the exported
-            draft, or "spire" without one; `ignore_eos`; and `temperature`, `top_k` and
+            draft, or the config's only one; `ignore_eos`; and `temperature`, `top_k` and
             `top_p`, None where the config's are used.
 
     Raises:
@@ -54,11 +47,10 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
         PretrainedError: a draft that was exported for another target.
     """
     config = with_options(args, config)
-    method = args.method or ("spire" if args.draft is None else EXPORTED)
     if args.workdir is None and not config.pretrained.path:
         raise ConfigError("--workdir is missing: where the target was trained")
     if args.draft is None:
-        _check_method(config, method, args)
+        name = _method(config, args)
         of_target, exported = _Target(config, args.workdir), None
     else:
         # The study is of a draft of the config.
@@ -67,35 +59,31 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
         exported = import_draft(args.draft, of_target.sha256)
         config = dataclasses.replace(config, drafts=((EXPORTED, exported.draft),))
         validate(config)
-        _check_method(config, method, args)
-    name = method_name(config, method)
+        name = _method(config, args)
     tokenizer = make_tokenizer(config.data.tokenizer)
     eos = () if args.ignore_eos else getattr(tokenizer, "eos", (tokenizer.separator,))
     decoder = dataclasses.replace(make_decoder(config, name), eos=tuple(eos))
     target, drafts = of_target.params(), {}
-    if name not in (AUTOREGRESSIVE, MAGICDEC):
+    if name in config.trained:
         drafts[name] = (of_target.draft(name, target) if exported is None
                         else _placed(exported, config, name, target, of_target.mesh))  # fmt: skip
     target, drafts = for_decoding(config, target, drafts)
-    draft = target if name == MAGICDEC else drafts.get(name)
     depths = config.decode.depths if decoder.strategy is not None else ()
-    return Loaded(decoder, Weights(target, draft), tokenizer, of_target.mesh, depths)
+    return Loaded(decoder, Weights(target, drafts.get(name)), tokenizer, of_target.mesh, depths)
 
 
-def _check_method(config: ExperimentConfig, method: str, args: argparse.Namespace) -> None:
-    """What does not work is said before anything is read."""
-    name = method_name(config, method)
-    if name == SNAPKV:
+def _method(config: ExperimentConfig, args: argparse.Namespace) -> str:
+    """The method that is asked for; ConfigError, before anything is read, where it cannot work."""
+    name = method_name(config, args.method or (EXPORTED if args.draft is not None else None))
+    if name != AUTOREGRESSIVE and config.draft(name).whole_prompt:
         raise ConfigError(
-            "--method=snapkv: it selects over a whole prompt at once, and here prompts are read in "
-            "chunks; use another method"
+            f"--method={name}: a draft of kind {config.draft(name).kind!r} selects over a whole "
+            f"prompt at once, and here prompts are read in chunks; use another method"
         )
-    if name == MAGICDEC:  # its section is checked where it is used
-        on = dataclasses.replace(config.magicdec, evaluate=True)
-        validate(dataclasses.replace(config, magicdec=on))
-    elif name != AUTOREGRESSIVE and args.workdir is None and args.draft is None:
+    if name in config.trained and args.workdir is None and args.draft is None:
         raise ConfigError(f"--method={name}: give the --workdir where it was trained, or --draft, "
                           f"the folder it was exported to")  # fmt: skip
+    return name
 
 
 def _placed(
@@ -113,10 +101,10 @@ class _Target:
     """The target of a config: in a work directory, or a checkpoint by itself."""
 
     def __init__(self, config: ExperimentConfig, workdir: str | None):
-        self.config, self.pipeline = config, None
+        self.config, self.workdir = config, None
         if workdir is not None:
-            self.pipeline = Pipeline(config, workdir)
-            self.mesh = self.pipeline.mesh
+            self.workdir = WorkDir(config, workdir)
+            self.mesh = self.workdir.mesh
         else:
             self.checkpoint = open_checkpoint(config.pretrained.path)
             self.mesh = make_mesh(config.mesh)
@@ -124,17 +112,17 @@ class _Target:
 
     @property
     def sha256(self) -> str:
-        return self.pipeline.target_sha256 if self.pipeline else self.checkpoint.sha256
+        return self.workdir.target_sha256 if self.workdir else self.checkpoint.sha256
 
     def params(self) -> Params:
-        if self.pipeline is not None:
-            return self.pipeline.params("target")
+        if self.workdir is not None:
+            return self.workdir.target()
         model = target_task(self.config).model
         return self.checkpoint.load(model, self.mesh, self.config.pretrained.dtype)
 
     def draft(self, name: str, target: Params) -> Params:
-        assert self.pipeline is not None  # `_check_method` asks for a work directory
-        return self.pipeline.params(f"draft {name}", target)
+        assert self.workdir is not None  # `_method` asks for a work directory
+        return self.workdir.draft(name, target)
 
 
 def with_options(args: argparse.Namespace, config: ExperimentConfig) -> ExperimentConfig:
@@ -146,14 +134,17 @@ def with_options(args: argparse.Namespace, config: ExperimentConfig) -> Experime
     return config
 
 
-def method_name(config: ExperimentConfig, method: str) -> str:
-    """A draft's name, or a method without one: by name, or by the kind of a config's only draft."""
-    own = (AUTOREGRESSIVE, MAGICDEC, SNAPKV)
-    names = [name for name, _ in config.trained]
-    if method in (*own, *names):
+def method_name(config: ExperimentConfig, method: str | None) -> str:
+    """A draft's name: by itself, by the kind of the config's only such draft, or as the only one.
+
+    Or `AUTOREGRESSIVE`. ConfigError for what is neither, or not plain.
+    """
+    names = [name for name, _ in config.drafts + config.variants]
+    if method in (AUTOREGRESSIVE, *names):
         return method
-    of_kind = [name for name, draft in config.drafts if draft.kind == method]
-    if len(of_kind) == 1:
-        return of_kind[0]
-    why = f"the config has {len(of_kind)} drafts of this kind" if of_kind else "unknown"
-    raise ConfigError(f"--method={method}: {why}; choose from {[*names, *own]}")
+    alike = [name for name, draft in config.drafts if method in (None, draft.kind)]
+    if len(alike) == 1:
+        return alike[0]
+    of = "" if method is None else " of this kind"
+    why = f"the config has {len(alike)} drafts{of}" if alike or method is None else "unknown"
+    raise ConfigError(f"--method={method or ''}: {why}; choose from {[*names, AUTOREGRESSIVE]}")

@@ -19,9 +19,9 @@ from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfi
 from spire_jax.data.pipeline import WrittenRows
 from spire_jax.data.sources import Corpus, Documents
 from spire_jax.decoding import Weights, generate
+from spire_jax.decoding.build import make_decoder
 from spire_jax.models.sampling import Sampling
 from spire_jax.models.transformer import Params
-from spire_jax.results.evaluate import make_decoder
 from spire_jax.storage.bucket import in_bucket, watched
 from spire_jax.storage.metrics import Progress, write_whole
 from spire_jax.storage.paths import Place

@@ -12,11 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spire_jax.config.schema import ExperimentConfig, head_size, trained_depth
+from spire_jax.config.schema import ExperimentConfig, TrainedOptions, head_size
 from spire_jax.drafting.build import compute_for, strategy, target_model
 from spire_jax.drafting.learning import DraftLoss, Lesson, Loss, TrainBatch
 from spire_jax.drafting.pruning import prune
-from spire_jax.drafting.spire import SpireDraft
 from spire_jax.drafting.strategy import Strategy
 from spire_jax.models.sampling import stream
 from spire_jax.models.sharding import constrain, replicated, shardings
@@ -82,20 +81,20 @@ def draft_task(config: ExperimentConfig, name: str) -> Task:
 
     One that needs no lessons (vanilla, hard target) has its acceptance measured at logged steps.
     """
-    draft, train = config.draft(name), config.train
-    drafting, k = strategy(config, name, compute_for(train, train)), trained_depth(config, name)
-    rollout = draft.kind == "spire"
-    loss = DraftLoss(drafting, draft.loss, draft.omega, k if rollout else 1)
-    taught = rollout or draft.loss != "hard"
+    train, draft = config.train, config.draft(name).filled(config.train)
+    assert isinstance(draft, TrainedOptions)  # of `config.trained`
+    drafting, depths = strategy(config, name, compute_for(train, train)), draft.rollout(train)
+    loss = DraftLoss(drafting, draft.loss, draft.omega, depths or 1)
+    taught = depths or draft.loss != "hard"
     return Task(
         name,
         drafting.model,
         loss,
-        draft.steps or train.steps,
-        draft.peak_lr or train.peak_lr,
-        3 * forward_flops(drafting.model, train.seq_len),
+        draft.steps,
+        draft.peak_lr,
+        3 * forward_flops(drafting.model, train.seq_len, rolled_out=depths > 0),
         shared=("embedding",) if draft.share_embedding else (),
-        k=k if rollout else 1,
+        k=depths or 1,
         reads=drafting.collect if taught else None,
     )
 
@@ -132,7 +131,7 @@ def initial_draft(
         ids = frequent(task.model.config.head_tokens).astype(np.int32)
         params["head_ids"] = jax.device_put(ids, replicated(mesh))
     own = {name: value for name, value in params.items() if name not in task.shared}
-    if config.draft(name).init == "random":
+    if config.trained[name].init == "random":
         return own
     axes = {name: value for name, value in task.model.axes().items() if name in own}
     return jax.jit(prune, out_shardings=shardings(mesh, axes))(target_params, own)
@@ -143,16 +142,17 @@ def stream_key(seed: int, name: str) -> jax.Array:
     return stream(jax.random.key(seed)[None], name)[0]
 
 
-def forward_flops(model: Model, seq_len: int) -> float:
+def forward_flops(model: Model, seq_len: int, rolled_out: bool = False) -> float:
     """Matrix-product FLOPs per token of a forward pass over sequences of `seq_len`.
 
-    Weights count 2 each (the embedding is a look-up), a SPIRe draft's second key/value
-    projection included; attention 4 per query head, head dimension and visible key.
+    Weights count 2 each (the embedding is a look-up), those that make keys and values twice in a
+    rollout, of the target's activations too; attention 4 per query head, head dimension and visible
+    key.
     """
     c = model.config
     shapes = model.shapes()
     weights = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes["blocks"]))
-    if issubclass(model.module, SpireDraft):
+    if rolled_out:
         weights += 2 * 2 * c.n_layers * c.d_model * c.n_kv_heads * c.d_head
     everything = (seq_len + 1) / 2
     visible = sum(min(everything, view.window + view.sink) if view.window else everything

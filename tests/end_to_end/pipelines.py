@@ -16,7 +16,7 @@ OVERRIDES = {
     "target.n_kv_heads": 2,
     "target.d_head": 8,
     "target.d_ff": 24,
-    "magicdec.window": 6,
+    "drafts.magicdec.window": 6,
     "drafts.spire.n_layers": 1,
     "drafts.spire.window": 8,
     "drafts.spire.steps": 12,

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spire_jax.config.schema import DraftConfig, ExperimentConfig, TrainConfig
+from spire_jax.config.schema import ExperimentConfig, TrainConfig
 from spire_jax.decoding import generate
 from spire_jax.drafting.build import strategy
+from spire_jax.drafting.spire import SpireOptions
 from spire_jax.models.attention import Compute
 from spire_jax.models.sampling import Sampling, probabilities
 from spire_jax.models.sharding import make_mesh
@@ -226,7 +227,9 @@ def test_sampled_joint_of_a_trained_pair(temperature):
 def trained_pair() -> models.Pair:
     config = ExperimentConfig(
         target=SMALL,
-        drafts=(("spire", DraftConfig(n_layers=1, window=models.WINDOW, init="random", steps=60)),),
+        drafts=(
+            ("spire", SpireOptions(n_layers=1, window=models.WINDOW, init="random", steps=60)),
+        ),
         train=TrainConfig(steps=200, batch_size=32, seq_len=16, k=2, peak_lr=1e-2),
     )
     mesh = make_mesh(config.mesh)

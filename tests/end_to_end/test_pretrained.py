@@ -26,7 +26,7 @@ VALUES = {
     "continuations.rows": 5,
     "continuations.prompt": 4,
     "continuations.batch_size": 2,
-    "magicdec.window": 8,
+    "drafts.magicdec.window": 8,
     "train.steps": 4,
     "train.batch_size": 2,
     "train.seq_len": 16,

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 STUDY = {"study.of": "spire", "study.ablations": "no_feedback_no_target,shared_memory",
          "study.trained_k": 8, "study.seeds": 2, "study.seeded": "no_feedback_no_target",
          "study.context_length": 12, "study.contexts": 10, "study.detectable": 6,
-         "magicdec.window": 17, "target.n_layers": 1, "eval.context_lengths": "8,18",
+         "drafts.magicdec.window": 17, "target.n_layers": 1, "eval.context_lengths": "8,18",
          "drafts.spire.steps": 6, "train.steps": 9, "drafts.vanilla.steps": 6}  # fmt: skip
 VARIANTS = ["spire", "vanilla", "spire-no_feedback_no_target", "spire-shared_memory", "spire-k8",
             "spire-seed1", "spire-no_feedback_no_target-seed1"]  # fmt: skip
