@@ -11,7 +11,7 @@ import pytest
 from launch.bench import round as bench_round
 from launch.bench import round_pieces, round_report
 from launch.bench.round_report import DRAFT, GOALS, SMALL, experiment
-from spire_jax.config.schema import ModelConfig, body_parameters
+from spire_jax.config.schema import ModelConfig
 from spire_jax.costs.roofline import VARIANTS
 from spire_jax.costs.throughput import round_cost
 from spire_jax.decoding import Weights
@@ -53,7 +53,7 @@ def test_predictions_are_the_cost_models_at_the_measured_speeds():
 
 
 def test_a_step_reads_weights_unembedding_and_cache_once():
-    body, head = body_parameters(TINY.target), 16 * 24
+    body, head = TINY.target.body_parameters(), 16 * 24
     cache = 3 * 40 * 2 * 2 * 2 * 4
     at = record()
     assert at["step_bytes"] == 4 * (body + head + cache)
@@ -72,7 +72,7 @@ def test_a_step_reads_weights_unembedding_and_cache_once():
 def test_operators_turn_compute_bound():
     at = record(flops_per_s=10.0)
     assert at["operators"]["verification_products"] == pytest.approx(
-        2 * 15 * body_parameters(TINY.target) / 10.0
+        2 * 15 * TINY.target.body_parameters() / 10.0
     )
 
 

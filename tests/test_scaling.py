@@ -249,7 +249,7 @@ _SCALING = {
 }
 _MEMORY = {
     "whole tables": ("m.d_model * table / of.chips", "m.d_model * table"),
-    "whole weights": ("of.weights(m)", "body_parameters(m)"),
+    "whole weights": ("of.weights(m)", "m.body_parameters()"),
     "whole caches": ("/ of.cache_shards(m)", ""),
     "replicated drafts cache all requests": ("group.drafted(batch), rows", "batch, rows"),
     "replicated drafts are sharded": ("(draft.model, group.drafting,", "(draft.model, group,"),

@@ -36,7 +36,7 @@ def test_body_parameters_are_the_paper_s(path: str, draft: str | None, count: in
     model = loaded.target
     if draft:
         model = loaded.draft(draft).model(model)
-    assert schema.body_parameters(model) == count
+    assert model.body_parameters() == count
 
 
 @pytest.mark.parametrize(("variant", "context"), TABLE)
@@ -107,7 +107,7 @@ def test_critical_context_agrees_with_the_costs(
     def compute_bound(context: int) -> bool:
         at: dict[str, Any] = {"batch": 2**30, "context": context, "k": verified - 1}
         cost = throughput.round_cost(pair, "vanilla", **at).verification
-        return cost == 2 * schema.body_parameters(pair.target) * 2**30 * verified
+        return cost == 2 * pair.target.body_parameters() * 2**30 * verified
 
     found = throughput.critical_context(pair, k=verified)
     assert compute_bound(found)
@@ -118,7 +118,7 @@ def test_paper_config_trains_on_20_tokens_per_parameter(pair: schema.ExperimentC
     trained = [(pair.target, pair.train.steps)]
     trained += [(draft.model(pair.target), draft.steps) for draft in pair.trained.values()]
     for model, steps in trained:
-        parameters = schema.body_parameters(model) + model.d_model * (2 * model.vocab_size + 1)
+        parameters = model.body_parameters() + model.d_model * (2 * model.vocab_size + 1)
         tokens = steps * pair.train.batch_size * pair.train.seq_len
         assert tokens / parameters == pytest.approx(20, rel=1e-3)
 

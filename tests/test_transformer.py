@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from models import SINK, TINY, WINDOW, init, target, texts
 
-from spire_jax.config.schema import ModelConfig, body_parameters
+from spire_jax.config.schema import ModelConfig
 from spire_jax.drafting.spire import SpireDraft, SpireOptions
 from spire_jax.drafting.vanilla import VanillaOptions
 from spire_jax.models.attention import Compute
@@ -53,19 +53,19 @@ def test_body_parameters_are_the_papers(name, config, module, body):
     traced = dataclasses.replace(config, n_layers=layers)
     model = Model(module, traced, Compute())
     shapes = model.shapes()
-    assert body_parameters(config) == body
+    assert config.body_parameters() == body
     assert count(shapes["blocks"]) * config.n_layers == body * layers
     ends = 2 * config.vocab_size * config.d_model + config.d_model
     memory = layers * (layers + 1) if module is SpireDraft else 0
     assert count(shapes.get("memory_mix", ())) == memory
-    assert model.count() == count(shapes) == body_parameters(traced) + ends + memory
+    assert model.count() == count(shapes) == traced.body_parameters() + ends + memory
 
 
 @pytest.mark.parametrize("options", [dict(qkv_bias=True), dict(qk_norm=True), dict(tied=True)])
 def test_body_parameters_count_the_options(options):
     config = dataclasses.replace(TINY, **options)
     shapes = Model(Transformer, config, Compute()).shapes()
-    assert count(shapes["blocks"]) == body_parameters(config)
+    assert count(shapes["blocks"]) == config.body_parameters()
     assert ("unembedding" in shapes) == (not config.tied)
 
 

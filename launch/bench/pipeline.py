@@ -21,7 +21,7 @@ import numpy as np
 
 from launch.bench.train_steps import training_steps
 from spire_jax.config.files import command_line
-from spire_jax.config.schema import ExperimentConfig, body_parameters, oracle_depth
+from spire_jax.config.schema import ExperimentConfig, oracle_depth
 from spire_jax.costs.hardware import describe, peak_memory_bytes
 from spire_jax.data.pipeline import Batch, Context
 from spire_jax.decoding import Weights, decode_rounds, finish, generation_lengths, start
@@ -96,7 +96,7 @@ def bench_training(config: ExperimentConfig, repeats: int) -> None:
         ratio = seconds["target"] / value
         print(f"training, sequence {train.seq_len}, {name}: {rate:,.0f} tokens/s "
               f"({ratio:.2f} x the target's rate, "
-              f"{body_parameters(config.target):,} body parameters)")  # fmt: skip
+              f"{config.target.body_parameters():,} body parameters)")  # fmt: skip
 
 
 def bench_decoding(

@@ -28,7 +28,6 @@ from spire_jax.config.schema import (
     ModelConfig,
     ThroughputConfig,
     TrainConfig,
-    body_parameters,
 )
 from spire_jax.costs.chips import device_chip
 from spire_jax.costs.roofline import VARIANTS, cache_row, visible_rows
@@ -113,7 +112,7 @@ def with_predictions(config: ExperimentConfig, record: Record) -> Record:
             "delta_t": cost.delta_t,
         }
     target, at = config.target, config.throughput
-    body, head = body_parameters(target), target.d_model * target.vocab_size
+    body, head = target.body_parameters(), target.d_model * target.vocab_size
     cached = visible_rows(target, float(record["context"])) * cache_row(target)
     cache_bytes = record["batch"] * cached * at.cache_bytes
     operators = {}

@@ -32,11 +32,13 @@ from spire_jax.config.readers import (
     TARGET,
     read_by,
 )
-from spire_jax.config.registry import LOSSES
+from spire_jax.config.registry import LOSSES, below
 
 if TYPE_CHECKING:  # what a draft makes is below this folder
     from spire_jax.drafting.strategy import Strategy
     from spire_jax.models.attention import Compute
+    from spire_jax.models.masks import View
+    from spire_jax.models.transformer import Transformer
 
 BYTES = "bytes"  # the tokenizer that needs no file
 AUTOREGRESSIVE = "autoregressive"  # the method without a draft
@@ -84,6 +86,25 @@ class ModelConfig:
     rope_high_freq_factor: float = 4.0
     rope_original_len: int = 8192
 
+    def views(self) -> tuple["View", ...]:
+        """What each layer sees of a text."""
+        scale = 1.0 if self.scale_in_init else self.d_head**-0.5
+        return (below("models.masks").View(self.window, self.sink, scale),) * self.n_layers
+
+    def module(self) -> type["Transformer"]:
+        """The module that has these sizes."""
+        return below("models.transformer").Transformer
+
+    def body_parameters(self) -> int:
+        """Parameters without embedding, unembedding and final norm (method.md section 1)."""
+        heads = self.n_kv_heads * self.q_per_kv
+        attention = self.d_model * self.d_head * (2 * heads + 2 * self.n_kv_heads)
+        if self.qkv_bias:
+            attention += self.d_head * (heads + 2 * self.n_kv_heads)
+        if self.qk_norm:
+            attention += 2 * self.d_head
+        return self.n_layers * (attention + 3 * self.d_model * self.d_ff + 2 * self.d_model)
+
     def check(self, at: str, config: "ExperimentConfig") -> None:
         """ConfigError for sizes that no model can have; `at` is where they stand."""
         positive(self, at, "n_layers d_model n_kv_heads q_per_kv d_head d_ff")
@@ -109,6 +130,17 @@ class ContinuationsConfig:
     share: float = read_by(0.5, DRAFT, when=lambda at: at.rows)
     temperature: float = 1.0
     batch_size: int = read_by(16)  # rows that are written at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftCost:
+    """What drafting costs one request in a round, whatever the chip (costs/roofline.py)."""
+
+    rows: float  # cached tokens that a pass reads, mean over the draft's layers
+    slots: float  # cached tokens that its state has room for, likewise
+    passes: int  # forward passes of the draft
+    tokens: int = 1  # that each pass processes
+    projections: int = 0  # of a token to keys and values, besides the transformer's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +176,27 @@ class DraftOptions:
         """Depths that training rolls it out to; 0: it learns of no depth."""
         return 0
 
-    def projects_twice(self) -> bool:
-        """Whether a draft step makes a token's keys and values from two vectors."""
-        return False
+    def views(self, target: ModelConfig) -> tuple["View", ...]:
+        """What each layer of the draft sees: what the target's last layers do, of what it keeps.
+
+        A draft deeper than the target has the views of its own depth.
+        """
+        sizes = self.model(target)
+        deep = dataclasses.replace(sizes, n_layers=max(target.n_layers, sizes.n_layers))
+        return tuple(view.keeping(*self.kept()) for view in deep.views()[-sizes.n_layers :])
+
+    def cost(self, target: ModelConfig, context: int, k: int) -> "DraftCost":
+        """What a round of k drafted tokens costs one request of `context` tokens.
+
+        As it stands: k passes over one token, each layer reading what its view leaves of the text
+        from a cache that has room for that and for what is drafted.
+        """
+        # A context shorter than the window is charged in full *beside* the sinks: so counts the
+        # table of method.md (L = 32).
+        views = self.views(target)
+        rows = [v.sink + min(context, v.window) if v.window else context for v in views]
+        slots = [v.sink + v.window + k if v.window else context for v in views]
+        return DraftCost(sum(rows) / len(views), sum(slots) / len(views), passes=k)
 
     def filled(self, train: "TrainConfig") -> "DraftOptions":
         """With the values of `train` where 0 stands for them."""
@@ -379,14 +429,3 @@ def oracle_depth(config: ExperimentConfig) -> int:
 def head_size(model: ModelConfig) -> int:
     """Tokens that the unembedding computes logits of, padding included."""
     return model.head_tokens or model.vocab_size
-
-
-def body_parameters(model: ModelConfig) -> int:
-    """Parameters without embedding, unembedding and final norm (method.md section 1)."""
-    heads = model.n_kv_heads * model.q_per_kv
-    attention = model.d_model * model.d_head * (2 * heads + 2 * model.n_kv_heads)
-    if model.qkv_bias:
-        attention += model.d_head * (heads + 2 * model.n_kv_heads)
-    if model.qk_norm:
-        attention += 2 * model.d_head
-    return model.n_layers * (attention + 3 * model.d_model * model.d_ff + 2 * model.d_model)

@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from spire_jax.config.schema import ModelConfig, body_parameters, head_size
+from spire_jax.config.schema import DraftCost, ModelConfig, head_size
 
 # Each variant keeps what the one before it changed.
 VARIANTS: Mapping[str, str] = {
@@ -31,38 +31,21 @@ class RoundCost:
     """One speculation round of the whole batch, in FLOP-equivalents."""
 
     target_step: float  # one autoregressive step of the target
-    draft_step: float  # one drafted token per request
+    draft_step: float  # one pass of the draft
     verification: float  # the target's pass over k + 1 tokens per request
     k: int  # drafted tokens; 0 = autoregressive decoding
+    passes: int  # of the draft
     handover: float = 0.0  # what a group sends between drafting and verification
 
     @property
     def total(self) -> float:
-        """Cost of the round: k draft steps, the verification and what is sent in between."""
-        return self.k * self.draft_step + self.verification + self.handover
+        """Cost of the round: drafting, the verification and what is sent in between."""
+        return self.passes * self.draft_step + self.verification + self.handover
 
     @property
     def delta_t(self) -> float:
         """Time of the round over the time of one autoregressive step."""
         return self.total / self.target_step
-
-
-@dataclasses.dataclass(frozen=True)
-class Draft:
-    """What the cost of drafting depends on."""
-
-    model: ModelConfig
-    window: int  # 0 = dense cache
-    sink: int
-    projects_twice: bool  # makes a token's keys and values from two vectors
-
-    def rows(self, context: int, variant: str) -> int:
-        """Cached tokens that a draft step reads, per request."""
-        if not self.window:
-            return context
-        # A context shorter than the window is charged in full *beside* the sinks: so counts the
-        # table of method.md (L = 32).
-        return self.sink + (context // 8 if variant == "paper" else min(context, self.window))
 
 
 # What the chips of a group tell each other where the unembedding counts. Of every token's logits:
@@ -97,7 +80,7 @@ class Group:
     def weights(self, model: ModelConfig) -> float:
         """Body parameters that each chip holds."""
         keys_values = cache_row(model) * model.d_model
-        others = body_parameters(model) - keys_values
+        others = model.body_parameters() - keys_values
         return others / self.chips + keys_values / self.cache_shards(model)
 
     def communication(
@@ -160,7 +143,7 @@ class Roofline:
         batch: int,
         tokens: int,
         rows: float,
-        projects_twice: bool = False,
+        projections: int = 0,
     ) -> float:
         """A forward pass over `tokens` tokens of each request, reading `rows` cached tokens.
 
@@ -169,8 +152,8 @@ class Roofline:
         weights, row = self.group.weights(model), cache_row(model)
         flops = 2.0 * weights * batch * tokens
         shards = self.group.cache_shards(model)
-        if projects_twice:
-            flops += 2 * batch * tokens * row * model.d_model / shards
+        if projections:
+            flops += 2 * projections * batch * tokens * row * model.d_model / shards
         weight_reads = weights * self.weight_bytes * self.hoi
         cache_reads = batch * rows * row * self.cache_bytes * self.hoi / shards
         with_head = self.variant == "with_head"
@@ -187,31 +170,33 @@ class Roofline:
     def round(
         self,
         target: ModelConfig,
-        draft: Draft | None,
+        draft: tuple[ModelConfig, DraftCost] | None,
         *,
         batch: int,
         k: int,
         context: float,
-        draft_rows: float,
     ) -> RoundCost:
-        """A round of k drafted tokens, each reading `draft_rows` of the draft's cache."""
-        step, handover, group = 0.0, 0.0, self.group
+        """A round of k drafted tokens behind `context`; `draft` are its sizes and what it costs."""
+        step, handover, passes, group = 0.0, 0.0, 0, self.group
         if draft:
+            model, cost = draft
+            passes = cost.passes
             step = dataclasses.replace(self, group=group.drafting).forward(
-                draft.model,
+                model,
                 batch=group.drafted(batch),
-                tokens=1,
-                rows=draft_rows,
-                projects_twice=draft.projects_twice,
+                tokens=cost.tokens,
+                rows=cost.rows,
+                projections=cost.projections,
             )
             if group.drafting is not group and self.variant == "with_head":
-                handover = group.handover(draft.model, batch=batch, k=k)
+                handover = group.handover(model, batch=batch, k=k)
         rows = visible_rows(target, context)
         return RoundCost(
             target_step=self.forward(target, batch=batch, tokens=1, rows=rows),
             draft_step=step,
             verification=self.forward(target, batch=batch, tokens=k + 1, rows=rows),
             k=k,
+            passes=passes,
             handover=handover,
         )
 
@@ -222,5 +207,6 @@ def cache_row(model: ModelConfig) -> int:
 
 
 def visible_rows(model: ModelConfig, context: float) -> float:
-    """Cached tokens that a model reads at its own mask: all, or its sinks and its window."""
-    return min(context, float(model.sink + model.window)) if model.window else context
+    """Cached tokens that a layer reads under its own view, mean over layers: all, or a window."""
+    rows = [min(context, float(v.sink + v.window)) if v.window else context for v in model.views()]
+    return sum(rows) / len(rows)

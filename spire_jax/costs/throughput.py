@@ -23,8 +23,9 @@ from spire_jax.config.files import command_line, exit_with_error
 from spire_jax.config.schema import (
     AUTOREGRESSIVE,
     ConfigError,
+    DraftCost,
     ExperimentConfig,
-    body_parameters,
+    ModelConfig,
     head_size,
 )
 from spire_jax.costs import chips
@@ -32,12 +33,10 @@ from spire_jax.costs.chips import CHIPS, Chip
 from spire_jax.costs.roofline import (
     ALONE,
     VARIANTS,
-    Draft,
     Group,
     Roofline,
     RoundCost,
     cache_row,
-    visible_rows,
 )
 
 # --- the model ---------------------------------------------------------------------------------
@@ -62,13 +61,10 @@ def round_cost(
     ConfigError for an unknown method or variant and for sizes that are not positive. Method.md
     section 5.
     """
-    draft = _draft(config, method)
-    k, roofline = _resolve(config, draft, batch, context, k, hoi, variant)
+    k, roofline = _resolve(config, method, batch, context, k, hoi, variant)
     roofline = dataclasses.replace(roofline, group=group)
-    rows = draft.rows(context, roofline.variant) if draft else 0
-    return roofline.round(
-        config.target, draft, batch=batch, k=k, context=float(context), draft_rows=float(rows)
-    )
+    draft = _draft(config, method, context, k, roofline.variant)
+    return roofline.round(config.target, draft, batch=batch, k=k, context=float(context))
 
 
 def multiplier(
@@ -120,27 +116,31 @@ def tokens_per_s_per_chip(
 def memory_bytes(
     config: ExperimentConfig, method: str, *, batch: int, context: int, group: Group = ALONE
 ) -> float:
-    """Bytes of all weights, embeddings included, and of the caches at `context` tokens.
+    """Bytes of all weights, embeddings included, and of all caches at `context` tokens.
 
     Of a `group` of chips: on each of them, the batch being the group's.
     """
-    at, draft = config.throughput, _draft(config, method)
-    target = config.target
-    rows_of_target = visible_rows(target, float(context))
-    tables = (1 if target.tied else 2) * target.vocab_size
-    resident = [(target, group, batch, rows_of_target, tables)]
-    # The target as its own draft reads its own weights and cache.
-    if draft and (options := config.trained.get(method)):
+    at, target, drafting = config.throughput, config.target, group.drafting
+
+    def weights(of: Group, model: ModelConfig, tables: int) -> float:
+        return at.weight_bytes * (of.weights(model) + model.d_model * tables / of.chips)
+
+    def cache(of: Group, model: ModelConfig, requests: int, slots: float) -> float:
+        return at.cache_bytes * requests * slots * cache_row(model) / of.cache_shards(model)
+
+    held = weights(group, target, (1 if target.tied else 2) * target.vocab_size)
+    held += cache(group, target, batch, context)
+    draft = _draft(config, method, context, config.decode.k, "fixed_window")
+    if draft is None:
+        return held
+    model, cost = draft
+    if options := config.trained.get(method):  # else it has the target's weights
         # A chip that drafts alone needs the whole of a table that the target has sharded.
-        own = not options.share_embedding or group.drafting is not group
-        tables = own * draft.model.vocab_size + (not draft.model.tied) * head_size(draft.model)
-        rows = float(draft.rows(context, "fixed_window"))
-        resident.append((draft.model, group.drafting, group.drafted(batch), rows, tables))
-    return sum(
-        at.weight_bytes * (of.weights(m) + m.d_model * table / of.chips)
-        + at.cache_bytes * requests * rows * cache_row(m) / of.cache_shards(m)
-        for m, of, requests, rows, table in resident
-    )
+        own = not options.share_embedding or drafting is not group
+        held += weights(
+            drafting, model, own * model.vocab_size + (not model.tied) * head_size(model)
+        )
+    return held + cache(drafting, model, group.drafted(batch), cost.slots)
 
 
 def grid(
@@ -191,8 +191,7 @@ def multiplier_over_generation(
     draft's rows are those of the first context: the window is sized once, a dense draft's grow.
     Verification covers k + 1 tokens. Method.md section 5.
     """
-    draft = _draft(config, method)
-    k, roofline = _resolve(config, draft, batch, context, k, hoi, variant)
+    k, roofline = _resolve(config, method, batch, context, k, hoi, variant)
     check_tau(method, tau, k)
     if tokens < 1:
         raise ConfigError(f"tokens={tokens} must be 1 or more")
@@ -202,11 +201,11 @@ def multiplier_over_generation(
     )
     speculative, g = 0.0, 0.0
     while g < tokens:
-        rows = context + g
-        if draft and draft.window:
-            rows = float(draft.rows(context, roofline.variant))
+        draft = _draft(config, method, context, k, roofline.variant)
+        if draft and not config.draft(method).kept()[0]:
+            draft = draft[0], dataclasses.replace(draft[1], rows=draft[1].rows + g)
         speculative += roofline.round(
-            config.target, draft, batch=batch, k=k, context=context + g, draft_rows=rows
+            config.target, draft, batch=batch, k=k, context=context + g
         ).total
         g += tau
     return autoregressive / speculative
@@ -236,11 +235,11 @@ def critical_context(
     """
     if config.target.window:
         raise ConfigError("target.window: L_crit is defined for a dense cache; use 0")
-    _, roofline = _resolve(config, None, 1, 1, k, hoi, "paper")
+    _, roofline = _resolve(config, AUTOREGRESSIVE, 1, 1, k, hoi, "paper")
     k = config.decode.k if k is None else k
     # With B growing, the weights' share of the reads vanishes: 2 N k B > B L row HOI remains.
     limit = (
-        2 * body_parameters(config.target) * k
+        2 * config.target.body_parameters() * k
         / (cache_row(config.target) * roofline.cache_bytes * roofline.hoi)
     )  # fmt: skip
     longest = math.ceil(limit) - 1  # strictly below the limit
@@ -264,17 +263,22 @@ def given_tau(
     return given
 
 
-def _draft(config: ExperimentConfig, method: str) -> Draft | None:
+def _draft(
+    config: ExperimentConfig, method: str, context: int, k: int, variant: str
+) -> tuple[ModelConfig, DraftCost] | None:
+    """A draft's sizes, and what it costs under a variant of the model; None without one."""
     if method == AUTOREGRESSIVE:
         return None
     options = config.draft(method)
-    window, sink = options.kept()
-    return Draft(options.model(config.target), window, sink, options.projects_twice())
+    cost, (window, sink) = options.cost(config.target, context, k), options.kept()
+    if variant == "paper" and window:
+        cost = dataclasses.replace(cost, rows=sink + context // 8)
+    return options.model(config.target), cost
 
 
 def _resolve(
     config: ExperimentConfig,
-    draft: Draft | None,
+    method: str,
     batch: int,
     context: int,
     k: int | None,
@@ -290,7 +294,7 @@ def _resolve(
     for name, value in (("batch", batch), ("context", context), ("hoi", hoi), ("k", k)):
         if value is not None and value <= 0:
             raise ConfigError(f"{name}={value} must be above 0")
-    k = (config.decode.k if k is None else k) if draft else 0
+    k = (config.decode.k if k is None else k) if method != AUTOREGRESSIVE else 0
     return k, Roofline(hoi, variant, at.weight_bytes, at.cache_bytes)
 
 

@@ -13,7 +13,6 @@ from spire_jax.drafting.spire import SpireDraft, begin_windowed
 from spire_jax.models.attention import Attended, Compute, attention
 from spire_jax.models.caches import empty_windowed
 from spire_jax.models.layers import rope
-from spire_jax.models.transformer import layer_views
 
 
 @DRAFT_KINDS.register("magicdec")
@@ -123,5 +122,5 @@ class MagicDec(SelfDrafting):
 
 def magicdec(target: ModelConfig, window: int, sink: int, compute: Compute) -> MagicDec:
     """The strategy; its draft's parameters are the target's own."""
-    views = tuple(view.keeping(window, sink) for view in layer_views(target))
+    views = tuple(view.keeping(window, sink) for view in target.views())
     return MagicDec(drafting_target(target, compute, views, StreamingDraft))

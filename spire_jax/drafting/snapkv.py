@@ -14,14 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spire_jax.config.checks import check, positive
 from spire_jax.config.registry import DRAFT_KINDS
-from spire_jax.config.schema import DraftOptions, ModelConfig
+from spire_jax.config.schema import DraftCost, DraftOptions, ModelConfig
 from spire_jax.drafting.magicdec import check_budget
 from spire_jax.drafting.self_drafting import SelfDrafting, drafting_target
 from spire_jax.models.attention import Compute
 from spire_jax.models.caches import SelectedCache, allocated
 from spire_jax.models.layers import Block
 from spire_jax.models.masks import EMPTY, View
-from spire_jax.models.transformer import layer_views
 
 POOL = 5  # votes are averaged over so many neighbours
 
@@ -43,6 +42,13 @@ class SnapKvOptions(DraftOptions):
 
     def kept(self):
         return self.budget, 0
+
+    def views(self, target):
+        return target.views()  # of what is kept, everything
+
+    def cost(self, target, context, k):
+        kept = min(self.budget, context)
+        return DraftCost(rows=kept, slots=kept + k, passes=k)
 
     def check(self, at, config):
         positive(self, at, "budget observed")
@@ -112,7 +118,7 @@ class SnapKv(SelfDrafting):
 
 def snapkv(target: ModelConfig, budget: int, compute: Compute, observed: int) -> SnapKv:
     """The strategy; its draft's parameters are the target's own."""
-    return SnapKv(drafting_target(target, compute, layer_views(target)), budget, observed)
+    return SnapKv(drafting_target(target, compute, target.views()), budget, observed)
 
 
 def select(

@@ -20,7 +20,6 @@ from spire_jax.config.checks import check, choice, not_negative
 from spire_jax.config.readers import DRAFT, read_by
 from spire_jax.config.registry import DRAFT_KINDS
 from spire_jax.config.schema import ModelConfig, TrainedOptions
-from spire_jax.drafting.build import draft_views
 from spire_jax.drafting.strategy import Processed, Strategy
 from spire_jax.models.attention import (
     Attended,
@@ -60,15 +59,17 @@ class SpireOptions(TrainedOptions):
 
     def strategy(self, target, compute):
         names = ("feedback", "attend_self", "memory", "memory_init")
-        options = {"views": draft_views(target, self)} | {n: getattr(self, n) for n in names}
+        options = {"views": self.views(target)} | {n: getattr(self, n) for n in names}
         model = Model(SpireDraft, self.model(target), compute, tuple(options.items()))
         return Spire(model, target.n_layers)
 
     def rollout(self, train):
         return self.k or train.k
 
-    def projects_twice(self):
-        return self.attend_self and self.feedback  # without feedback both vectors are the same
+    def cost(self, target, context, k):
+        # A second projection, of memories beside layer inputs; without feedback they are the same.
+        twice = int(self.attend_self and self.feedback)
+        return dataclasses.replace(super().cost(target, context, k), projections=twice)
 
     def check(self, at, config):
         super().check(at, config)

@@ -7,7 +7,6 @@ import numpy as np
 
 from spire_jax.config.registry import DRAFT_KINDS
 from spire_jax.config.schema import TrainedOptions
-from spire_jax.drafting.build import draft_views
 from spire_jax.drafting.strategy import Strategy
 from spire_jax.models.caches import empty_windowed, full_cache, ring_cache, ring_positions
 from spire_jax.models.sampling import probability_of
@@ -22,7 +21,7 @@ class VanillaOptions(TrainedOptions):
     kind: str = "vanilla"
 
     def strategy(self, target, compute):
-        views = draft_views(target, self)
+        views = self.views(target)
         return Vanilla(Model(Transformer, self.model(target), compute, (("views", views),)))
 
 

@@ -22,12 +22,6 @@ Params = Any  # nested dict of float32 arrays, the pure form of a module's nnx.S
 Activations = tuple[Float[Array, "B T D"], ...]
 
 
-def layer_views(config: ModelConfig) -> tuple[View, ...]:
-    """What each layer of a model of the Llama family sees of a text."""
-    scale = 1.0 if config.scale_in_init else config.d_head**-0.5
-    return (View(config.window, config.sink, scale),) * config.n_layers
-
-
 class Transformer(nnx.Module):
     """Embedding, blocks, final norm, unembedding; activations y^l on request."""
 
@@ -42,7 +36,7 @@ class Transformer(nnx.Module):
         """`views`: what each layer sees, where that is not what the config says of the model."""
         c = config
         self.config, self.compute = config, compute
-        self.views = layer_views(config) if views is None else views
+        self.views = config.views() if views is None else views
         self.embedding = parameter(
             rngs, (c.vocab_size, c.d_model), ("vocab", "embed"), nnx.initializers.normal(1.0)
         )
@@ -265,7 +259,7 @@ class Model:
     @property
     def views(self) -> tuple[View, ...]:
         """What each layer sees."""
-        return dict(self.options).get("views") or layer_views(self.config)
+        return dict(self.options).get("views") or self.config.views()
 
     def count(self) -> int:
         """Number of parameters."""

@@ -22,7 +22,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from spire_jax.config.files import command_line, exit_with_error
-from spire_jax.config.schema import ConfigError, ExperimentConfig, body_parameters
+from spire_jax.config.schema import ConfigError, ExperimentConfig
 from spire_jax.config.variants import ABLATIONS, FULL_PAPER_TAU
 from spire_jax.costs import throughput
 from spire_jax.costs.roofline import VARIANTS, cache_row
@@ -105,7 +105,7 @@ def _intensity(config: ExperimentConfig) -> Figure:
     """Figure 3: FLOPs per byte of verifying k tokens, over the batch."""
     at, k, target = config.throughput, config.decode.k, config.target
     figure, (axes,) = _panels(1)
-    weights, batches = body_parameters(target), np.array(INTENSITY_BATCHES)
+    weights, batches = target.body_parameters(), np.array(INTENSITY_BATCHES)
     for i, context in enumerate(at.context_lengths):
         rows = min(context, target.window + target.sink) if target.window else context
         read = weights * at.weight_bytes + batches * rows * cache_row(target) * at.cache_bytes
