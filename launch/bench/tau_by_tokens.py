@@ -31,7 +31,7 @@ from spire_jax.results.evaluate import (
 )
 from spire_jax.results.study import tau_by_depth
 from spire_jax.run import ERRORS, Pipeline
-from spire_jax.storage.checkpoint_files import absolute, abstract_tree_of, read, read_metadata
+from spire_jax.storage.checkpoint_files import abstract_tree_of, read, read_metadata
 from spire_jax.storage.metrics import Progress, write_whole
 from spire_jax.training.tasks import draft_task, initial_draft, with_shared
 
@@ -46,7 +46,7 @@ def stages_of(pipeline: Pipeline, name: str, target: Params) -> Iterator[tuple[i
 
     fresh = initial_draft(config, name, task, target, pipeline.mesh, frequent)
     yield 0, with_shared(task, fresh, target)
-    folder = absolute(pipeline.workdir / "drafts" / name / "checkpoints")
+    folder = pipeline.workdir / "drafts" / name / "checkpoints"
     for path in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name)):
         state = read(path, abstract_tree_of(read_metadata(path)["leaves"]))
         yield (
