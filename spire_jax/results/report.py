@@ -289,12 +289,11 @@ def write_report(
     Each is replaced as a whole; a kill between them leaves no stamp, so that both are made again.
     Raises ReportError for unusable records and OSError where the directory takes no file.
     """
-    workdir = locate(workdir)
-    inputs = read_inputs(workdir, config)
+    inputs = read_inputs(locate(workdir), config)
     summary = _summary(inputs, config, stages)
     page = report_page.render(summary, inputs.metrics, inputs.evaluation["examples"])
     texts = {"index.html": page, "summary.json": json.dumps(summary, indent=1, allow_nan=False)}
-    folder = workdir / "report"
+    folder = locate(workdir) / "report"
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         write_whole(folder / name, text)
