@@ -96,7 +96,7 @@ def _probe(folder: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def watched(path: epath.Path) -> Iterator[None]:
+def watched(path: str | os.PathLike[str]) -> Iterator[None]:
     """Within it, a bucket that no longer answers ends the process: a message, and status 2.
 
     TensorStore, which writes checkpoints, asks again for a quarter of an hour, in threads that the

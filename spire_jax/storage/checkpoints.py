@@ -1,9 +1,10 @@
 """Checkpoints of training, and finished models: written atomically, checked on reading."""
 
+import contextlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -53,15 +54,12 @@ class Checkpoints:
         self._last_saved: int | None = None
         self._unlisted: int | None = None  # the step whose files are to be listed once it is there
         self._check_identity(plain(identity))
-        policies = ocp.training.preservation_policies
-        try:
+        with self._writing():
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
-                preservation_policy=policies.LatestN(kept),
+                preservation_policy=ocp.training.preservation_policies.LatestN(kept),
                 cleanup_tmp_directories=True,  # what a killed save left behind
             )
-        except OSError as error:
-            raise self._cannot_write(error) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -71,7 +69,8 @@ class Checkpoints:
             try:
                 self.wait()
             finally:
-                self._close()
+                with self._writing():  # after a failed save Orbax may fail here once more
+                    self._checkpointer.close()
         except CheckpointError as failure:
             if error is None:
                 raise
@@ -93,11 +92,11 @@ class Checkpoints:
         """
         for step in reversed(self.steps()):
             path = self.directory / str(step)
-            try:
-                with watched(path):
+            with watched(path):
+                try:
                     return step, read(path, abstract_state)
-            except TornError as error:
-                self._put_aside(path, error)
+                except TornError as error:
+                    self._put_aside(path, error)
         return None
 
     def save(self, step: int, state: Tree) -> None:
@@ -109,38 +108,39 @@ class Checkpoints:
         """
         self.wait()
         arrays, metadata = flatten(state)
-        try:
-            self._last_saved = self._unlisted = step
-            with watched(self.directory):
-                self._checkpointer.save_checkpointables_async(
-                    step, {ARRAYS: arrays}, force=True, custom_metadata=metadata
-                )
-        except ocp.training.errors.StepAlreadyExistsError as error:
-            raise CheckpointError(f"{self.directory} already holds step {step}") from error
-        except (OSError, ValueError, RuntimeError) as error:
-            raise self._cannot_write(error) from error
+        self._last_saved = self._unlisted = step
+        with self._writing():
+            self._checkpointer.save_checkpointables_async(
+                step, {ARRAYS: arrays}, force=True, custom_metadata=metadata
+            )
 
     def wait(self) -> None:
         """Return when nothing is being written; CheckpointError if a save failed."""
         unlisted, self._unlisted = self._unlisted, None
-        try:
-            with watched(self.directory):
-                self._checkpointer.wait()
+        with self._writing():
+            self._checkpointer.wait()
             if unlisted is not None:
                 list_files(self.directory / str(unlisted))
-        except Exception as error:  # whatever the writing thread met
-            raise self._cannot_write(error) from error
 
-    def _close(self) -> None:
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A CheckpointError that says what to do, for whatever fails within it."""
         try:
             with watched(self.directory):
-                self._checkpointer.close()
-        except Exception as error:  # after a failed save Orbax may fail here once more
-            raise self._cannot_write(error) from error
+                yield
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever a writing thread met
+            what = "" if self._last_saved is None else f" of step {self._last_saved}"
+            raise CheckpointError(
+                f"cannot write the checkpoint{what} in {self.directory}: {first_line(error)}; make "
+                f"the directory writable and free some space, or choose another --workdir. "
+                f"Checkpoints that were complete before are intact: start again to resume."
+            ) from error
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
         path = self.directory / _IDENTITY_FILE
-        try:
+        with self._writing():
             if path.exists():
                 compare_identities(json.loads(path.read_text()), identity, self.directory)
             elif any(self.directory.glob("[0-9]*")):
@@ -153,8 +153,6 @@ class Checkpoints:
                 # Rewritten where it exists: a directory that is read-only, or on a full disk, is
                 # found out now and not after the first hour of training.
                 write_json(path, identity)
-        except OSError as error:
-            raise self._cannot_write(error) from error
 
     def _put_aside(self, path: epath.Path, error: Exception) -> None:
         """Rename an unreadable checkpoint, so that its step can be saved again."""
@@ -170,14 +168,6 @@ class Checkpoints:
             path.rename(aside)
         _barrier("put_aside")
         self._checkpointer.reload()
-
-    def _cannot_write(self, error: BaseException) -> CheckpointError:
-        what = "" if self._last_saved is None else f" of step {self._last_saved}"
-        return CheckpointError(
-            f"cannot write the checkpoint{what} in {self.directory}: {first_line(error)}; make "
-            f"the directory writable and free some space, or choose another --workdir. "
-            f"Checkpoints that were complete before are intact: start again to resume."
-        )
 
 
 def save_params(

@@ -15,10 +15,10 @@ from etils import epath
 
 from spire_jax.storage.bucket import in_bucket, open_bucket, watched
 
-Place: TypeAlias = epath.Path
+Place: TypeAlias = epath.Path | pathlib.Path  # the second, which has less, in tests and notebooks
 
 
-def locate(path: str | os.PathLike[str]) -> Place:
+def locate(path: str | os.PathLike[str]) -> epath.Path:
     """The absolute path of a folder or file, or of one in a bucket.
 
     Raises:
@@ -28,7 +28,7 @@ def locate(path: str | os.PathLike[str]) -> Place:
     return open_bucket(text) if "://" in text else epath.Path(os.path.abspath(text))
 
 
-def write_whole(path: Place | pathlib.Path, content: bytes | str) -> None:
+def write_whole(path: Place, content: bytes | str) -> None:
     """Write a file at once: a kill leaves the old content or the new.
 
     Halves of surrogate pairs, which UTF-8 cannot hold, are written as escapes.
@@ -52,7 +52,7 @@ class Near:
     A run pushes with every checkpoint, and a resumed run removes what is beyond the last one.
     """
 
-    def __init__(self, folder: Place):
+    def __init__(self, folder: epath.Path):
         self._folder, self._temporary = folder, None
         if in_bucket(folder):
             self._temporary = tempfile.TemporaryDirectory()
@@ -72,7 +72,7 @@ class Near:
             self._temporary.cleanup()
 
 
-def move_aside(folder: Place, kept: Place, stamp: str) -> None:
+def move_aside(folder: epath.Path, kept: epath.Path, stamp: str) -> None:
     """Rename a folder of files; one of the new name goes.
 
     In a bucket, where that is not one step, the file `stamp`, which says what the folder holds,
