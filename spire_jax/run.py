@@ -35,7 +35,7 @@ from spire_jax.results.records import ReportError
 from spire_jax.results.report import print_table, write_report
 from spire_jax.results.study import evaluate_study, study_config
 from spire_jax.results.study_report import print_study, write_study
-from spire_jax.storage.bucket import check_bucket, in_bucket, trouble, watch_the_end
+from spire_jax.storage.bucket import check_bucket, in_bucket, trouble
 from spire_jax.storage.checkpoints import Checkpoints, save_params
 from spire_jax.storage.metrics import write_whole
 from spire_jax.storage.paths import free_bytes, locate
@@ -311,7 +311,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         nameless = isinstance(error, OSError) and error.filename is None
         where = f" (work directory: {args.workdir})" if nameless else ""
         say(f"error: {error}{where}")
-        watch_the_end(args.workdir)
         return 2
     except Preempted as stopped:
         say(f"{stopped}; the same command goes on")
@@ -320,7 +319,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (said := trouble(error)) is None:
             raise
         say(f"error: {said} (work directory: {args.workdir})")
-        watch_the_end(args.workdir)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -104,19 +104,19 @@ def test_a_bucket_is_tried_before_a_run():
 
 
 def test_what_is_written():
-    """Whole objects; lines at every sync; a folder that is moved over another."""
+    """Whole objects; what grows at every push; a folder that is moved over another."""
     code = """
 def answer(_):
     here = locate("gs://bucket/run")
     write_whole(here / "a.json", "{}")
-    write_together({here / "report" / "x": "one\\ud800", here / "report" / "y": "two"})
+    write_whole(here / "report" / "x", "one\\ud800")
+    write_whole(here / "report" / "y", "two")
     write_whole(here / "report" / "identity.json", "old")
-    lines = grow(here / "m.jsonl", b"1\\n")
-    lines.append(b"2\\n")
-    early = (here / "m.jsonl").exists()
-    lines.sync()
-    lines.append(b"3\\n")
-    lines.close()
+    with Near(here / "m") as near, (near.path / "l").open("a", buffering=1) as lines:
+        lines.write("1\\n2\\n")
+        early = (here / "m" / "l").exists()
+        near.push()
+        lines.write("3\\n")
     write_whole(here / "report-old" / "left", "over")
     move_aside(here / "report", here / "report-old", "identity.json")
     return early
@@ -125,7 +125,7 @@ def answer(_):
         assert ask() is False
         assert served.objects == {
             "run/a.json": b"{}",
-            "run/m.jsonl": b"1\n2\n",
+            "run/m/l": b"1\n2\n",
             "run/report-old/x": b"one\\ud800",
             "run/report-old/y": b"two",
             "run/report-old/identity.json": b"old",
@@ -217,7 +217,7 @@ def answer(steps):
 def test_rows_of_continuations_in_a_bucket():
     code = """
 import numpy as np
-from spire_jax import continuations as c
+from spire_jax.training import continuations as c
 
 def answer(rows):
     here = locate("gs://bucket/run/continuations")

@@ -66,19 +66,6 @@ def test_a_line_torn_anywhere_is_removed(tmp_path):
         assert torn.read_bytes() == whole
 
 
-def test_steps_only_increase(tmp_path):
-    with MetricsLog(tmp_path / "m", resume_step=0) as log:
-        log.write({"step": 10})
-        for step in (10, 9, None, "11", True):
-            with pytest.raises(MetricsError, match="does not come after 10"):
-                log.write({"step": step})
-        with pytest.raises(MetricsError):
-            log.write({"loss": 1.0})
-    assert steps_of(tmp_path / "m") == [10]
-    with MetricsLog(tmp_path / "m", resume_step=15) as log, pytest.raises(MetricsError):
-        log.write({"step": 15})
-
-
 def test_missing_lines_are_an_error(tmp_path):
     write(tmp_path / "m", (10, 20))
     with MetricsLog(tmp_path / "m", resume_step=25, expected_last=20):

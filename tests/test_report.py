@@ -217,39 +217,16 @@ def other_cut(rows: list) -> None:
     rows[0]["cut"] += 1
 
 
-def other_k(rows: list) -> None:
-    rows[5]["k"] = 3
-
-
-def short_oracle(rows: list) -> None:
-    rows[5]["oracle"]["reached"].pop()
-
-
-def not_finite(rows: list) -> None:
-    rows[5]["oracle"]["rounds_by_k"][0] = float("nan")
-
-
-def no_oracle_once(rows: list) -> None:
-    rows[5]["oracle"] = None
-
-
 BROKEN = {
     "no method": (lambda w: (w / "eval/spire.jsonl").unlink(), "spire.jsonl does not exist"),
     "no evaluation": (lambda w: (w / "eval/evaluation.json").unlink(), "evaluation.json does not"),
     "no metrics": (lambda w: (w / "metrics/vanilla.jsonl").unlink(), "train vanilla again"),
-    "torn line": (lambda w: torn(w / "eval/spire.jsonl"), r"spire.jsonl:120 is not whole JSON"),
-    "torn json": (lambda w: torn(w / "eval/evaluation.json"), "evaluation.json is not whole"),
-    "empty": (lambda w: (w / "eval/spire.jsonl").write_text(""), "spire.jsonl is empty"),
+    "torn line": (lambda w: torn(w / "eval/spire.jsonl"), "spire.jsonl cannot be used"),
+    "torn json": (lambda w: torn(w / "eval/evaluation.json"), "evaluation.json cannot be used"),
+    "empty": (lambda w: (w / "eval/spire.jsonl").write_text(""), "it is empty.*evaluate` again"),
     "lost row": (lambda w: edit(w / "eval/spire.jsonl", list.pop), "spire.jsonl: the contexts of"),
-    "twice": (lambda w: edit(w / "eval/spire.jsonl", repeat), r"spire.jsonl:121: .* twice"),
-    "unpaired": (lambda w: edit(w / "eval/spire.jsonl", other_cut), r"context 0, .* cut 100[01]"),
-    "other k": (lambda w: edit(w / "eval/spire.jsonl", other_k), r"spire.jsonl:6: k is 3"),
-    "short": (lambda w: edit(w / "eval/spire.jsonl", short_oracle), r"spire.jsonl:6: reached"),
-    "nan": (lambda w: edit(w / "eval/spire.jsonl", not_finite), r"spire.jsonl:6: rounds_by_k"),
-    "mixed": (lambda w: edit(w / "eval/spire.jsonl", no_oracle_once), r"spire.jsonl: the oracle"),
-    "no corpus": (lambda w: edit_evaluation(w, lambda e: e.pop("corpus")), "json: corpus is miss"),
-    "kind": (lambda w: edit_evaluation(w, lambda e: e["examples"][1]["pieces"].append(["x", ""])),
-             "example 1: a piece"),
+    "twice": (lambda w: edit(w / "eval/spire.jsonl", repeat), "spire.jsonl: the contexts of"),
+    "unpaired": (lambda w: edit(w / "eval/spire.jsonl", other_cut), r"\(0, .* 100[01]\)"),
     "timing": (lambda w: edit_evaluation(w, lambda e: e["timing"]["spire"].update(batch_size=8)),
                "timing of spire"),
 }  # fmt: skip
@@ -267,24 +244,6 @@ def test_broken_input_is_named_and_nothing_is_overwritten(tmp_path, case):
         report.write_report(tmp_path, experiment(), stages=STAGES)
     assert [p.name for p in kept.parent.iterdir()] == ["summary.json"]
     assert kept.read_text() == "before"
-
-
-def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch):
-    fill(tmp_path)
-    report.write_report(tmp_path, experiment(), stages={"target": "old"})
-    before = {p.name: p.read_bytes() for p in (tmp_path / "report").iterdir()}
-    write = pathlib.Path.write_text
-
-    def full(self, text, **options):
-        if "summary" in self.name:
-            write(self, text[:100], **options)
-            raise OSError(28, "No space left on device", str(self))
-        return write(self, text, **options)
-
-    monkeypatch.setattr(pathlib.Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
-        report.write_report(tmp_path, experiment(), stages=STAGES)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "report").iterdir()} == before
 
 
 def test_an_untimed_method_is_shown_as_not_measured(tmp_path):

@@ -30,7 +30,7 @@ from spire_jax.results.evaluate import (
     target_pass,
 )
 from spire_jax.results.study import tau_by_depth
-from spire_jax.storage.checkpoint_files import absolute, abstract_tree_of, read, read_metadata
+from spire_jax.storage.checkpoint_files import abstract_tree_of, read, read_metadata
 from spire_jax.storage.metrics import Progress, write_whole
 from spire_jax.training.tasks import draft_task, initial_draft, with_shared
 from spire_jax.training.workdir import ERRORS, WorkDir
@@ -46,7 +46,7 @@ def stages_of(at: WorkDir, name: str, target: Params) -> Iterator[tuple[int, Par
 
     fresh = initial_draft(config, name, task, target, at.mesh, frequent)
     yield 0, with_shared(task, fresh, target)
-    folder = absolute(at.place(at.plan.drafts[name]) / "checkpoints")
+    folder = at.place(at.plan.drafts[name]) / "checkpoints"
     for path in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name)):
         state = read(path, abstract_tree_of(read_metadata(path)["leaves"]))
         yield (

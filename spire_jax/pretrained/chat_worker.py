@@ -1,15 +1,16 @@
 """A process that renders chat templates; `chat` starts it and talks to it in lines of JSON.
 
 A template comes with a checkpoint, from anybody. Jinja's sandbox keeps it from Python's
-internals; that it also cannot fill the memory, open a file or start a process is left to the
-system, whose limits hold for whole processes. How long it may take is for the caller to say, who
-ends this process. Nothing of `spire_jax` is imported, so that it starts quickly.
+internals; that it cannot fill the memory, go on without end, open a file or start a process is
+left to the system, whose limits hold for whole processes. Nothing of `spire_jax` is imported, so
+that it starts quickly.
 """
 
 import datetime
 import functools
 import json
 import resource
+import signal
 import sys
 from typing import Any
 
@@ -18,9 +19,9 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 MEMORY = 1 << 30  # bytes of address space
+CHARACTERS = 1 << 24  # of a rendered conversation
 
 
 class _Generation(Extension):
@@ -33,34 +34,13 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class _Namespace(Namespace):
-    """Jinja's `namespace`, without names that begin with an underscore."""
-
-    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
-        attributes = dict(*args, **kwargs)
-        for name in attributes:
-            _check_name(name)
-        super().__init__(attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: Any) -> None:
-    if str(name).startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"the name {name!r} begins with an underscore")
-
-
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-            separators: Any = None, sort_keys: bool = False) -> str:  # fmt: skip
+def _tojson(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
     """JSON as it is; Jinja's own filter escapes what HTML would take for tags."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)  # fmt: skip
+    return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
 
 @functools.lru_cache(maxsize=8)
@@ -72,56 +52,36 @@ def _compiled(template: str) -> jinja2.Template:
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-        "namespace": _Namespace,
     }
     return environment.from_string(template)
 
 
-def _render(template: str, variables: dict[str, Any], limit: int) -> str:
-    parts, length = [], 0
-    for part in _compiled(template).generate(**variables):
-        parts.append(part)
-        length += len(part)
-        if length > limit:
-            raise jinja2.TemplateError(f"it writes more than {limit} characters")
-    return "".join(parts)
-
-
-def answer(line: str) -> str:
-    """The answer to one request, {"template", "variables", "limit"}: {"text"} or {"error"}."""
+def answer(template: str, variables: dict[str, Any]) -> dict[str, str]:
+    """{"text": the conversation}, or {"error": what is wrong with the template}."""
     try:
-        return json.dumps({"text": _render(**json.loads(line))})
-    except jinja2.TemplateSyntaxError as error:
-        problem = f"line {error.lineno}: {error.message}"
-    except jinja2.TemplateError as error:
-        problem = error.message or type(error).__name__
-    except MemoryError:
-        problem = f"it needs more than {MEMORY >> 20} MiB of memory"
-    except RecursionError:
-        problem = "it is nested too deeply, or without end"
+        text = _compiled(template).render(variables)
     except Exception as error:  # what a template's expressions raise: any of Python's errors
-        problem = f"{type(error).__name__}: {error}"
-    return json.dumps({"error": problem[:2000]})
+        line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        return {"error": f"{line}{type(error).__name__}: {error}"[:2000]}
+    if len(text) > CHARACTERS:
+        return {"error": f"it writes more than {CHARACTERS} characters"}
+    return {"text": text}
 
 
-# What Python and Jinja import when they first need it: the clock, tracebacks, the codecs.
-_WARM_UP = ("{{ x|tojson }}{{ strftime_now('%d %b %Y') }}", "{{ raise_exception('x') }}",
-            "{{ 1 / 0 }}", "{% if %}", "{{ x.y.z }}", "{{ ''.__class__ }}",
-            "{{ range(10**9) }}")  # fmt: skip
-
-
-def _main() -> None:
-    for template in _WARM_UP:
-        answer(json.dumps({"template": template, "variables": {"x": "é"}, "limit": 99}))
+def main() -> None:
+    # Codecs, the clock and tracebacks are imported when first needed.
+    for template in ("{{ 'x' }}{{ strftime_now('%d %b %Y') }}", "{{ 1 / 0 }}", "{% if %}"):
+        answer(template, {})
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    # No file is opened, none written, no process started from here on.
-    for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC,
-                 resource.RLIMIT_CORE):  # fmt: skip
-        resource.setrlimit(kind, (0, 0))
-    print("ready", flush=True)
+    for kind in ("NOFILE", "FSIZE", "NPROC", "CORE"):
+        resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (0, 0))
     for line in sys.stdin:
-        print(answer(line), flush=True)
+        seconds, *request = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # ends the process
+        reply = json.dumps(answer(*request))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(reply, flush=True)
 
 
 if __name__ == "__main__":
-    _main()
+    main()

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,7 +41,7 @@ from spire_jax.drafting.build import strategy
 from spire_jax.models.caches import Caches
 from spire_jax.models.transformer import Params
 from spire_jax.storage.metrics import Progress, write_whole
-from spire_jax.storage.paths import locate
+from spire_jax.storage.paths import Place
 from spire_jax.storage.processes import to_host
 from spire_jax.training.loop import evaluate_batch, to_device
 from spire_jax.training.tasks import draft_task, target_task, teach, teacher
@@ -71,10 +70,9 @@ def evaluate(
     target: Params,
     drafts: Mapping[str, Params],
     dataset: Dataset,
-    directory: str | os.PathLike[str],
+    directory: Place,
 ) -> None:
     """Write `<method>.jsonl` for every method and `evaluation.json` into `directory`."""
-    directory = locate(directory)
     directory.mkdir(parents=True, exist_ok=True)
     ev = config.eval
     contexts = choose_contexts(config, dataset.corpus)

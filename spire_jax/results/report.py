@@ -35,7 +35,7 @@ from spire_jax.results.records import (
     read_inputs,
 )
 from spire_jax.results.report_page import number, spread
-from spire_jax.storage.paths import locate, write_together
+from spire_jax.storage.paths import locate, write_whole
 
 # --- summary -----------------------------------------------------------------------------------
 
@@ -289,17 +289,17 @@ def write_report(
 ) -> dict[str, Any]:
     """Write ``report/index.html`` and ``report/summary.json``; return the summary.
 
-    Both files are replaced only after both have been written in full beside their places.
+    Each is replaced as a whole; a kill between them leaves no stamp, so that both are made again.
     Raises ReportError for unusable records and OSError where the directory takes no file.
     """
-    workdir = locate(workdir)
-    inputs = read_inputs(workdir, config)
+    inputs = read_inputs(locate(workdir), config)
     summary = _summary(inputs, config, stages)
     page = report_page.render(summary, inputs.metrics, inputs.evaluation["examples"])
     texts = {"index.html": page, "summary.json": json.dumps(summary, indent=1, allow_nan=False)}
-    folder = workdir / "report"
+    folder = locate(workdir) / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    write_together({folder / name: text for name, text in texts.items()})
+    for name, text in texts.items():
+        write_whole(folder / name, text)
     return summary
 
 

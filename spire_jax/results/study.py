@@ -9,7 +9,6 @@ cost model then prefers are checked by decoding.
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ from spire_jax.results.evaluate import (
     target_pass,
 )
 from spire_jax.storage.metrics import Progress, write_whole
-from spire_jax.storage.paths import locate
+from spire_jax.storage.paths import Place
 
 # Two-sided 5% and 80% power: a true effect of this many standard errors is called in 4 of 5 cases.
 DETECTABLE = 1.96 + 0.84
@@ -60,10 +59,9 @@ def evaluate_study(
     target: Params,
     drafts: Mapping[str, Params],
     dataset: Dataset,
-    directory: str | os.PathLike[str],
+    directory: Place,
 ) -> None:
     """Write `plan.json`, `<method>.jsonl` for every variant, and `decoded.json` to `directory`."""
-    directory = locate(directory)
     directory.mkdir(parents=True, exist_ok=True)
     deep, full = set(deep_methods(config)), study_config(config)
     target, models = for_decoding(full, target, drafts)

@@ -6,18 +6,20 @@ kind; each has credentials, errors and patience of its own.
 
 import contextlib
 import logging
+import multiprocessing.pool
 import os
 import re
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 from etils import epath
 
 from spire_jax.config.schema import ConfigError
 
-SECONDS = 30.0  # until a bucket must have answered all that is asked of it before a run
+SECONDS = 20.0  # until a bucket must have answered all that is asked of it before a run
 SILENCE = 10.0  # seconds without a byte, after which gcsfs sends a request again
 LOOK_AFTER, PATIENCE = 2.0, 25.0  # seconds: when a save is looked after, and given up
 OWNER, LOOK_FOR_OWNER = ".owner", 4.0  # a run's mark in its folder; seconds between two looks
@@ -65,26 +67,16 @@ def check_bucket(folder: epath.Path, seconds: float = SECONDS) -> None:
     Raises:
         ConfigError: one of these failed, or took too long; says what to do.
     """
-    failed: list[BaseException | None] = []
-
-    def ask() -> None:
+    with watched(folder):  # the end of the process, too
+        # A thread that nobody waits for: no request has a time limit over all its repetitions.
+        asked = multiprocessing.pool.ThreadPool(1).apply_async(_probe, (folder,))
         try:
-            _probe(folder)
-            failed.append(None)
-        except BaseException as error:
-            failed.append(error)
-
-    # A thread that nobody waits for: no request has a time limit over all its repetitions.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not failed:
-        raise ConfigError(
-            f"--workdir={folder}: no answer in {seconds:.0f} s; check that this machine reaches "
-            f"storage.googleapis.com"
-        )
-    if (error := failed[0]) is not None:
-        raise ConfigError(f"--workdir={folder} cannot be written: {_remedy(error)}") from error
+            asked.get(seconds)
+        except multiprocessing.TimeoutError as error:
+            raise ConfigError(f"--workdir={folder}: no answer in {seconds:.0f} s; check that this "
+                              f"machine reaches storage.googleapis.com") from error  # fmt: skip
+        except Exception as error:
+            raise ConfigError(f"--workdir={folder} cannot be written: {_remedy(error)}") from error
 
 
 def _probe(folder: epath.Path) -> None:
@@ -108,24 +100,16 @@ def watched(path: str | os.PathLike[str]) -> Iterator[None]:
     """Within it, a bucket that no longer answers ends the process: a message, and status 2.
 
     TensorStore, which writes checkpoints, asks again for a quarter of an hour, in threads that the
-    end of a process waits for. Outside of buckets nothing happens.
+    end of a process waits for; so an exception does not end the watch. Outside of buckets nothing
+    happens.
     """
     if not in_bucket(path):
         yield
         return
     done = threading.Event()
     threading.Thread(target=_watch, args=(os.fspath(path), done), daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
-
-
-def watch_the_end(path: str | os.PathLike[str]) -> None:
-    """As `watched`, for what threads still write when a run has failed and ends."""
-    if in_bucket(path):
-        args = (os.fspath(path), threading.Event())
-        threading.Thread(target=_watch, args=args, daemon=True).start()
+    yield
+    done.set()
 
 
 def _watch(url: str, done: threading.Event) -> None:
@@ -139,9 +123,14 @@ def _watch(url: str, done: threading.Event) -> None:
             late = isinstance(error, TimeoutError)
             said = f"no answer in {PATIENCE:.0f} s" if late else _remedy(error)
             if not done.is_set():
-                print(f"error: {url}: {said}; what was complete before is intact: start again to "
-                      f"resume", file=sys.stderr, flush=True)  # fmt: skip
-                os._exit(2)
+                _give_up(f"{url}: {said}; what was complete before is intact: start again to "
+                         f"resume")  # fmt: skip
+
+
+def _give_up(message: str) -> None:
+    """End the process, whatever other threads wait for."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 @contextlib.contextmanager
@@ -152,36 +141,33 @@ def owned(folder: epath.Path) -> Iterator[None]:
     message and status 2, when it finds another one's. Whoever finds a mark waits until a run that
     might still be there has seen the new one.
     """
-    place, mine = folder / OWNER, secrets.token_hex(8)
+    place, mine, done = folder / OWNER, secrets.token_hex(8), threading.Event()
+
+    def look() -> None:
+        while not done.wait(LOOK_FOR_OWNER):
+            with contextlib.suppress(Exception):  # `watched` looks after the bucket
+                if place.read_text() != mine and not done.is_set():
+                    _give_up(f"another run has begun in {folder}, and goes on alone; choose "
+                             f"another --workdir")  # fmt: skip
+
+    def leave() -> None:
+        with contextlib.suppress(Exception):
+            if place.read_text() == mine:
+                place.unlink()
+
     left = place.exists()
     place.write_text(mine)
-    done = threading.Event()
     if left:
-        done.wait(2 * LOOK_FOR_OWNER)
-    threading.Thread(target=_look_for_owner, args=(place, mine, done), daemon=True).start()
+        time.sleep(2 * LOOK_FOR_OWNER)
+    threading.Thread(target=look, daemon=True).start()
     try:
         yield
     finally:
         done.set()
         # Not for long: the bucket may have been what failed.
-        leave = threading.Thread(target=_leave, args=(place, mine), daemon=True)
-        leave.start()
-        leave.join(LOOK_FOR_OWNER)
-
-
-def _look_for_owner(place: epath.Path, mine: str, done: threading.Event) -> None:
-    while not done.wait(LOOK_FOR_OWNER):
-        with contextlib.suppress(Exception):  # `watched` looks after the bucket
-            if place.read_text() != mine and not done.is_set():
-                print(f"error: another run has begun in {place.parent}, and goes on alone; choose "
-                      f"another --workdir", file=sys.stderr, flush=True)  # fmt: skip
-                os._exit(2)
-
-
-def _leave(place: epath.Path, mine: str) -> None:
-    with contextlib.suppress(Exception):
-        if place.read_text() == mine:
-            place.unlink()
+        leaving = threading.Thread(target=leave, daemon=True)
+        leaving.start()
+        leaving.join(LOOK_FOR_OWNER)
 
 
 def trouble(error: BaseException) -> str | None:

@@ -10,7 +10,6 @@ nothing is ever cut.
 """
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -19,8 +18,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from spire_jax.config.identity import differences
 from spire_jax.storage.bucket import in_bucket
-from spire_jax.storage.paths import locate, write_whole
+from spire_jax.storage.paths import write_whole
 
 try:
     from orbax.checkpoint import v1 as ocp
@@ -44,9 +44,12 @@ class TornError(Exception):
 
 
 class _Leaf(NamedTuple):
-    name: str
     path: list[str | int]
     value: Any
+
+    @property
+    def name(self) -> str:
+        return ".".join(map(str, self.path)) or "value"
 
     @property
     def on_host(self) -> bool:
@@ -60,29 +63,21 @@ class _Leaf(NamedTuple):
 
 
 def _leaves(tree: Tree) -> list[_Leaf]:
-    leaves: dict[str, _Leaf] = {}
-    for keys, value in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        path = [_plain_key(key) for key in keys]
-        name = ".".join(map(str, path)) or "value"
-        if name in leaves:
-            raise CheckpointError(f"{leaves[name].path} and {path} have one name, {name!r}")
-        leaves[name] = _Leaf(name, path, value)
-    return list(leaves.values())
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [_Leaf([*map(_plain_key, keys)], value) for keys, value in leaves]
 
 
 def _plain_key(key: Any) -> str | int:
-    for attribute in ("key", "idx", "name"):  # of dicts, of sequences, of named tuples
-        if hasattr(key, attribute):
-            return getattr(key, attribute)
-    raise CheckpointError(f"cannot name the pytree key {key!r}")
+    """A key of a dict, of a sequence or of a named tuple."""
+    return next(getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind))
 
 
 def flatten(tree: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
     """(arrays by name, metadata) of a tree."""
     leaves = _leaves(tree)
-    for leaf in leaves:
-        if not leaf.on_host and not isinstance(leaf.value, jax.Array | np.ndarray):
-            raise CheckpointError(f"{leaf.name} is neither an array nor a number: {leaf.value!r}")
+    names = [leaf.name for leaf in leaves]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise CheckpointError(f"several leaves have one name, {', '.join(twice)}")
     arrays = {leaf.name: leaf.value for leaf in leaves if not leaf.on_host}
     metadata = {
         "leaves": [[leaf.path, *leaf.kind] for leaf in leaves],
@@ -99,9 +94,8 @@ def read(path: epath.Path, abstract_tree: Tree) -> Tree:
     wanted = {leaf.name: leaf.kind for leaf in leaves}
     if saved != wanted:
         raise CheckpointError(
-            f"{path} holds another tree than the one to restore: "
-            + _differences(saved, wanted, "it has", "expected")
-            + "; choose another --workdir"
+            f"{path} holds another tree than the one to restore: {differences(saved, wanted)}; "
+            f"choose another --workdir"
         )
     arrays = {leaf.name: _abstract(leaf.value) for leaf in leaves if leaf.name not in scalars}
     try:
@@ -142,17 +136,14 @@ def list_files(path: epath.Path) -> None:
 
 def _check_files(path: epath.Path) -> None:
     """TornError if files are gone or cut; a kill can leave a good checkpoint without its list."""
-    listing = path / FILES_FILE
-    if not listing.exists():
+    if not (path / FILES_FILE).exists():
         return
     try:
-        expected, found = json.loads(listing.read_text()), _sizes(path)
+        listed, there = json.loads((path / FILES_FILE).read_text()), _sizes(path)
     except ValueError as error:
         raise TornError(f"{FILES_FILE}: {error}") from error
-    for name, size in expected.items():
-        if found.get(name) != size:
-            has = f"{found[name]} bytes" if name in found else "no file"
-            raise TornError(f"{name}: {has} instead of {size} bytes")
+    if damaged := differences(listed, {name: there.get(name) for name in listed}):
+        raise TornError(f"bytes of its files: {damaged}")
 
 
 def _sizes(path: epath.Path) -> dict[str, int]:
@@ -200,44 +191,14 @@ def compare_identities(found: Any, expected: dict[str, Any], where: epath.Path) 
     """CheckpointError naming each value in which what is found differs from what is expected."""
     if found != expected:
         raise CheckpointError(
-            f"{where} belongs to another configuration: "
-            + _differences(found, expected, "there", "now")
-            + "; choose another --workdir, or restore the values that it was made with"
+            f"{where} belongs to another configuration, with {differences(found, expected)}; "
+            f"choose another --workdir, or restore the values that it was made with"
         )
-
-
-def _differences(found: Any, expected: Any, at_found: str, at_expected: str) -> str:
-    found, expected = _dotted(found), _dotted(expected)
-    return ", ".join(
-        f"{key} ({at_found}: {found.get(key, 'absent')}, {at_expected}: "
-        f"{expected.get(key, 'absent')})"
-        for key in sorted(found.keys() | expected.keys())
-        if (key in found, found.get(key)) != (key in expected, expected.get(key))
-    )
-
-
-def _dotted(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, Mapping) or not values:
-        return {prefix.removesuffix("."): values}
-    return {k: v for key in values for k, v in _dotted(values[key], f"{prefix}{key}.").items()}
-
-
-def read_json(path: epath.Path) -> Any:
-    """What a file of JSON holds; CheckpointError if it is none."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); choose another --workdir") from error
 
 
 def write_json(path: epath.Path, values: Any) -> None:
     """Atomic: a kill leaves the old file or the new one."""
     write_whole(path, json.dumps(values, indent=1, sort_keys=True) + "\n")
-
-
-def absolute(directory: str | os.PathLike[str]) -> epath.Path:
-    """Absolute, as Orbax wants it; buckets (gs://...) as they are."""
-    return epath.Path(locate(directory))
 
 
 def first_line(error: BaseException) -> str:

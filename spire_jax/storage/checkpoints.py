@@ -1,24 +1,23 @@
 """Checkpoints of training, and finished models: written atomically, checked on reading."""
 
+import contextlib
+import json
 import os
 import warnings
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
-from spire_jax.storage.bucket import in_bucket, watched
+from spire_jax.storage.bucket import watched
 from spire_jax.storage.checkpoint_files import (
     ARRAYS,
-    FILES_FILE,
     CheckpointError,
     Identity,
     TornError,
     Tree,
-    absolute,
     abstract_tree_of,
     compare_identities,
     first_line,
@@ -29,10 +28,10 @@ from spire_jax.storage.checkpoint_files import (
     ocp,
     plain,
     read,
-    read_json,
     read_metadata,
     write_json,
 )
+from spire_jax.storage.paths import locate
 
 _IDENTITY_FILE = "identity.json"
 _UNREADABLE = "unreadable-"  # prefix under which a torn checkpoint is put aside
@@ -51,34 +50,27 @@ class Checkpoints:
         another identity raises CheckpointError, naming each value that differs, before anything
         is touched. A directory that cannot be written raises CheckpointError too.
         """
-        self.directory = absolute(directory)
+        self.directory = locate(directory)
         self._last_saved: int | None = None
         self._unlisted: int | None = None  # the step whose files are to be listed once it is there
         self._check_identity(plain(identity))
-        policies = ocp.training.preservation_policies
-        try:
+        with self._writing():
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
-                preservation_policy=policies.LatestN(kept),
+                preservation_policy=ocp.training.preservation_policies.LatestN(kept),
                 cleanup_tmp_directories=True,  # what a killed save left behind
             )
-        except OSError as error:
-            raise self._cannot_write(error) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
             try:
                 self.wait()
             finally:
-                self._close()
+                with self._writing():  # after a failed save Orbax may fail here once more
+                    self._checkpointer.close()
         except CheckpointError as failure:
             if error is None:
                 raise
@@ -100,11 +92,11 @@ class Checkpoints:
         """
         for step in reversed(self.steps()):
             path = self.directory / str(step)
-            try:
-                with watched(path):
+            with watched(path):
+                try:
                     return step, read(path, abstract_state)
-            except TornError as error:
-                self._put_aside(path, error)
+                except TornError as error:
+                    self._put_aside(path, error)
         return None
 
     def save(self, step: int, state: Tree) -> None:
@@ -116,41 +108,42 @@ class Checkpoints:
         """
         self.wait()
         arrays, metadata = flatten(state)
-        try:
-            self._last_saved = self._unlisted = step
-            with watched(self.directory):
-                self._checkpointer.save_checkpointables_async(
-                    step, {ARRAYS: arrays}, force=True, custom_metadata=metadata
-                )
-        except ocp.training.errors.StepAlreadyExistsError as error:
-            raise CheckpointError(f"{self.directory} already holds step {step}") from error
-        except (OSError, ValueError, RuntimeError) as error:
-            raise self._cannot_write(error) from error
+        self._last_saved = self._unlisted = step
+        with self._writing():
+            self._checkpointer.save_checkpointables_async(
+                step, {ARRAYS: arrays}, force=True, custom_metadata=metadata
+            )
 
     def wait(self) -> None:
         """Return when nothing is being written; CheckpointError if a save failed."""
         unlisted, self._unlisted = self._unlisted, None
-        try:
-            with watched(self.directory):
-                self._checkpointer.wait()
+        with self._writing():
+            self._checkpointer.wait()
             if unlisted is not None:
                 list_files(self.directory / str(unlisted))
-        except Exception as error:  # whatever the writing thread met
-            raise self._cannot_write(error) from error
 
-    def _close(self) -> None:
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A CheckpointError that says what to do, for whatever fails within it."""
         try:
             with watched(self.directory):
-                self._checkpointer.close()
-        except Exception as error:  # after a failed save Orbax may fail here once more
-            raise self._cannot_write(error) from error
+                yield
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever a writing thread met
+            what = "" if self._last_saved is None else f" of step {self._last_saved}"
+            raise CheckpointError(
+                f"cannot write the checkpoint{what} in {self.directory}: {first_line(error)}; make "
+                f"the directory writable and free some space, or choose another --workdir. "
+                f"Checkpoints that were complete before are intact: start again to resume."
+            ) from error
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
         path = self.directory / _IDENTITY_FILE
-        try:
+        with self._writing():
             if path.exists():
-                compare_identities(read_json(path), identity, self.directory)
-            elif any(child.name.isdigit() for child in _children(self.directory)):
+                compare_identities(json.loads(path.read_text()), identity, self.directory)
+            elif any(self.directory.glob("[0-9]*")):
                 raise CheckpointError(
                     f"{self.directory} holds checkpoints but no {_IDENTITY_FILE}, so nobody can "
                     f"say what they are; choose another --workdir, or move them away"
@@ -160,8 +153,6 @@ class Checkpoints:
                 # Rewritten where it exists: a directory that is read-only, or on a full disk, is
                 # found out now and not after the first hour of training.
                 write_json(path, identity)
-        except OSError as error:
-            raise self._cannot_write(error) from error
 
     def _put_aside(self, path: epath.Path, error: Exception) -> None:
         """Rename an unreadable checkpoint, so that its step can be saved again."""
@@ -178,55 +169,36 @@ class Checkpoints:
         _barrier("put_aside")
         self._checkpointer.reload()
 
-    def _cannot_write(self, error: BaseException) -> CheckpointError:
-        what = "" if self._last_saved is None else f" of step {self._last_saved}"
-        return CheckpointError(
-            f"cannot write the checkpoint{what} in {self.directory}: {first_line(error)}; make "
-            f"the directory writable and free some space, or choose another --workdir. "
-            f"Checkpoints that were complete before are intact: start again to resume."
-        )
-
 
 def save_params(
     directory: str | os.PathLike[str], params: Mapping[Any, Any], identity: Identity
 ) -> None:
     """Write a finished model: nested dicts of arrays, and `identity`, JSON-able values.
 
-    Atomic: `directory` appears when it is complete (`has_params`). A model of the same identity is
-    replaced; anything else that is in the way raises CheckpointError, as does a failure to write.
+    Atomic: the model is there when it is complete (`has_params`). One of the same identity that is
+    there already stays; one of another raises CheckpointError, as does a failure to write.
     """
-    path = absolute(directory)
-    identity = plain(identity)
+    path, identity = locate(directory), plain(identity)
     arrays, metadata = flatten(params)
     if not is_nested_dict(params):
         raise CheckpointError(f"{path}: params must be nested dicts of arrays, got {type(params)}")
     if is_complete(path):
         compare_identities(params_identity(path), identity, path)
-    new, old = path.parent / f".{path.name}.new", path.parent / f".{path.name}.old"
-    if in_bucket(path):
-        new = path  # Orbax commits by an object
+        return
     try:
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for left_over in path.parent.glob(f".{path.name}.new.orbax-checkpoint-tmp*"):
+            for left_over in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):
                 left_over.rmtree()
         _barrier("save_params")
         with watched(path):
             ocp.save_checkpointables(
-                new,
+                path,
                 {ARRAYS: arrays},
                 overwrite=True,
                 custom_metadata={**metadata, "identity": identity},
             )
-        list_files(new)
-        if jax.process_index() == 0 and new != path:
-            if old.exists():
-                old.rmtree()
-            if path.exists():
-                path.rename(old)
-            new.rename(path)
-            if old.exists():
-                old.rmtree()
+        list_files(path)
         _barrier("saved_params")
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
@@ -248,7 +220,7 @@ def load_params(
     or torn, has another structure, or if its identity is not `expected_identity`. With
     `check_only` no array is read and None returned: files, sizes and identity are checked.
     """
-    path = absolute(directory)
+    path = locate(directory)
     identity = params_identity(path)  # raises where there is no model
     if expected_identity is not None:
         compare_identities(identity, plain(expected_identity), path)
@@ -265,17 +237,15 @@ def load_params(
 
 def has_params(directory: str | os.PathLike[str]) -> bool:
     """Whether there is a finished model, as far as one sees without reading it."""
-    return is_complete(absolute(directory))
+    return is_complete(locate(directory))
 
 
 def params_identity(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The identity of a finished model, without reading it; CheckpointError if missing or torn."""
-    path = absolute(directory)
+    path = locate(directory)
     if not is_complete(path):
         raise CheckpointError(f"there is no model in {path}; run the stage that makes it first")
     try:
-        if not in_bucket(path) and not (path / FILES_FILE).exists():
-            raise TornError(f"it has no {FILES_FILE}")  # listed before it got its name
         return read_metadata(path)["identity"]
     except (TornError, KeyError) as error:
         raise _torn(path, error) from error
@@ -286,10 +256,6 @@ def _torn(path: epath.Path, error: Exception) -> CheckpointError:
         f"the model {path} is torn or unreadable ({first_line(error)}); "
         f"move it away and run the stage that makes it again"
     )
-
-
-def _children(directory: epath.Path) -> list[epath.Path]:
-    return list(directory.iterdir()) if directory.exists() else []
 
 
 def _barrier(name: str) -> None:

@@ -1,31 +1,23 @@
 """Training metrics as JSON lines that survive kills, TensorBoard's copy, and the progress bar."""
 
 import contextlib
+import io
 import json
 import math
 import os
-import pathlib
 import sys
-import tempfile
 import time
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
 from spire_jax.storage import paths
-from spire_jax.storage.bucket import in_bucket
-from spire_jax.storage.paths import Lines, Place, locate
+from spire_jax.storage.paths import Near, Place, locate
 from spire_jax.storage.processes import is_first
 
 
@@ -39,7 +31,8 @@ class MetricsLog:
     A record of step s describes the model after s updates, so the first has step 1. Opening
     removes the records beyond `resume_step`, the step of the checkpoint that training goes on
     from, and a last line that a kill has torn: what follows makes a file without holes, repeats
-    or torn lines. Context manager; of several processes the first writes.
+    or torn lines. In a bucket lines appear when `sync` is called. Context manager; of several
+    processes the first writes.
     """
 
     def __init__(
@@ -55,12 +48,12 @@ class MetricsLog:
         MetricsError if a complete line is no record, if steps do not increase, or if the last
         step up to `resume_step` is not `expected_last` (where given; 0 means no record at all).
         """
-        self.path: Place = locate(path)
-        self._lines: Lines | None = None
+        self.path = locate(path)
+        self._open = contextlib.ExitStack()  # nothing in it but in the first process
+        self._file: io.FileIO | None = None
         self._events: EventsLog | None = None
         if not is_first():
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         before = self.path.read_bytes() if self.path.exists() else b""
         kept = [r for r in _parse(before, self.path) if r["step"] <= resume_step]
         last = kept[-1]["step"] if kept else 0
@@ -70,72 +63,52 @@ class MetricsLog:
                 f"{expected_last}: lines are missing; put the file back as it was when the "
                 f"checkpoint of step {resume_step} was written, or start in another --workdir"
             )
-        after = b"".join(_line(record) for record in kept)
-        if before != after:
-            write_whole(self.path, after)
-        self._step = max(last, resume_step)
-        self._lines = paths.grow(self.path, after)
+        self._near = self._open.enter_context(Near(self.path.parent))
+        near = self._near.path / self.path.name
+        paths.write_whole(near, b"".join(map(_line, kept)))
+        self._file = self._open.enter_context(io.FileIO(near, "a"))
         if events is not None:
-            self._events = EventsLog(events, kept)
+            self._events = self._open.enter_context(contextlib.closing(EventsLog(events, kept)))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record, with an int "step" above the one before, in one system call.
 
         Values are JSON-able, numpy or jax scalars and arrays; what is not finite is written as
-        null, since JSON has no word for it. MetricsError for a wrong step, OSError naming the
-        file if it cannot be written.
+        null, since JSON has no word for it. OSError naming the file if it cannot be written.
         """
-        if self._lines is None:
+        if self._file is None:
             return
-        step = record.get("step")
-        if not isinstance(step, int) or isinstance(step, bool) or step <= self._step:
-            raise MetricsError(f"{self.path}: step {step!r} does not come after {self._step}")
+        record = _jsonable(record)
         line = _line(record)
-        try:
-            self._lines.append(line)
-        except OSError as error:
-            raise self._cannot_write(error.errno, error.strerror) from error
-        self._step = step
+        with _named("metrics", self.path):
+            if (written := self._file.write(line)) != len(line):
+                raise OSError(None, f"{written} of {len(line)} bytes were written")
         if self._events is not None:
-            self._events.write(_jsonable(record))
+            self._events.write(record)
 
     def sync(self) -> None:
         """Return when everything written is kept; call before committing a checkpoint."""
-        if self._lines is None:
+        if self._file is None:
             return
-        try:
-            self._lines.sync()
+        with _named("metrics", self.path):
+            os.fsync(self._file)
+            self._near.push()
             if self._events is not None:
                 self._events.sync()
-        except OSError as error:
-            raise self._cannot_write(error.errno, error.strerror or repr(error)) from error
 
     def close(self) -> None:
         """Close the file; a second time does nothing."""
-        if self._lines is not None:
-            self._lines.close()
-        if self._events is not None:
-            self._events.close()
+        self._open.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _cannot_write(self, errno: int | None, what: str | None) -> OSError:
-        return _cannot_write("metrics", self.path, errno, what)
 
 
 class EventsLog:
     """The numbers of a metrics file for TensorBoard, in a folder of their own.
-
-    In a bucket they appear when `sync` is called; until then they are in a temporary folder.
 
     The metrics file is the truth: opening writes its records anew, so that no curve has a step
     twice or one that a kill took. Lists become curves `name/1`, `name/2`, ...; what was not finite
@@ -144,57 +117,44 @@ class EventsLog:
 
     def __init__(self, folder: str | os.PathLike[str], records: list[dict[str, Any]]):
         self._folder = locate(folder)
-        self._near: tempfile.TemporaryDirectory[str] | None = None
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._near = Near(self._folder)
         for old in self._folder.glob("events.out.tfevents.*"):
             old.unlink()
-        if in_bucket(self._folder):
-            self._near = tempfile.TemporaryDirectory()
-        near = pathlib.Path(self._near.name) if self._near else self._folder
-        self._writer = EventsWriter(str(near / "events"))
+        self._writer = EventsWriter(str(self._near.path / "events"))
+        self.write(*records)
+
+    def write(self, *records: Mapping[str, Any]) -> None:
+        """Append records and hand them to the system; OSError naming the folder if that fails."""
         for record in records:
-            self._add(record)
-        self.flush()
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record and hand it to the system; OSError naming the folder if that fails."""
-        self._add(record)
-        self.flush()
-
-    def _add(self, record: Mapping[str, Any]) -> None:
-        event = Event(step=record["step"], wall_time=time.time())
-        for name, value in record.items():
-            several = isinstance(value, list)
-            for depth, number in enumerate(value if several else [value], start=1):
-                if name == "step" or not isinstance(number, int | float):
-                    continue
-                tag = f"{name}/{depth}" if several else name
-                event.summary.value.add(tag=tag, simple_value=number)
-        self._writer.write_event(event)
-
-    def flush(self) -> None:
-        try:
+            event = Event(step=record["step"], wall_time=time.time())
+            for name, value in record.items():
+                several = isinstance(value, list)
+                for depth, number in enumerate(value if several else [value], start=1):
+                    if name != "step" and isinstance(number, int | float):
+                        tag = f"{name}/{depth}" if several else name
+                        event.summary.value.add(tag=tag, simple_value=number)
+            self._writer.write_event(event)
+        with _named("events", self._folder):
             self._writer.flush()
-        except OSError as error:
-            raise _cannot_write("events", self._folder, error.errno, error.strerror) from error
 
     def sync(self) -> None:
         """Copy the file to where it belongs, if it is elsewhere."""
-        if self._near is not None:
-            for file in pathlib.Path(self._near.name).iterdir():
-                paths.write_whole(self._folder / file.name, file.read_bytes())
+        self._near.push()
 
     def close(self) -> None:
         """Close the file; everything is in it already."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self._near:
             self._writer.close()
-        if self._near is not None:
-            self._near.cleanup()
 
 
-def _cannot_write(kind: str, path: Place, errno: int | None, what: str | None) -> OSError:
-    message = f"cannot write {kind} ({what}); free some space and start again to resume"
-    return OSError(errno, message, str(path))
+@contextlib.contextmanager
+def _named(kind: str, path: Place) -> Iterator[None]:
+    """An OSError that names the file, and the remedy, for one that names none."""
+    try:
+        yield
+    except OSError as error:
+        message = f"cannot write {kind} ({error.strerror or error!r}); free some space and start "
+        raise OSError(error.errno, message + "again to resume", str(path)) from error
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -226,7 +186,7 @@ def _parse(content: bytes, path: Place) -> list[dict[str, Any]]:
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    return (json.dumps(_jsonable(record), allow_nan=False) + "\n").encode()
+    return (json.dumps(record, allow_nan=False) + "\n").encode()
 
 
 def _jsonable(value: Any) -> Any:
@@ -301,12 +261,7 @@ class Progress:
         self._rich.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._rich.stop()
         if self._rich.tasks[0].completed != self._line_step:
             self._print()

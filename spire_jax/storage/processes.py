@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 
 from spire_jax.config.schema import ConfigError
@@ -234,7 +233,7 @@ def only_one(workdir: Place) -> Iterator[None]:
         yield
         return
     if in_bucket(workdir):
-        with owned(epath.Path(workdir)):
+        with owned(workdir):
             yield
         return
     try:

@@ -7,7 +7,6 @@ the device never waits for the host, and checkpoints.
 """
 
 import functools
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from spire_jax.models.sharding import batch_sharding, constrain, replicated, sha
 from spire_jax.models.transformer import Params
 from spire_jax.storage.checkpoints import Checkpoints
 from spire_jax.storage.metrics import MetricsLog, Progress
+from spire_jax.storage.paths import Place
 from spire_jax.storage.processes import Preempted, stop_requests, to_host
 from spire_jax.training.tasks import (
     Lesson,
@@ -213,9 +213,9 @@ class Learner:
         mesh: Mesh,
         initial: Callable[[], Params],
         checkpoints: Checkpoints,
-        metrics_path: str | pathlib.Path,
+        metrics_path: Place,
         shared: Params = None,
-        events: pathlib.Path | None = None,
+        events: Place | None = None,
     ):
         self.task, self._config, self._checkpoints = task, config, checkpoints
         self._optimizer = make_optimizer(config, task)

@@ -9,11 +9,10 @@ import time
 import pipelines
 import pytest
 from buckets import MISSING, bucket
-from etils import epath
 from test_processes import FSDP, alone, compare, outcome, together  # noqa: F401 - a fixture
-from test_resume import MODELS, check_equal, finish
+from test_resume import check_equal, finish
 
-from spire_jax.storage.checkpoint_files import COMMIT_FILE, list_files
+from spire_jax.storage.checkpoint_files import COMMIT_FILE
 
 WORKDIR = "gs://bucket/runs/tiny"
 TIMED = {"machine", "seconds", "peak_memory_bytes", "training"}
@@ -25,10 +24,6 @@ def fetched(objects, folder: pathlib.Path) -> pathlib.Path:
         path = folder / name.removeprefix("runs/tiny/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    for model in MODELS.values():
-        params = epath.Path(folder / model / "params")
-        if params.exists():
-            list_files(params)
     return folder
 
 
