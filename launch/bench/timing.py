@@ -1,4 +1,4 @@
-"""How `bench_kernels` measures: the time of a call, the rate of a copy, the error of a result.
+"""How `kernels.py` measures: the time of a call, the rate of a copy, the error of a result.
 
 A time is the median wall time of a compiled loop of calls on the device, divided by their number,
 with nothing subtracted: whatever a call needs beside the kernel (the list of blocks, the merge of
