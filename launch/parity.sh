@@ -3,7 +3,7 @@
 #
 #   bash launch/parity.sh [arguments of pytest]
 #
-# Makes an environment of its own (launch/setup_parity.sh: 2.0 GB on the disk), and fetches into
+# Makes an environment of its own (launch/setup/parity.sh: 2.0 GB on the disk), and fetches into
 # data/ what was made by others: SmolLM2-135M-Instruct, and the vocabularies of real models that
 # llama.cpp keeps with the ids it gives, from the sources of llama-cpp-python on PyPI (77 MB). What
 # is there already is not fetched again. Ends with a table of what was reached.
@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { echo "parity: $*" >&2; }
 
-python="$(bash launch/setup_parity.sh)"
+python="$(bash launch/setup/parity.sh)"
 
 SMOLLM2_GGUF="$(bash launch/fetch_smollm2.sh)"
 

@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup.sh requirements.txt
 
-source launch/environment.sh
+source launch/setup/environment.sh
 
 # exec: signals reach Python itself, and its exit status is this script's.
 exec .venv/bin/python -m spire_jax.run --config=configs/quickstart.py \

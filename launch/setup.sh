@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
 # Makes .venv with a suitable Python and installs a list of requirements into it.
 #
-#   bash launch/setup.sh [requirements.txt | requirements-test.txt]
+#   bash launch/setup.sh [--newest] [requirements.txt | requirements-test.txt]
 #   bash launch/setup.sh --locked    # constraints/python3.XX.txt: these versions, these files
 #
 # Quick when nothing has changed: a stamp in .venv holds the hash of the lists and the version of
 # Python. What an interrupted run left half-made is made again. PYTHON=/path/to/python chooses
 # the interpreter that a new .venv is made with. What was installed by hand (jax[tpu], ...) stays.
+# --newest makes .venv-newest beside it, with the newest Python on the PATH or of pyenv: from 3.12
+# on there are newer releases of jax.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-venv=.venv
+venv=.venv oldest=11 newest=""
+if [[ "${1:-}" == --newest ]]; then
+  venv=.venv-newest oldest=12 newest=yes
+  shift
+fi
 busy="$venv/.installing" # who is installing; outlives a kill
 mine=""
 
@@ -31,16 +37,26 @@ why_not() {
     echo "not found"
   elif ! version="$(version_of "$1" 2>/dev/null)"; then
     echo "does not run"
-  elif ! "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    echo "$version is older than 3.11"
+  elif ! "$1" -c "import sys; sys.exit(sys.version_info < (3, $oldest))"; then
+    echo "$version is older than 3.$oldest"
   elif ! "$1" -c 'import venv, ensurepip' 2>/dev/null; then
     echo "$version lacks venv or ensurepip (on Debian and Ubuntu: apt install python3-venv)"
   fi
 }
 
-# $PYTHON, or the python3 that a shell gives, or the newest other one.
+# Of Python 3.12 and later, newest first.
+newest_pythons() {
+  local minor
+  for minor in {30..12}; do
+    type -P "python3.$minor" || true
+    compgen -G "${HOME:-}/.pyenv/versions/3.$minor.*/bin/python3.$minor" || true
+  done
+}
+
+# $PYTHON, or the python3 that a shell gives, or the newest other one; or the newest of all.
 find_python() {
   local candidate reason reasons="" candidates=(python3 python3.13 python3.12 python3.11)
+  [[ -z "$newest" ]] || mapfile -t candidates < <(newest_pythons)
   [[ -z "${PYTHON:-}" ]] || candidates=("$PYTHON")
   for candidate in "${candidates[@]}"; do
     reason="$(why_not "$candidate")"
@@ -50,7 +66,8 @@ find_python() {
     fi
     reasons+="; $candidate: $reason"
   done
-  fail "no suitable Python 3.11 or later${reasons}. Install one, or name it: PYTHON=/path/to/python"
+  fail "no suitable Python 3.$oldest or later${reasons}." \
+    "Install one, or name it: PYTHON=/path/to/python"
 }
 
 # pip's RECORD is the last file that its installation writes.

@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup.sh requirements.txt
-source launch/environment.sh
+source launch/setup/environment.sh
 
 python=.venv/bin/python
 workdir="${WORKDIR:-runs/study}"

@@ -46,6 +46,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in slow]
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs_jax"):
+        (version,) = mark.args
+        if jax.__version_info__ < tuple(map(int, version.split("."))):
+            pytest.skip(f"jax {jax.__version__}: needs {version} or later")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def released_programs():
     """Compiled programs go, at the end of a file, when there are many.

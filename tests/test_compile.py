@@ -101,7 +101,7 @@ def test_bad_input(capsys, monkeypatch):
     assert "no chip 'v9'; there are v5e, v5p, v6e, tpu7x" in capsys.readouterr().err
 
     def missing():
-        raise NoCompiler("libtpu is not installed: bash launch/setup_libtpu.sh")
+        raise NoCompiler("libtpu is not installed: bash launch/setup/libtpu.sh")
 
     monkeypatch.setattr(compiler, "find_libtpu", missing)
     with pytest.raises(SystemExit):

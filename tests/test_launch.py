@@ -1,4 +1,4 @@
-"""The launch scripts, with stubs in place of Python and of the tools: no network, no jax."""
+"""The launch scripts, with stubs in place of Python and of the tools: no network."""
 
 import os
 import pathlib
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -202,6 +203,25 @@ def test_python_can_be_chosen(place):
     assert place.done() == []
 
 
+def test_the_newest_python_has_an_environment_of_its_own(place):
+    """Of those on the PATH and of pyenv, whatever python3 is."""
+    nothing = place.run("launch/setup.sh", "--newest", HOME=str(place.root))
+    assert nothing.returncode == 1 and place.done() == []
+    assert nothing.stderr == ("setup: no suitable Python 3.12 or later. Install one, or name it: "
+                              "PYTHON=/path/to/python\n")  # fmt: skip
+    place.python()
+    place.python("python3.12")
+    of_pyenv = place.root / ".pyenv/versions"
+    place.python("python3.13", folder=of_pyenv / "3.13.7/bin")
+    place.python("python3.14", lacks="broken", folder=of_pyenv / "3.14.0/bin")
+    result = place.run("launch/setup.sh", "--newest", HOME=str(place.root))
+    assert f"making .venv-newest with {of_pyenv}/3.13.7/bin/python3.13" in result.stderr
+    assert place.done() == ["venv", "pip requirements.txt"] and not place.venv.exists()
+    assert place.run("launch/setup.sh", "--newest").stderr == ""
+    old = place.run("launch/setup.sh", "--newest", PYTHON=str(place.python("old", lacks="old")))
+    assert old.returncode == 1 and "is older than 3.12" in old.stderr
+
+
 def test_an_unknown_list(place):
     result = place.run("launch/setup.sh", "requirement.txt")
     assert result.returncode == 1
@@ -282,7 +302,7 @@ def test_study_gets_its_corpus_and_tokenizer_before_it_runs(place):
     (place.root / "data/python_bpe_4096.json").touch()
     (place.root / "runs/study/report").mkdir(parents=True)
     (place.root / "runs/study/report/summary.json").touch()
-    figures = (f"{where} spire_jax.results.figures --config=configs/study.py --workdir=runs/study "
+    figures = (f"{where} spire_jax.figures --config=configs/study.py --workdir=runs/study "
                f"--out=runs/study/figures {given[0]}")  # fmt: skip
     assert study(*given) == (0, [fetch, f"{run} {given[0]} {given[1]}", figures])
 
@@ -338,10 +358,10 @@ def test_the_tpu_compiler_is_set_up_once_and_tests_run_without_it(place):
     result = place.run("launch/test.sh", STUB_FAILS="none", STUB_PIP="fail")
     assert result.returncode == 0 and "tests that compile for TPUs are skipped" in result.stderr
     assert [line for line in place.done() if line.startswith("run")][-1]
-    assert place.run("launch/setup_libtpu.sh").returncode == 0
+    assert place.run("launch/setup/libtpu.sh").returncode == 0
     (installed,) = place.done()
     assert installed.startswith("pip libtpu==") and (place.venv / "libtpu").is_dir()
-    assert place.run("launch/setup_libtpu.sh").returncode == 0
+    assert place.run("launch/setup/libtpu.sh").returncode == 0
     assert place.done() == []
 
 
@@ -352,9 +372,21 @@ def test_ci_runs_the_fast_tier(place):
     assert place.done()[-1].endswith(f" pytest {workers}")
 
 
-def test_scripts_can_be_executed_and_checked():
-    sourced = ROOT / "launch" / "environment.sh"
-    for script in [*{*(ROOT / "launch").glob("*.sh")} - {sourced}, ROOT / ".ci" / "run"]:
-        assert os.access(script, os.X_OK), f"{script} is not executable"
-        assert "set -euo pipefail" in script.read_text()
-        assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+def test_what_needs_a_newer_jax_runs_with_the_newest_python(place):
+    place.python("python3.13")
+    result = place.run("launch/test.sh", "--newest", "--full", STUB_STATUS="5")
+    assert result.returncode == 5 and f"jax {jax.__version__}\n" in result.stderr
+    *installed, last = place.done()
+    assert installed == ["venv", "pip requirements-test.txt"]
+    assert last.endswith(" pytest -n logical --maxprocesses=4 -m needs_jax --full")
+    assert not place.venv.exists()
+
+
+def test_scripts_are_in_order():
+    scripts = [*sorted((ROOT / "launch").rglob("*.sh")), ROOT / ".ci" / "run"]
+    for script in scripts:
+        if script.name not in ("common.sh", "environment.sh"):  # sourced
+            assert os.access(script, os.X_OK) and "set -euo pipefail" in script.read_text(), script
+    shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"
+    result = subprocess.run([shellcheck, "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 
-from launch import install_colab
+from launch.setup import colab
 from spire_jax import notebook, run
 from spire_jax.config.files import load
 from spire_jax.config.schema import ConfigError
@@ -277,8 +277,8 @@ def test_a_config_without_acceptance_lengths_is_refused():
     [((), None), (("jax-cuda12-plugin", "jax"), "cuda12"), (("libtpu",), "tpu")],
 )
 def test_jax_comes_with_its_accelerators_plugin(installed, extra):
-    root = install_colab.ROOT
-    dash, path, *jax = install_colab.wanted(root, installed)
+    root = colab.ROOT
+    dash, path, *jax = colab.wanted(root, installed)
     assert (dash, path) == ("-r", str(root / "requirements.txt"))
     assert jax == ([] if extra is None else [f"jax[{extra}]>=0.10,<0.13"])
 
@@ -286,9 +286,9 @@ def test_jax_comes_with_its_accelerators_plugin(installed, extra):
 def test_packages_that_are_loaded_and_were_replaced(monkeypatch):
     before = {"numpy": "1.0", "scikit-learn": "1.1", "rich": "13", "idle": "1"}
     owners = {"numpy": ["numpy"], "sklearn": ["scikit_learn"], "rich": ["rich"], "idle": ["idle"]}
-    monkeypatch.setattr(install_colab.importlib.metadata, "packages_distributions", lambda: owners)
+    monkeypatch.setattr(colab.importlib.metadata, "packages_distributions", lambda: owners)
     after = {"numpy": "2.0", "scikit-learn": "1.2", "rich": "13", "idle": "2"}
-    found = install_colab.in_use(before, after, ["numpy.linalg", "sklearn", "rich", "mine"])
+    found = colab.in_use(before, after, ["numpy.linalg", "sklearn", "rich", "mine"])
     assert found == ["numpy 1.0 (now 2.0)", "scikit-learn 1.1 (now 1.2)"]
 
 
@@ -299,13 +299,13 @@ def test_what_goes_wrong_while_installing_is_said(monkeypatch):
 
     versions = iter([{"numpy": "1.0"}, {"numpy": "2.0"}] * 2)
     monkeypatch.setattr(subprocess, "run", pip)
-    monkeypatch.setattr(install_colab, "versions", lambda: next(versions))
+    monkeypatch.setattr(colab, "versions", lambda: next(versions))
     fails = False
-    with pytest.raises(install_colab.InstallError, match=r"numpy 1.0 \(now 2.0\).*Restart session"):
-        install_colab.install()
+    with pytest.raises(colab.InstallError, match=r"numpy 1.0 \(now 2.0\).*Restart session"):
+        colab.install()
     fails = True
-    with pytest.raises(install_colab.InstallError, match="no network"):
-        install_colab.install()
+    with pytest.raises(colab.InstallError, match="no network"):
+        colab.install()
 
 
 def test_the_parts_are_those_of_the_library():

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from launch.bench.pipeline import interleaved
+from launch.bench.timing import interleaved
 from spire_jax.config.files import command_line
 from spire_jax.config.schema import AUTOREGRESSIVE, ExperimentConfig, TrainedOptions
 from spire_jax.costs.hardware import describe

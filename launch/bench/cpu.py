@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from launch.bench.command_line import sizes
 from launch.bench.round_pieces import normal, random_like, random_params
-from launch.command_line import sizes
 from spire_jax.config.schema import ModelConfig
 from spire_jax.models.attention import Compute
 from spire_jax.models.caches import empty_full

@@ -35,7 +35,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from launch.command_line import sizes
+from launch.bench.command_line import sizes
 from spire_jax.config.files import command_line, exit_with_error
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig
 from spire_jax.costs.hardware import describe

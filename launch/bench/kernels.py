@@ -1,10 +1,11 @@
 """The attention kernels on this device: whether they are right, and what they reach.
 
-    .venv/bin/python -m launch.bench.kernels [--small] [--out FILE.json]
+    .venv/bin/python -m launch.bench.kernels [--small] [--parts=check,decode,streaming] [--out=FILE]
 
 (made to fit ten minutes on a GPU or a TPU; `--small` takes about a minute on two CPU cores, where
 kernels are interpreted: that it runs is all it shows.) Prints a line per figure, and at the end
-one per goal. What is timed: `timing`.
+one per goal; FILE, a JSON file, has all so far, should a kernel never return. What is timed:
+`timing`.
 
 Decode attention is held against the bytes per second of a large copy, the visible keys and values
 counted once; beside the kernel stand the XLA path of the models and, on a GPU and for one query,
@@ -16,11 +17,10 @@ fastest; beside the kernel (TPU) stand the XLA path and, without the sink, cuDNN
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,7 @@ from spire_jax.models.attention import Compute, attention, cached_attention
 from spire_jax.models.caches import FullCache
 from spire_jax.models.masks import View
 
+PARTS = "check", "decode", "streaming"
 UNIFORM, RAGGED = 0.85, 0.75  # goals: share of the copy's bytes per second
 AS_FAST = 1.03  # times within this factor count as equal
 LINEAR = 1.15  # how much the time per token may grow from 8k to 64k
@@ -58,12 +59,21 @@ CHECKS = (
 )
 
 
-def main() -> None:
+def parts(text: str) -> tuple[str, ...]:
+    """Of PARTS, in their order."""
+    given = text.split(",")
+    if unknown := set(given) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"unknown {sorted(unknown)}; there are {', '.join(PARTS)}")
+    return tuple(part for part in PARTS if part in given)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--small", action="store_true", help="tiny shapes; all that a CPU runs")
+    parser.add_argument("--parts", type=parts, default=PARTS, help="of check, decode, streaming")
     parser.add_argument("--minutes", type=float, default=7.0, help="after which nothing is begun")
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file for all figures")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     platform = jax.devices()[0].platform
     print(" | ".join(describe().values()))
     if platform == "cpu":
@@ -72,17 +82,22 @@ def main() -> None:
         print("A CPU: kernels are interpreted here, and no time below says anything about them.")
         print("Here are:", ", ".join(decode_kernels(platform)), "(gpu: from jax 0.11.1 on).")
     run = Run(platform, args.small, time.perf_counter() + 60 * args.minutes)
-    check_decode(run)
-    check_streaming(run)
-    run.copy_rate = timing.copy_rate(args.small)
-    print(f"a large copy: {run.copy_rate / 1e9:,.1f} GB/s, read and written", flush=True)
-    bench_decode(run)
-    bench_streaming(run)
-    goals = [f"goal: {goal}: {verdict}" for goal, verdict in summary(run)]
-    print("\n".join(goals))
     if args.out:
-        found = {"machine": describe(), "copy_bytes_per_second": run.copy_rate, "goals": goals}
-        args.out.write_text(json.dumps(found | {"figures": run.records}, indent=1) + "\n")
+        run.keep = lambda: timing.save(args.out, {
+            "machine": describe(), "copy_bytes_per_second": run.copy_rate, "goals": goals(run),
+            "figures": run.records,
+        })  # fmt: skip
+    if "check" in args.parts:
+        check_streaming(run)
+        check_decode(run)
+    if args.parts != ("check",):
+        run.copy_rate = timing.copy_rate(args.small)
+        print(f"a large copy: {run.copy_rate / 1e9:,.1f} GB/s, read and written", flush=True)
+    if "decode" in args.parts:
+        bench_decode(run)
+    if "streaming" in args.parts:
+        bench_streaming(run)
+    print("\n".join(goals(run)))
 
 
 # --- what is compared --------------------------------------------------------------------------
@@ -117,10 +132,10 @@ def decode_ways(platform: str, spec: Spec) -> dict[str, Call]:
         out = attend(heads, k, v, scale=scale, key_value_seq_lengths=lengths)
         return (out.reshape(q.shape),)
 
+    # Ours come last, should one never return.
+    ways: dict[str, Call] = {"cudnn": cudnn} if platform == "gpu" and spec.tokens == 1 else {}
     kernels = decode_kernels(platform).items()
-    ways: dict[str, Call] = {name: functools.partial(f, scale=scale) for name, f in kernels}
-    ways["xla"] = xla
-    return ways | ({"cudnn": cudnn} if platform == "gpu" and spec.tokens == 1 else {})
+    return ways | {"xla": xla} | {name: functools.partial(f, scale=scale) for name, f in kernels}
 
 
 def streaming_ways(platform: str, text: Text) -> dict[str, Callable]:
@@ -210,16 +225,18 @@ def _heads(run: Run) -> dict[str, Any]:
 
 def bench_decode(run: Run) -> None:
     """Bytes per second of visible keys and values."""
-    for slots in (64,) if run.small else (2048, 8192, 32768):
-        spec = Spec("", batch=4 if run.small else 64, slots=slots, **_heads(run))
-        shape = spec.shapes[1].shape
-        row = jax.random.normal(jax.random.key(0), (2, 1, *shape[1:]), spec.dtype)
-        copies = 2 if run.small else math.ceil(3 * timing.GIB / (4 * math.prod(shape)))
-        sets = [[jnp.tile(x, (spec.batch, 1, 1)) for x in row] for _ in range(copies)]
-        for tokens in (1, 5):
-            spec = dataclasses.replace(spec, tokens=tokens)
-            for name, way in decode_ways(run.platform, spec).items():
-                _time_decode(run, spec, name, way, sets)
+    for name in decode_ways(run.platform, Spec("", tokens=1)):
+        for slots in (64,) if run.small else (2048, 8192, 32768):
+            spec = Spec("", batch=4 if run.small else 64, slots=slots, **_heads(run))
+            shape = spec.shapes[1].shape
+            row = jax.random.normal(jax.random.key(0), (2, 1, *shape[1:]), spec.dtype)
+            copies = 2 if run.small else math.ceil(3 * timing.GIB / (4 * math.prod(shape)))
+            sets = [[jnp.tile(x, (spec.batch, 1, 1)) for x in row] for _ in range(copies)]
+            for tokens in (1, 5):
+                spec = dataclasses.replace(spec, tokens=tokens)
+                ways = decode_ways(run.platform, spec)
+                if name in ways:
+                    _time_decode(run, spec, name, ways[name], sets)
 
 
 def _time_decode(run: Run, spec: Spec, name: str, way: Call, sets: list) -> None:
@@ -267,6 +284,11 @@ def _time_text(way: Callable, part: str, q, sets: list, rounds: int) -> dict[str
 
 
 # --- goals -------------------------------------------------------------------------------------
+
+
+def goals(run: Run) -> list[str]:
+    """A line for each goal."""
+    return [f"goal: {goal}: {said}" for goal, said in summary(run)]
 
 
 def summary(run: Run) -> Iterator[tuple[str, str]]:

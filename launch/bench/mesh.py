@@ -25,7 +25,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from launch.bench.train_steps import training_steps
+from launch.bench.train_steps import trained, training_steps
 from spire_jax.config.files import command_line, exit_with_error
 from spire_jax.config.schema import ConfigError
 from spire_jax.costs.hardware import describe
@@ -92,7 +92,7 @@ def work(config, steps: int) -> None:
         train = config.train
         batches = train_batches(Dataset(corpus, train.seq_len), batch_size=train.batch_size,
                                 seed=config.seed, workers=config.data.workers)  # fmt: skip
-        models = training_steps(config, mesh)
+        models = training_steps(config, mesh, trained(config))
         for step in models.values():
             for _ in range(WARM_UP):
                 step(to_device(next(batches), mesh))

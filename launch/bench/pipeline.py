@@ -11,19 +11,17 @@ oracle on the trained models of a work directory of the same config.
 
 import argparse
 import dataclasses
-import functools
 import statistics
 import time
-from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from launch.bench.train_steps import training_steps
+from launch.bench.train_steps import measure, trained
 from spire_jax.config.files import command_line
 from spire_jax.config.schema import ExperimentConfig, oracle_depth
 from spire_jax.costs.hardware import describe, peak_memory_bytes
-from spire_jax.data.pipeline import Batch, Context
+from spire_jax.data.pipeline import Context
 from spire_jax.decoding import Weights, decode_rounds, finish, generation_lengths, start
 from spire_jax.decoding.build import make_decoder
 from spire_jax.models.sharding import make_mesh
@@ -35,7 +33,6 @@ from spire_jax.results.evaluate import (
     sample_texts,
     target_pass,
 )
-from spire_jax.training.loop import to_device
 from spire_jax.training.workdir import WorkDir
 
 
@@ -64,38 +61,14 @@ def main() -> None:
     print(f"peak memory of this process: {peak_memory_bytes() / 1e6:.0f} MB")
 
 
-def interleaved(work: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each piece of work, run in turn, after one run that compiles."""
-    for run in work.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(repeats):
-        for name, run in work.items():
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def bench_training(config: ExperimentConfig, repeats: int) -> None:
     """Tokens per second of the target's and of every draft's training step."""
-    mesh, train = jax.sharding.get_mesh(), config.train
-    rng = np.random.default_rng(0)
-    shape = (train.batch_size, train.seq_len)
-    tokens = rng.integers(0, config.target.n_tokens, (2, *shape), np.int32)
-    batch = to_device(
-        Batch(tokens[0], tokens[1], np.ones(shape, bool), np.arange(train.batch_size)), mesh
-    )
-    steps = training_steps(config, mesh)
-    work: dict[str, Callable[[], None]] = {
-        name: functools.partial(step, batch) for name, step in steps.items()
-    }
-    seconds = interleaved(work, repeats)
-    for name, value in seconds.items():
-        rate = train.batch_size * train.seq_len / value
-        ratio = seconds["target"] / value
-        print(f"training, sequence {train.seq_len}, {name}: {rate:,.0f} tokens/s "
-              f"({ratio:.2f} x the target's rate, "
+    target, *drafts = measure(config, trained(config), repeats)
+    for found in (target, *drafts):
+        print(f"training, sequence {config.train.seq_len}, {found['model']}: "
+              f"{found['tokens/s']:,.0f} tokens/s "
+              f"({found['tokens/s'] / target['tokens/s']:.2f} x the target's rate, "
+              f"{found['of peak']:.0%} of the peak, "
               f"{config.target.body_parameters():,} body parameters)")  # fmt: skip
 
 

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch.bench import round_report
-from launch.bench.pipeline import interleaved
+from launch.bench.command_line import sizes
 from launch.bench.round_pieces import (
     Buffers,
     normal,
@@ -58,7 +58,7 @@ from launch.bench.round_pieces import (
     run_verification,
 )
 from launch.bench.round_report import DRAFT, LLAMA_3_8B, SMALL, Shape, experiment
-from launch.command_line import sizes
+from launch.bench.timing import interleaved
 from spire_jax.config.files import exit_with_error
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError
 from spire_jax.costs.hardware import describe

@@ -1,4 +1,4 @@
-"""The pieces of a speculation round that `bench_round` times, and random values to run them on.
+"""The pieces of a speculation round that `round.py` times, and random values to run them on.
 
 Each piece takes its buffers and gives them back changed, so that in a loop every pass depends on
 the one before: caches are updated in place, and nothing is computed ahead of the loop.

@@ -1,6 +1,6 @@
-"""What `bench_round` measures, and its times beside the cost model's: predictions, goals, tables.
+"""What `round.py` measures, and its times beside the cost model's: predictions, goals, tables.
 
-A record is one point of the grid (batch B, context L, depth k), as `bench_round` measures it:
+A record is one point of the grid (batch B, context L, depth k), as `round.py` measures it:
 
     seconds          of one pass of each piece
     bytes_per_s, flops_per_s    the machine's, timed in turn with the pieces

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from launch.bench.pipeline import interleaved
+from launch.bench.timing import interleaved
 from spire_jax.config.files import command_line
 from spire_jax.config.schema import ExperimentConfig
 from spire_jax.costs.hardware import describe

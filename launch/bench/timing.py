@@ -1,13 +1,17 @@
-"""How `bench_kernels` measures: the time of a call, the rate of a copy, the error of a result.
+"""How benchmarks measure: the time of a call, the rate of a copy, the error of a result.
 
-A time is the median wall time of a compiled loop of calls on the device, divided by their number,
-with nothing subtracted: whatever a call needs beside the kernel (the list of blocks, the merge of
-parts) is in it; so is the host's start of the loop, which lasts about a tenth of a second. A
-call's queries are the outputs of the one before it, and its other inputs go round several copies,
+A kernel's time is the median wall time of a compiled loop of calls on the device, divided by their
+number, with nothing subtracted: whatever a call needs beside the kernel (the list of blocks, the
+merge of parts) is in it; so is the host's start of the loop, which lasts about a tenth of a second.
+A call's queries are the outputs of the one before it, and its other inputs go round several copies,
 so that nothing is left in a cache and no call can be left out.
 """
 
 import dataclasses
+import json
+import math
+import os
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +34,9 @@ class Run:
     """What a whole run shares."""
 
     platform: str  # cpu, gpu, tpu
-    small: bool
-    stop: float  # on time.perf_counter's clock: nothing is begun after it
+    small: bool = False
+    stop: float = math.inf  # on time.perf_counter's clock: nothing is begun after it
+    keep: Callable[[], None] = lambda: None  # called after every record
     copy_rate: float = 0.0  # bytes per second of reading and writing a large array
     records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -46,6 +51,7 @@ class Run:
             record = case | {"failed": f"{type(error).__name__}: {reason}"}
         self.records.append(record)
         print(" | ".join(f"{name} {_shown(value)}" for name, value in record.items()), flush=True)
+        self.keep()
         return "failed" not in record
 
     def found(self, figure: str, **case: Any) -> Iterator[dict[str, Any]]:
@@ -67,6 +73,19 @@ class Run:
 
 def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def interleaved(work: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median seconds of each piece of work, run in turn, after one run that compiles."""
+    for run in work.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, run in work.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -139,6 +158,14 @@ def compared(compute: Callable[[], Sequence], wanted: Sequence) -> dict[str, Any
         worst = max(worst, float(error.max(initial=0)))
     same = all(np.array_equal(a, b) for a, b in zip(got, again, strict=True))
     return {"right": right, "largest error": worst, "same bits twice": same}
+
+
+def save(path: pathlib.Path, found: dict[str, Any]) -> None:
+    """Write a JSON file, which is whole at every moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def verdict(measured: bool, met: bool, what: str) -> str:

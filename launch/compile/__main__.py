@@ -1,6 +1,6 @@
 """Compile for TPUs that are not here: kernels at production shapes, whole steps, for whole slices.
 
-    bash launch/setup_libtpu.sh                          # the compiler, once
+    bash launch/setup/libtpu.sh                          # the compiler, once
     python -m launch.compile kernels                 # both kernels, forward and backward
     python -m launch.compile steps --config=configs/paper_67m.py
     python -m launch.compile steps --chips=v6e ... --config.target.n_layers=4

@@ -1,6 +1,6 @@
 """The TPU compiler on a machine without a TPU: devices that are only described, and what it says.
 
-`libtpu` holds the real compiler, Mosaic included (`bash launch/setup_libtpu.sh`). What it compiles
+`libtpu` holds the real compiler, Mosaic included (`bash launch/setup/libtpu.sh`). What it compiles
 for a described chip is what that chip would run; errors that interpretation never shows (block
 shapes, casts, memory that overflows) appear here.
 """
@@ -53,7 +53,7 @@ def find_libtpu() -> pathlib.Path:
     for place in places:
         if place and pathlib.Path(place).is_file():
             return pathlib.Path(place)
-    raise NoCompiler("libtpu is not installed: bash launch/setup_libtpu.sh")
+    raise NoCompiler("libtpu is not installed: bash launch/setup/libtpu.sh")
 
 
 def describe(topology: str, **options: Any) -> list[Any]:

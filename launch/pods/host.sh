@@ -97,12 +97,12 @@ run_here() {
   check_count max-restarts "$max_restarts" 100
   check_run_arguments --workdir=runs/my-run
   if [[ -n "$dry_run" ]]; then
-    echo "source launch/environment.sh"
+    echo "source launch/setup/environment.sh"
     run "$python" -m spire_jax.run "${run_arguments[@]}"
     return
   fi
   need_python
-  source launch/environment.sh
+  source launch/setup/environment.sh
   trap tell_child INT TERM HUP
   for ((restarts = 0; ; restarts++)); do
     run_once

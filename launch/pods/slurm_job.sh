@@ -13,7 +13,7 @@ shift
 
 say() { echo "slurm_job: $*" >&2; }
 
-source launch/environment.sh
+source launch/setup/environment.sh
 # Slurm's own preemption signals this shell too, which has to live until the processes have ended.
 trap : TERM
 

@@ -1,7 +1,7 @@
 """Decode attention's GPU kernel: interpreted against the reference, its plan, and lowered for CUDA.
 
-Only some releases of jax can do the one or the other; with this environment's, the rest is skipped
-and says so. The plan is plain jnp and is tested with every release.
+Only newer releases of jax can do the one or the other: `launch/test.sh --newest` has one. The plan
+is plain jnp and is tested with every release.
 """
 
 import functools
@@ -18,14 +18,8 @@ from tests.kernels.test_decode_attention import compare, expected_of, lengths_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-TRACED = not gpu.unsupported(64, 8, 64, "bfloat16")
-traced = pytest.mark.skipif(
-    not TRACED, reason=f"jax {jax.__version__}: Mosaic GPU kernels are traced from 0.11 on"
-)
-interpreted = pytest.mark.skipif(
-    not hasattr(gpu.plgpu, "InterpretGPUParams"),
-    reason=f"jax {jax.__version__}: Mosaic GPU kernels are interpreted from 0.11.1 on",
-)
+traced = pytest.mark.needs_jax("0.11")
+interpreted = pytest.mark.needs_jax("0.11.1")
 
 # (head dimension, query heads per KV head, window, sink): each takes seconds to interpret.
 FEW = [(64, 3, None, 0), (64, 1, 65, 4), (128, 8, None, 0), (128, 2, 65, 1), (256, 1, 1, 4)]
@@ -218,7 +212,7 @@ def test_bad_input(head_dim, slots, width, dtype, message):
         gpu.decode_attention(q, k, k, rows, rows)
 
 
-@pytest.mark.skipif(TRACED, reason="this release of jax has what the kernel needs")
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this jax has what the kernel needs")
 def test_old_jax():
     arrays = GOOD.arrays(jax.random.key(0), np.array([3, 64]))
     with pytest.raises(ValueError, match=r"the GPU kernel needs 0\.11 or later"):
@@ -226,7 +220,7 @@ def test_old_jax():
 
 
 @pytest.mark.skipif(
-    not TRACED or hasattr(gpu.plgpu, "InterpretGPUParams"), reason="only jax 0.11.0 is between"
+    not (0, 11) <= jax.__version_info__ < (0, 11, 1), reason="only jax 0.11.0 is between"
 )
 def test_jax_that_does_not_interpret():
     arrays = GOOD.arrays(jax.random.key(0), np.array([3, 64]))

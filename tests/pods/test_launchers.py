@@ -2,12 +2,10 @@
 
 import json
 import os
-import pathlib
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 
 import pytest
 from pod_place import (
@@ -16,7 +14,6 @@ from pod_place import (
     COSTS,
     NASTY,
     NEW_TPU,
-    ROOT,
     TPU,
     UP,
     interrupt,
@@ -297,13 +294,3 @@ def test_a_missing_program(place, arguments, program):
     result = place.run(*arguments, PATH=str(place.tools))
     assert result.returncode == 1 and f"there is no program {program}; " in result.stderr
     assert place.cloud.calls() == []
-
-
-def test_scripts_are_in_order():
-    scripts = sorted((ROOT / "launch").rglob("*.sh"))
-    for script in scripts:
-        if script.name not in ("common.sh", "environment.sh"):  # sourced
-            assert os.access(script, os.X_OK) and "set -euo pipefail" in script.read_text(), script
-    shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"
-    result = subprocess.run([shellcheck, "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout

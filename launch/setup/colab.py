@@ -1,6 +1,6 @@
 """Installs requirements.txt into a notebook's own Python, and leaves its accelerator's jax alone.
 
-    from launch.install_colab import install
+    from launch.setup.colab import install
     install()
 
 Colab brings a jax for the accelerator of its runtime. One that satisfies requirements.txt stays;
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 # The distribution that an accelerator's jax consists of -> the extra that names it.
 PLUGINS = {"jax-cuda12-plugin": "cuda12", "jax-cuda13-plugin": "cuda13", "libtpu": "tpu"}
 

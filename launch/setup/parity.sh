@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Makes .venv/parity, with torch and transformers (2.0 GB on the disk), and prints its Python.
 #
-#   bash launch/setup_parity.sh
+#   bash launch/setup/parity.sh
 #
 # Quick when nothing has changed.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-say() { echo "setup_parity: $*" >&2; }
+say() { echo "parity: $*" >&2; }
 
 bash launch/setup.sh >&2
 venv=.venv/parity
