@@ -1,18 +1,28 @@
-"""What holds for all tests: the CPU, shapes checked at run time, two tiers.
+"""What holds for all tests: the CPU, shapes checked at run time, two tiers, programs kept.
 
-There is one device; a test of a mesh starts a process of its own with
-XLA_FLAGS=--xla_force_host_platform_device_count=8, since more devices here would split one CPU's
-threads for every other test.
+There is one device; a test of a mesh starts a process of its own (`devices.py`), since more
+devices here would split one CPU's threads for every other test.
 
-Jax's persistent compilation cache stays off. On a fresh machine it would bring nothing, and
-elsewhere it would put programs compiled by an earlier run, or on another CPU, under the tests
-that ask for equal bits and under those that count compilations.
+Compiled programs are kept in a folder that begins empty with each run of the tests and ends with
+it, and that all its workers and the processes that they start share. Beyond a run they are not
+kept: programs of an earlier run, or of another CPU, should not lie under tests that ask for equal
+bits.
 """
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "TESTS_PROGRAMS" not in os.environ:  # the first process; the others inherit
+    os.environ["TESTS_PROGRAMS"] = programs = tempfile.mkdtemp(prefix="programs-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+    # However small, and however quickly compiled.
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import jaxtyping
@@ -29,6 +39,14 @@ from spire_jax.config import files  # noqa: E402
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the long tests too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # XLA's older code generator compiles in 3/5 of the time; jax 0.11 has it no more.
+    flag = "--xla_cpu_use_fusion_emitters=false"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jax.__version_info__ < (0, 11) and not config.getoption("--full") and flag not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import warnings
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,8 +127,7 @@ RESHARDED = """
 
 
 def test_restores_into_another_sharding_on_eight_devices(tmp_path):
-    devices = "--xla_force_host_platform_device_count=8"
-    done = run_python(RESHARDED, tmp_path / "c", XLA_FLAGS=devices)
+    done = run_python(RESHARDED, tmp_path / "c", **devices.of(8))
     assert done.returncode == 0, done.stderr
 
 

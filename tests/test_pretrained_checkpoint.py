@@ -1,17 +1,16 @@
 """Checkpoints of every family: what they compute, how they are read, what is refused.
 
 A mesh of eight devices needs a process of its own, which this file is run as
-(`python tests/test_pretrained_checkpoint.py DIRECTORY RESULTS`).
+(`python tests/test_pretrained_checkpoint.py RESULTS DIRECTORY`).
 """
 
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import tracemalloc
 
+import devices
 import jax
 import numpy as np
 import pytest
@@ -82,7 +81,7 @@ def on_meshes(directory: str) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    pathlib.Path(sys.argv[2]).write_text(json.dumps(on_meshes(sys.argv[1])))
+    pathlib.Path(sys.argv[1]).write_text(json.dumps(on_meshes(sys.argv[2])))
     sys.exit()
 
 
@@ -90,11 +89,7 @@ def test_meshes(tmp_path):
     """Shards equal the whole, lie where the model wants them, and each value is read once."""
     config, tensors = tiny("llama")
     folder = write_safetensors(tmp_path / "model", config, tensors)
-    results = tmp_path / "results.json"
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-           "PYTHONPATH": str(pathlib.Path(__file__).resolve().parent.parent)}  # fmt: skip
-    subprocess.run([sys.executable, __file__, folder, results], env=env, check=True)
-    found = json.loads(results.read_text())
+    found = devices.found_by(__file__, 8, tmp_path, folder)
     values = sum(tensor.size for tensor in tensors.values())
     assert found["whole"] == {"values": values, "as_stated": True, "gate": [64, 96]}
     assert found["cut"] == {"values": values, "as_stated": True, "gate": [32, 48]}

@@ -6,9 +6,7 @@ Eight host-platform devices need a process of their own, which this file is run 
 
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
 import sys
 from typing import Any
 
@@ -18,6 +16,7 @@ import pytest
 if __name__ == "__main__":
     import conftest  # noqa: F401  (shapes are checked in this process too)
 
+import devices
 import jax
 import jax.numpy as jnp
 import optax
@@ -167,16 +166,11 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 def main(path: str) -> None:
     found: dict[str, Any] = {
-        "gradients": {},
-        "decoding": {},
-        "sharding": {},
-        "errors": {},
-        "kernels": {},
+        key: {} for key in ("gradients", "decoding", "sharding", "errors", "kernels")
     }
     one = {}
     for name, sizes in MESHES.items():
-        devices = jax.devices()[:1] if name == "one" else jax.devices()
-        mesh = make_mesh(sizes, devices)
+        mesh = make_mesh(sizes, jax.devices()[:1] if name == "one" else jax.devices())
         with jax.set_mesh(mesh):
             for kind in ("target", "spire"):
                 for accumulate in (1, 2) if (name, kind) == ("all", "target") else (1,):
@@ -223,19 +217,7 @@ def main(path: str) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
-    path = tmp_path_factory.mktemp("sharding") / "found.json"
-    tests = pathlib.Path(__file__).parent
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        # Nearly all of the time goes into compiling.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "PYTHONPATH": os.pathsep.join([str(tests.parent), os.environ.get("PYTHONPATH", "")]),
-    }
-    process = subprocess.run(
-        [sys.executable, __file__, str(path)], env=environment, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(path.read_text()) | {"stderr": process.stderr}
+    return devices.found_by(__file__, 8, tmp_path_factory.mktemp("sharding"))
 
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "all"])

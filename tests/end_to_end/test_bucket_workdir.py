@@ -9,7 +9,7 @@ import time
 import pipelines
 import pytest
 from buckets import MISSING, bucket
-from test_processes import FSDP, alone, compare, outcome, together  # noqa: F401 - a fixture
+from test_processes import compare, outcome, together
 from test_resume import check_equal, finish
 
 from spire_jax.storage.checkpoint_files import COMMIT_FILE
@@ -90,7 +90,7 @@ def test_every_stage_and_again(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_and_one_bucket(corpus, alone, tmp_path):  # noqa: F811
+def test_two_processes_and_one_bucket(corpus, finished, tmp_path):
     """One of them is killed after a while, both start again."""
     with bucket() as served:
         stages = "--stages=target,drafts"
@@ -102,7 +102,7 @@ def test_two_processes_and_one_bucket(corpus, alone, tmp_path):  # noqa: F811
         assert status == [0, 0], errors
         workdir = fetched(served.objects, tmp_path / "fetched")
         assert (workdir / "report" / "index.html").exists()
-    compare(workdir, alone)
+    compare(workdir, finished)
 
 
 @pytest.mark.slow

@@ -1,16 +1,15 @@
 """The pipeline in two processes; SIGTERM; workers that do not meet or do not agree."""
 
 import json
-import re
 import signal
 import socket
 import subprocess
-import time
 
+import devices
 import numpy as np
 import pipelines
 import pytest
-from test_resume import MODELS, check_equal, finish, leaves, wait_for
+from test_resume import MODELS, finish, leaves, wait_for, wait_for_a_record
 
 from spire_jax.storage.checkpoints import load_params
 from spire_jax.storage.processes import PREEMPTED
@@ -24,16 +23,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def devices(n: int) -> dict[str, str]:
-    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n}"}
-
-
 def together(corpus, workdir, *more, n=2, each=2, of=(), env=None) -> list[subprocess.Popen]:
     """`n` processes of `each` devices; `of[i]` are arguments of process i alone."""
     join = (f"--coordinator=localhost:{free_port()}", f"--num-processes={n}")
     return [
         pipelines.process(corpus, workdir, *FSDP, *join, f"--process-id={i}", *more,
-                          *(of[i] if of else ()), env={**(env or {}), **devices(each)})
+                          *(of[i] if of else ()), env={**(env or {}), **devices.of(each)})
         for i in range(n)
     ]  # fmt: skip
 
@@ -43,27 +38,10 @@ def outcome(processes, timeout=400) -> tuple[list[int], list[str]]:
     return [process.returncode for process in processes], errors
 
 
-@pytest.fixture(scope="module")
-def alone(corpus, tmp_path_factory):
-    """One process of four devices."""
-    workdir = tmp_path_factory.mktemp("alone") / "run"
-    process = pipelines.process(corpus, workdir, *FSDP, "--stages=target,drafts", env=devices(4))
-    _, error = process.communicate(timeout=400)
-    assert process.returncode == 0, error
-    return workdir
-
-
-def wait_for_a_record(workdir, process) -> None:
-    metrics = workdir / "metrics" / "target.jsonl"
-    wait_for(metrics, process)
-    while not metrics.stat().st_size:
-        assert process.poll() is None
-        time.sleep(0.01)
-
-
-def compare(workdir, reference) -> None:
+def compare(workdir, reference, models=tuple(MODELS)) -> None:
     """Losses and parameters, but for the order in which sums are taken."""
-    for name, folder in MODELS.items():
+    for name in models:
+        folder = MODELS[name]
         ours, theirs = (
             [
                 json.loads(line)
@@ -79,14 +57,15 @@ def compare(workdir, reference) -> None:
             np.testing.assert_allclose(value, other[path], atol=2e-3, err_msg=f"{name} {path}")
 
 
-def test_two_processes_train_what_one_does(corpus, alone, tmp_path):
-    status, errors = outcome(together(corpus, tmp_path / "two", "--stages=target,drafts"))
+def test_two_processes_train_what_one_does(corpus, finished, tmp_path):
+    """Of two devices each, and what one device trains."""
+    status, errors = outcome(together(corpus, tmp_path / "two", "--stages=target,spire"))
     assert status == [0, 0], errors
-    compare(tmp_path / "two", alone)
+    compare(tmp_path / "two", finished, ("target", "spire"))
 
 
 @pytest.mark.slow
-def test_one_of_two_is_killed_and_one_alone_goes_on(corpus, alone, tmp_path):
+def test_one_of_two_is_killed_and_one_alone_goes_on(corpus, finished, tmp_path):
     """Another number of processes, and a mesh whose devices lie elsewhere."""
     workdir = tmp_path / "killed"
     processes = together(corpus, workdir, "--stages=target,drafts")
@@ -94,8 +73,8 @@ def test_one_of_two_is_killed_and_one_alone_goes_on(corpus, alone, tmp_path):
     processes[1].send_signal(signal.SIGKILL)
     status, _ = outcome(processes, 200)
     assert 0 not in status, "the other one does not go on alone, or hang"
-    finish(corpus, workdir, *FSDP, "--stages=target,drafts", env=devices(4))
-    compare(workdir, alone)
+    finish(corpus, workdir, *FSDP, "--stages=target,drafts", env=devices.of(4))
+    compare(workdir, finished)
 
 
 @pytest.mark.slow
@@ -105,22 +84,8 @@ def test_everything_in_two_processes(corpus, tmp_path):
     assert (tmp_path / "all" / "report" / "index.html").is_file()
 
 
-def test_sigterm_saves_a_checkpoint(corpus, finished, tmp_path):
-    workdir = tmp_path / "stopped"
-    flags = ("--config.train.checkpoint_every=1000", "--stages=target")
-    process = pipelines.process(corpus, workdir, *flags)
-    wait_for_a_record(workdir, process)
-    process.send_signal(signal.SIGTERM)
-    (status,), (error,) = outcome([process])
-    at = re.search(r"stopped by SIGTERM after step (\d+) of \d+, which is saved", error)
-    assert status == PREEMPTED and at is not None, error
-    assert (workdir / "target" / "checkpoints" / at[1]).is_dir()
-    finish(corpus, workdir, *flags)
-    check_equal(workdir, finished, ("target",))
-
-
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_stops_both(corpus, alone, tmp_path):
+def test_sigterm_to_one_of_two_stops_both(corpus, finished, tmp_path):
     workdir = tmp_path / "stopped"
     processes = together(corpus, workdir, "--stages=target,drafts")
     wait_for_a_record(workdir, processes[0])
@@ -128,7 +93,7 @@ def test_sigterm_to_one_of_two_stops_both(corpus, alone, tmp_path):
     status, errors = outcome(processes, 120)
     assert status == [PREEMPTED] * 2 and all("after step" in error for error in errors), errors
     assert outcome(together(corpus, workdir, "--stages=target,drafts"))[0] == [0, 0]
-    compare(workdir, alone)
+    compare(workdir, finished)
 
 
 def test_workers_that_disagree_are_named(corpus, tmp_path):
@@ -149,8 +114,7 @@ def test_workers_that_disagree_are_named(corpus, tmp_path):
         (["--coordinator=localhost:1", "--num-processes=2", "--process-id=2"], "none of 0 to 1"),
     ],
 )
-def test_processes_that_cannot_meet(corpus, tmp_path, arguments, says):
-    (status,), (error,) = outcome(
-        [pipelines.process(corpus, tmp_path / "w", "--connect-timeout=1", *arguments)], 60
-    )
+def test_processes_that_cannot_meet(corpus, tmp_path, capsys, arguments, says):
+    status = pipelines.main(corpus, tmp_path / "w", "--connect-timeout=1", *arguments)
+    error = capsys.readouterr().err
     assert status == 2 and says in error and "Traceback" not in error

@@ -1,7 +1,9 @@
 """A run killed at any moment and started again ends as one that was not."""
 
 import json
+import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import pipelines
 import pytest
 
 from spire_jax.storage.checkpoints import load_params
+from spire_jax.storage.processes import PREEMPTED
 
 TIMING = {"tokens_per_s", "peak_share", "data_wait_share"}
 MODELS = {"target": "target", "spire": "drafts/spire", "vanilla": "drafts/vanilla"}
@@ -65,14 +68,46 @@ def wait_for(path, process, seconds: float = 120) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize(
-    "folders",
-    [("drafts/spire",), pytest.param(("target", "drafts/spire"), marks=pytest.mark.slow)],
-)
-def test_killed_while_training_and_resumed(corpus, finished, tmp_path, folders):
-    """Killed as soon as checkpoints appear, in a draft, in the target before it too."""
+def wait_for_a_record(workdir, process) -> None:
+    metrics = workdir / "metrics" / "target.jsonl"
+    wait_for(metrics, process)
+    while not metrics.stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def test_stopped_killed_torn_and_resumed(corpus, finished, tmp_path):
+    """SIGTERM in the target; SIGKILL in a draft, whose newest checkpoint is torn besides."""
+    workdir, stages = tmp_path / "stopped", "--stages=target,drafts"
+    process = pipelines.process(corpus, workdir, stages, "--config.train.checkpoint_every=1000")
+    wait_for_a_record(workdir, process)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    at = re.search(r"stopped by SIGTERM after step (\d+) of \d+, which is saved", error)
+    assert process.returncode == PREEMPTED and at is not None, error
+    assert (workdir / "target" / "checkpoints" / at[1]).is_dir()
+
+    process, draft = pipelines.process(corpus, workdir, stages), workdir / "drafts" / "spire"
+    wait_for(draft / "checkpoints" / "*9*", process)
+    process.send_signal(signal.SIGKILL)
+    _, error = process.communicate()
+    assert "target: 1/24" not in error, "it began anew"
+    assert not (draft / "params").exists(), "the kill came too late to test much"
+
+    newest = max((p for p in (draft / "checkpoints").iterdir() if p.name.isdigit()),
+                 key=lambda p: int(p.name))  # fmt: skip
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    error = finish(corpus, workdir, stages)
+    assert newest.name in error and "unreadable" in error
+    check_equal(workdir, finished)
+
+
+@pytest.mark.slow
+def test_killed_in_the_target_and_in_a_draft(corpus, finished, tmp_path):
+    """As soon as checkpoints appear."""
     workdir = tmp_path / "killed"
-    for folder in folders:
+    for folder in ("target", "drafts/spire"):
         process = pipelines.process(corpus, workdir)
         wait_for(workdir / folder / "checkpoints" / "*6*", process)
         process.send_signal(signal.SIGKILL)
@@ -80,23 +115,6 @@ def test_killed_while_training_and_resumed(corpus, finished, tmp_path, folders):
         assert not (workdir / folder / "params").exists(), "the kill came too late to test much"
     finish(corpus, workdir)
     check_equal(workdir, finished)
-
-
-def test_a_torn_checkpoint_is_skipped_with_a_warning(corpus, finished, tmp_path):
-    workdir = tmp_path / "torn"
-    process = pipelines.process(corpus, workdir, "--stages=target")
-    wait_for(workdir / "target" / "checkpoints" / "9", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    steps = [
-        int(p.name) for p in (workdir / "target" / "checkpoints").iterdir() if p.name.isdigit()
-    ]
-    newest = workdir / "target" / "checkpoints" / str(max(steps))
-    files = sorted((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    files[-1].write_bytes(files[-1].read_bytes()[: files[-1].stat().st_size // 2])
-    error = finish(corpus, workdir, "--stages=target")
-    assert f"{newest.name}" in error and "unreadable" in error
-    check_equal(workdir, finished, ["target"])
 
 
 @pytest.fixture
