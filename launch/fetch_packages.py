@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Sequence
 
 from spire_jax.config.files import exit_with_error
-from spire_jax.data.sources import DataError
+from spire_jax.data.corpus import DataError
 
 STAMP = ".packages.json"  # hidden: no part of the corpus
 # Wheels for any platform and any Python 3 from 3.11 on, so that every machine takes the same ones.

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from spire_jax.config.files import command_line, exit_with_error
 from spire_jax.config.schema import BYTES
-from spire_jax.data.sources import DataError, load_corpus
+from spire_jax.data.corpus import DataError
+from spire_jax.data.sources import load_corpus
 from spire_jax.data.tokenizer import make_tokenizer, train_bpe
 
 SMALLEST = 257  # every byte, and the separator

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from launch import fetch_packages
-from spire_jax.data.sources import DataError
+from spire_jax.data.corpus import DataError
 
 FILES = {"one": {"one/a.py": "a = 1\n", "one/b/c.py": "c = 2\n", "one/data.txt": "no Python"},
          "two": {"two/__init__.py": "two = 2\n"}}  # fmt: skip

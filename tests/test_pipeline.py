@@ -13,6 +13,7 @@ import pytest
 from corpora import SEPARATOR, corpus_of, names, words, write
 
 from spire_jax.data import sources
+from spire_jax.data.corpus import DataError
 from spire_jax.data.pipeline import (
     BATCHES_AHEAD,
     Dataset,
@@ -20,7 +21,6 @@ from spire_jax.data.pipeline import (
     held_out_batches,
     train_batches,
 )
-from spire_jax.data.sources import DataError
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from corpora import SEPARATOR, corpus_of, names, write
 from spire_jax.config.schema import ConfigError, DataConfig
 from spire_jax.config.validation import tokenizer_size
 from spire_jax.data import sources
-from spire_jax.data.sources import DataError, load_corpus
+from spire_jax.data.corpus import DataError
+from spire_jax.data.sources import load_corpus
 from spire_jax.data.tokenizer import make_tokenizer
 
 # --- tokenizer ---------------------------------------------------------------------------------

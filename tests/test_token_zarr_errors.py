@@ -13,8 +13,8 @@ from token_arrays import ids, opened, store_array, take
 
 from spire_jax import run
 from spire_jax.data import token_zarr
+from spire_jax.data.corpus import DataError
 from spire_jax.data.pipeline import Dataset, train_batches
-from spire_jax.data.sources import DataError
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from token_arrays import (
 )
 
 from spire_jax.data import write_zarr
-from spire_jax.data.sources import DataError
+from spire_jax.data.corpus import DataError
 from spire_jax.data.tokenizing import Plan, find_text
 from spire_jax.data.write_zarr import main
 

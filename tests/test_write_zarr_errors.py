@@ -14,7 +14,7 @@ from corpora import names, write
 from token_arrays import ROOT, command, contents, flags, killed_after, opened, texts, write_lines
 
 from spire_jax.data import write_zarr
-from spire_jax.data.sources import DataError
+from spire_jax.data.corpus import DataError
 from spire_jax.data.token_zarr import open_store
 from spire_jax.data.tokenizer import train_bpe
 from spire_jax.data.write_zarr import main

@@ -29,8 +29,9 @@ from launch.bench.train_steps import trained, training_steps
 from spire_jax.config.files import command_line, exit_with_error
 from spire_jax.config.schema import ConfigError
 from spire_jax.costs.hardware import describe
+from spire_jax.data.corpus import DataError
 from spire_jax.data.pipeline import Dataset, train_batches
-from spire_jax.data.sources import DataError, load_corpus
+from spire_jax.data.sources import load_corpus
 from spire_jax.models.sharding import MESH_AXES, check_mesh, make_mesh
 from spire_jax.training.loop import to_device
 

@@ -17,7 +17,7 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int, Integer
 
-from spire_jax.data.sources import Corpus, DataError, Document
+from spire_jax.data.corpus import Corpus, DataError, Document
 
 # Grain reads 500 batches ahead unless told otherwise: half a gigabyte at 128 rows of 1024, and no
 # shorter a wait for the next one.

@@ -6,129 +6,23 @@ is tokenized already, in zarr arrays, is a corpus of the same interface (token_z
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import os
 import pathlib
 import sysconfig
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Bool, Int, Integer
+from jaxtyping import Int, Integer
 
 from spire_jax.config.schema import BYTES, DataConfig
+from spire_jax.data.corpus import Corpus, DataError, Documents, check_split
+from spire_jax.data.token_zarr import holds_arrays, open_corpus
 from spire_jax.data.tokenizer import Tokenizer, make_tokenizer
 
 STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "encodings", "__pycache__"}
-
-
-class DataError(ValueError):
-    """Text that cannot be used; the message names the file or folder and the remedy."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """One file of text, or one row of a token array."""
-
-    path: str  # relative to the root, with forward slashes; of a row, the array and the number
-    heldout: bool
-    begin: int  # its tokens in the corpus: [begin, end), the separator last where there is one
-    end: int
-    n_bytes: int = 0  # of its text; 0 = not known
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Documents:
-    """Documents in the order of their tokens, as columns: millions of them are no objects."""
-
-    paths: Sequence[str]
-    number: Int[np.ndarray, " documents"]  # of each: its place in `paths`
-    heldout: Bool[np.ndarray, " documents"]
-    begins: Int[np.ndarray, " documents"]
-    ends: Int[np.ndarray, " documents"]
-    n_bytes: Int[np.ndarray, " documents"]
-
-    def __len__(self) -> int:
-        return len(self.begins)
-
-    def __getitem__(self, index: int) -> Document:
-        columns = (self.begins, self.ends, self.n_bytes)
-        path, heldout = self.paths[int(self.number[index])], bool(self.heldout[index])
-        return Document(path, heldout, *(int(column[index]) for column in columns))
-
-    def __iter__(self) -> Iterator[Document]:
-        return (self[i] for i in range(len(self)))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Documents) and list(self) == list(other)
-
-    @property
-    def lengths(self) -> Int[np.ndarray, " documents"]:
-        """Tokens of each."""
-        return self.ends - self.begins
-
-    def where(self, chosen: Bool[np.ndarray, " documents"]) -> "Documents":
-        """The chosen ones."""
-        columns = (self.number, self.heldout, self.begins, self.ends, self.n_bytes)
-        return Documents(self.paths, *(column[chosen] for column in columns))
-
-
-@runtime_checkable
-class TokenArray(Protocol):
-    """Tokens one after another: an array in memory, or one that reads what it is asked for."""
-
-    @property
-    def dtype(self) -> Any:
-        """uint16 where the vocabulary allows."""
-        ...
-
-    def __getitem__(self, piece: slice, /) -> Integer[np.ndarray, " n"]:
-        """The tokens of a piece of one document."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Corpus:
-    """All documents in order, those of a folder sorted by path, and their tokens."""
-
-    source: str
-    documents: Documents
-    tokens: TokenArray
-    sha256: str
-    tokenizer: Tokenizer
-    duplicates: int = 0  # files left out because another one is the same
-    not_text: int = 0  # files left out because they are binary or not UTF-8
-    empty: int = 0  # files left out because there is nothing in them
-    band: int = 0  # tokens that are stored, and best read, together; 0 = it does not matter
-    about: Mapping[str, Any] | None = None  # what the summary says instead of counting files
-
-    def tokens_of(self, document: Document) -> Int[np.ndarray, " n"]:
-        """A document's tokens, ended by the separator where it has one."""
-        return self.tokens[document.begin : document.end].astype(np.int32)
-
-    def split(self, heldout: bool) -> Documents:
-        """The training or the held-out documents."""
-        return self.documents.where(self.documents.heldout == heldout)
-
-    def summary(self) -> dict[str, Any]:
-        """What a report says about the corpus."""
-        of = {name: self.split(name == "heldout") for name in ("train", "heldout")}
-        files = {
-            **{f"{name}_bytes": int(ds.n_bytes.sum()) for name, ds in of.items()},
-            "duplicates_dropped": self.duplicates,
-            "not_text": self.not_text,
-            "empty": self.empty,
-        }
-        return {
-            "source": self.source,
-            "sha256": self.sha256,
-            "tokenizer": self.tokenizer.name,
-            **{f"{name}_documents": len(documents) for name, documents in of.items()},
-            **(files if self.about is None else self.about),
-        }
 
 
 def load_corpus(config: DataConfig, cache: pathlib.Path | None = None) -> Corpus:
@@ -142,8 +36,6 @@ def load_corpus(config: DataConfig, cache: pathlib.Path | None = None) -> Corpus
         DataError: a folder that is missing or holds no text, a file that cannot be read or
             changes meanwhile, a split that is left empty, or arrays that cannot be used.
     """
-    from spire_jax.data.token_zarr import holds_arrays, open_corpus  # it builds on this file
-
     if config.heldout_source or holds_arrays(config.source):
         return open_corpus(config)
     return read_folder(config, cache)
@@ -207,17 +99,6 @@ def read_folder(config: DataConfig, cache: pathlib.Path | None = None) -> Corpus
     columns = Documents(paths, np.arange(len(paths)), np.array(sides), begins, ends,
                         np.array(sizes))  # fmt: skip
     return Corpus(source, columns, tokens, sha256, tokenizer, duplicates, not_text, empty)
-
-
-def check_split(heldout: Bool[np.ndarray, " documents"], config: DataConfig) -> None:
-    """DataError unless there are both training and held-out documents."""
-    for side, name in ((False, "training"), (True, "held-out")):
-        if not (heldout == side).any():
-            raise DataError(
-                f"data.source={config.source!r}: of {len(heldout)} documents none fell to the "
-                f"{name} split; give more documents or change data.heldout_percent="
-                f"{config.heldout_percent}"
-            )
 
 
 def _tokens(

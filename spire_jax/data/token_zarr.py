@@ -24,7 +24,7 @@ import tensorstore as ts
 from jaxtyping import Int, Integer, UInt64
 
 from spire_jax.config.schema import DataConfig
-from spire_jax.data.sources import Corpus, DataError, Documents, check_split
+from spire_jax.data.corpus import Corpus, DataError, Documents, check_split
 from spire_jax.data.tokenizer import Tokenizer, make_tokenizer
 
 TRAIN, HELDOUT = "train.zarr", "heldout.zarr"

@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Integer
 
 from spire_jax.config.schema import BYTES
-from spire_jax.data.sources import DataError, is_heldout, is_text, read_whole, text_folder
+from spire_jax.data.corpus import DataError
+from spire_jax.data.sources import is_heldout, is_text, read_whole, text_folder
 from spire_jax.data.tokenizer import make_tokenizer
 
 LINES = ".jsonl"

@@ -32,7 +32,7 @@ from jaxtyping import Integer
 
 from spire_jax.config.identity import differences, digest
 from spire_jax.config.schema import BYTES, ConfigError
-from spire_jax.data.sources import DataError
+from spire_jax.data.corpus import DataError
 from spire_jax.data.token_zarr import (
     HELDOUT,
     MANIFEST,

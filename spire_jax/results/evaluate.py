@@ -20,8 +20,8 @@ import numpy as np
 
 from spire_jax.config.schema import AUTOREGRESSIVE, ExperimentConfig, oracle_depth
 from spire_jax.costs.hardware import describe, peak_memory_bytes
+from spire_jax.data.corpus import Corpus
 from spire_jax.data.pipeline import Context, Dataset, cut_contexts, held_out_batches
-from spire_jax.data.sources import Corpus
 from spire_jax.data.tokenizer import make_tokenizer
 from spire_jax.decoding import (
     ACCEPTED,

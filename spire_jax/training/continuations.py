@@ -16,8 +16,8 @@ import tensorstore as ts
 from jaxtyping import Int, Integer
 
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig
+from spire_jax.data.corpus import Corpus, Documents
 from spire_jax.data.pipeline import WrittenRows
-from spire_jax.data.sources import Corpus, Documents
 from spire_jax.decoding import Weights, generate
 from spire_jax.decoding.build import make_decoder
 from spire_jax.models.sampling import Sampling

@@ -10,8 +10,9 @@ import numpy as np
 
 from spire_jax.config.identity import Stage, differences, digest, plan
 from spire_jax.config.schema import ConfigError, ExperimentConfig
+from spire_jax.data.corpus import Corpus, DataError
 from spire_jax.data.pipeline import Dataset, WrittenRows
-from spire_jax.data.sources import Corpus, DataError, load_corpus
+from spire_jax.data.sources import load_corpus
 from spire_jax.decoding import DecodeError
 from spire_jax.models.sharding import check_mesh, make_mesh, shardings
 from spire_jax.models.transformer import Params
