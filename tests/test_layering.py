@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def lint(folder: pathlib.Path) -> tuple[int, str]:
-    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(cache_dir=None))"
+    code = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
         env={"PYTHONPATH": str(folder), "PATH": ""},

@@ -93,18 +93,17 @@ def test_costs_counted_by_hand(variant: str, draft: str, hoi: float) -> None:
 
 _MUTANTS = {
     "one token fewer verified": ("tokens=k + 1", "tokens=k"),
-    "one draft step fewer": ("self.k * self.draft_step", "(self.k - 1) * self.draft_step"),
+    "one draft step fewer": (
+        "self.passes * self.draft_step",
+        "(self.passes - 1) * self.draft_step",
+    ),
     "verification free": ("self.draft_step + self.verification", "self.draft_step"),
     "a FLOP per weight": ("flops = 2.0 * weights", "flops = 1.0 * weights"),
     "keys without values": ("return 2 * model.n_layers", "return model.n_layers"),
-    "no sink": ("return self.sink + (", "return 0 + ("),
-    "window of a quarter": ("context // 8", "context // 4"),
-    "window beyond the context": ("min(context, self.window)", "self.window"),
-    "dense draft is sparse": ("return context\n", "return context // 8\n"),
-    "free memory projection": ("if projects_twice:", "if False:"),
+    "free memory projection": ("if projections:", "if False:"),
     "memory projected once for keys and values": (
-        "flops += 2 * batch * tokens * row",
-        "flops += batch * tokens * row",
+        "flops += 2 * projections * batch * tokens * row",
+        "flops += projections * batch * tokens * row",
     ),
     "weights of one byte": ("weights * self.weight_bytes", "weights"),
     "cache of one byte": ("row * self.cache_bytes", "row"),
@@ -131,6 +130,18 @@ _MUTANTS = {
 }
 
 
+# What drafting costs is the draft's own to say (config/schema.py), the paper's window throughput's.
+_OF_DRAFTS = {
+    "no sink": ("rows = [v.sink + min", "rows = [min"),
+    "window beyond the context": ("min(context, v.window) if", "v.window if"),
+    "dense draft is sparse": ("v.window else context for v in views]\n        slots",
+                              "v.window else context // 8 for v in views]\n        slots"),
+    "one pass fewer": ("passes=k)", "passes=k - 1)"),
+}  # fmt: skip
+_OF_THE_PAPER = {"window of a quarter": ("context // 8", "context // 4"),
+                 "the paper's sparse draft has no sink": ("rows=sink +", "rows=")}  # fmt: skip
+
+
 def _numbers(pair: schema.ExperimentConfig) -> list[float]:
     """Everything the tests above compare."""
     numbers = [
@@ -145,23 +156,34 @@ def _numbers(pair: schema.ExperimentConfig) -> list[float]:
     return numbers
 
 
-@pytest.mark.parametrize("mutant", _MUTANTS)
+def _changed(module: types.ModuleType, old: str, new: str, monkeypatch) -> types.ModuleType:
+    """The module with a change in its source."""
+    assert module.__file__
+    source = pathlib.Path(module.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    changed = types.ModuleType("changed_cost_model")
+    monkeypatch.setitem(sys.modules, changed.__name__, changed)  # dataclasses look it up
+    exec(compile(source.replace(old, new), old, "exec"), changed.__dict__)
+    return changed
+
+
+@pytest.mark.parametrize("mutant", [*_MUTANTS, *_OF_DRAFTS, *_OF_THE_PAPER])
 def test_the_numbers_catch_a_change_of_any_term(
     mutant: str, pair: schema.ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, new = _MUTANTS[mutant]
-    assert roofline.__file__
-    source = pathlib.Path(roofline.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1
     right = _numbers(pair)
-    changed = types.ModuleType("changed_cost_model")
-    monkeypatch.setitem(sys.modules, changed.__name__, changed)  # dataclasses look it up
-    exec(compile(source.replace(old, new), mutant, "exec"), changed.__dict__)
-    monkeypatch.setattr(roofline.RoundCost, "total", changed.RoundCost.total)
-    monkeypatch.setattr(roofline.Draft, "rows", changed.Draft.rows)
-    monkeypatch.setattr(roofline.Roofline, "forward", changed.Roofline.forward)
-    monkeypatch.setattr(roofline.Roofline, "round", changed.Roofline.round)
-    monkeypatch.setattr(changed, "RoundCost", roofline.RoundCost)
+    if mutant in _MUTANTS:
+        changed = _changed(roofline, *_MUTANTS[mutant], monkeypatch)
+        monkeypatch.setattr(roofline.RoundCost, "total", changed.RoundCost.total)
+        monkeypatch.setattr(roofline.Roofline, "forward", changed.Roofline.forward)
+        monkeypatch.setattr(roofline.Roofline, "round", changed.Roofline.round)
+        monkeypatch.setattr(changed, "RoundCost", roofline.RoundCost)
+    elif mutant in _OF_DRAFTS:
+        changed = _changed(schema, *_OF_DRAFTS[mutant], monkeypatch)
+        monkeypatch.setattr(schema.DraftOptions, "cost", changed.DraftOptions.cost)
+    else:
+        changed = _changed(throughput, *_OF_THE_PAPER[mutant], monkeypatch)
+        monkeypatch.setattr(throughput, "_draft", changed._draft)
     assert _numbers(pair) != pytest.approx(right, rel=1e-9)
 
 

@@ -5,7 +5,7 @@ step.
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
 
@@ -29,6 +29,7 @@ class Lesson(NamedTuple):
     activations: dict[int, Float[Array, "B T D"]]  # y^l by l
 
 
+@runtime_checkable
 class Loss(Protocol):
     """Per-token loss in nats, and acceptance alpha where the target's distribution is at hand."""
 
