@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spire_jax.models.masks import EMPTY, may_attend
+from spire_jax.models.masks import EMPTY, View, may_attend
 
 # Rows are queries 0 .. 5, columns keys 0 .. 5 (method.md 3.1).
 MATRICES = {
@@ -90,3 +90,33 @@ def test_empty_slot_is_visible_to_nobody():
 
 def test_a_query_before_the_text_sees_nothing():
     assert not may_attend(-1, np.arange(5), 3, 1).any()
+
+
+# --- views -------------------------------------------------------------------------------------
+
+WIDE = np.arange(30)
+
+
+def seen(view: View) -> np.ndarray:
+    return np.asarray(view.sees(WIDE[:, None], WIDE))
+
+
+@pytest.mark.parametrize("kept", [(0, 0), (4, 0), (4, 2), (7, 1), (29, 5)])
+@pytest.mark.parametrize("of", [(0, 0), (5, 0), (5, 3), (9, 1)])
+def test_what_is_kept_shows_what_the_model_sees_of_it(of, kept):
+    """Both windows and both sinks: what a mask of the model shows, and one of what is kept."""
+    found, both = seen(View(*of).keeping(*kept)), seen(View(*of)) & seen(View(*kept))
+    # No view says this: first positions that are no sinks of the model's own, but within its
+    # window when the smaller one has left them behind. They are not seen.
+    near = WIDE[:, None] - WIDE < min((w for w in (of[0], kept[0]) if w), default=len(WIDE))
+    sinks = WIDE < (min(of[1], kept[1]) if of[0] and kept[0] else max(of[1], kept[1]))
+    np.testing.assert_array_equal(found, both & (near | sinks))
+    if not of[0] or kept[1] <= of[1] or not kept[0] or kept[0] >= of[0]:
+        np.testing.assert_array_equal(found, both)
+
+
+def test_keeping_says_nothing_of_the_logits():
+    view = View(0, 0, 0.3, 20.0)
+    assert view.keeping(6, 1) == View(6, 1, 0.3, 20.0)
+    assert view.keeping(0, 3) == view  # everything is kept: the first positions too
+    assert View(6, 2, 0.3).keeping(0, 0) == View(6, 2, 0.3)
