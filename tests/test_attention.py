@@ -14,11 +14,13 @@ from spire_jax.models.attention import (
     merge_attention,
     unpacked,
 )
-from spire_jax.models.caches import empty_full, empty_ring
+from spire_jax.models.caches import empty_full, empty_windowed
+from spire_jax.models.masks import View
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 B, KV_HEADS, H = 2, 2, 4
+XLA = Compute()
 
 # name: (queries' positions, keys' positions, options); limits are one per query.
 CASES = {
@@ -61,12 +63,17 @@ def naive(q, k, v, q_pos, k_pos, window=0, sink=0, limit=None, scale=1.0):
     return out, lse
 
 
+def viewed(q, k, v, q_pos, k_pos, limit=None, compute=XLA, **view):
+    """`attention` by the options of `naive`."""
+    return attention(q, k, v, q_pos, k_pos, View(**view), limit=limit, compute=compute)
+
+
 def traced(q, k, v, q_pos, k_pos, limit=None, **options):
     """`attention` with positions that are known only at run time, per row."""
 
     @jax.jit
     def run(q, k, v, q_pos, k_pos, limit):
-        return attention(q, k, v, q_pos, k_pos, limit=limit, **options)
+        return viewed(q, k, v, q_pos, k_pos, limit, **options)
 
     rows = lambda x: None if x is None else jnp.tile(jnp.asarray(x), (B, 1))  # noqa: E731
     return run(q, k, v, rows(q_pos), rows(k_pos), rows(limit))
@@ -81,7 +88,7 @@ def test_attention_is_the_naive_softmax(name, chunk):
     expected = naive(q, k, v, q_pos, k_pos, **options)
     compute = Compute(attention_chunk=chunk)
     static = jax.jit(
-        lambda q, k, v: attention(q, k, v, q_pos, k_pos, compute=compute, **options)
+        lambda q, k, v: viewed(q, k, v, q_pos, k_pos, compute=compute, **options)
     )(q, k, v)  # fmt: skip
     at_run_time = traced(q, k, v, q_pos, k_pos, **options)
     for (out, lse), what in ((static, "static"), (at_run_time, "run time")):
@@ -104,7 +111,7 @@ def test_rows_have_their_own_positions():
     q, k, v = arrays(2, 6, group=1)
     q_pos = np.array([[3, 4], [8, 9]])
     k_pos = np.array([[0, 1, 2, 3, 4, 5], [0, 9, 8, 7, 6, 5]])
-    out, _ = attention(q, k, v, jnp.asarray(q_pos), jnp.asarray(k_pos), window=3, sink=1)
+    out, _ = attention(q, k, v, jnp.asarray(q_pos), jnp.asarray(k_pos), View(3, 1))
     for row in range(B):
         alone = naive(
             *(x[row : row + 1] for x in (q, k, v)), q_pos[row], k_pos[row], window=3, sink=1
@@ -123,7 +130,7 @@ def test_blocks_of_keys_that_no_query_sees_are_not_read():
         is_read = np.isin(positions // 4, list(read))[:, None, None]
         poisoned = (jnp.where(is_read, x, jnp.nan) for x in (k, v))
         out, lse = attention(
-            q, *poisoned, positions, positions, window=3, sink=1, compute=Compute(attention_chunk=4)
+            q, *poisoned, positions, positions, View(3, 1), compute=Compute(attention_chunk=4)
         )
         np.testing.assert_allclose(out[:, mine], expected[:, mine], atol=1e-5)
         assert np.isfinite(lse[:, mine]).all()
@@ -183,8 +190,7 @@ def test_gradients_are_those_of_the_naive_softmax(name):
 
     def loss(q, k, v):
         return (
-            weight
-            * attention(q, k, v, q_pos, k_pos, compute=Compute(attention_chunk=5), **options)[0]
+            weight * viewed(q, k, v, q_pos, k_pos, compute=Compute(attention_chunk=5), **options)[0]
         ).sum()
 
     gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(*inputs)
@@ -210,7 +216,7 @@ KERNEL = Compute(attention="interpret")
 def test_kernel_is_the_naive_softmax(name):
     q_pos, k_pos, options = CASES[name]
     q, k, v = arrays(len(q_pos), len(k_pos), group=2, h=32)
-    out, lse = attention(q, k, v, q_pos, k_pos, compute=KERNEL, **options)
+    out, lse = viewed(q, k, v, q_pos, k_pos, compute=KERNEL, **options)
     expected = naive(q, k, v, q_pos, k_pos, **options)
     np.testing.assert_allclose(out, expected[0], atol=1e-5)
     np.testing.assert_allclose(lse, expected[1], atol=1e-5)
@@ -220,20 +226,21 @@ def test_kernel_is_the_naive_softmax(name):
 @pytest.mark.parametrize("ring", [True, False])
 def test_cached_kernel_is_the_naive_softmax(ring, include_self):
     """Rows of 1 and of 9 tokens, the last ones queries, over a cache that was written in turns."""
-    config = ModelConfig(n_layers=1, n_kv_heads=2, q_per_kv=2, d_head=32, window=4, sink=1)
+    config = ModelConfig(n_layers=1, n_kv_heads=2, q_per_kv=2, d_head=32)
+    view = View(window=4, sink=1)
     tokens, (short, long) = 2, (1, 9)
     _, k, v = arrays(1, 12, group=1, h=32)
     q = arrays(tokens, 1, group=2, h=32, seed=1)[0]
     results = []
     for compute in (KERNEL, Compute()):
-        cache = empty_ring(config, B, 3, compute) if ring else empty_full(config, B, 12, compute)
+        (cache,) = (empty_windowed(config, [view], B, 3, 12, compute) if ring
+                    else empty_full(config, B, 12, compute))  # fmt: skip
         for at in range(long):
             positions = jnp.array([[at if at < short else -1], [at]])
-            slots, cache = cache.slots(positions), cache.place(positions)
-            cache = cache.write(0, slots, k[:, at : at + 1], v[:, at : at + 1])
+            cache = cache.append(positions, k[:, at : at + 1], v[:, at : at + 1])
         positions = jnp.array([short, long])[:, None] - tokens + jnp.arange(tokens)
         results.append(cached_attention(
-            q, cache, 0, positions, window=4, sink=1, include_self=include_self, compute=compute,
+            q, cache, positions, view, include_self=include_self, compute=compute,
         ))  # fmt: skip
     for row, length in enumerate((short, long)):
         q_pos = np.arange(length - tokens, length)
@@ -251,15 +258,15 @@ def test_a_kernel_s_cache_is_laid_out_for_it():
     """Sixteen slots at a time, whole registers; XLA's as it is needed; heads come back the same."""
     assert cache_shape(KERNEL, 69, 3, 64) == (80, 256)
     assert cache_shape(Compute(), 69, 3, 64) == (69, 192)
-    config = ModelConfig(n_layers=1, n_kv_heads=3, q_per_kv=1, d_head=32, window=4, sink=1)
-    cache = empty_ring(config, 2, 4, KERNEL)
-    assert cache.keys[0].shape == (2, 16, 128) and cache.live == 9
+    config = ModelConfig(n_layers=1, n_kv_heads=3, q_per_kv=1, d_head=32)
+    (cache,) = empty_windowed(config, [View(window=4, sink=1)], 2, 4, 99, KERNEL)
+    assert cache.keys.shape == (2, 16, 128) and cache.live == 9
     positions = jnp.array([[8, -1], [3, 9]])
-    slots, cache = cache.slots(positions), cache.place(positions)
     k = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 3, 32)), jnp.float32)
-    cache = cache.write(0, slots, k, k)
-    assert (np.asarray(cache.positions)[:, cache.live :] == 2**30).all()
-    held = unpacked(cache.keys[0], 3, 32)
+    cache = cache.append(positions, k, k)
+    positions = np.asarray(cache.held(jnp.array([8, 30])))
+    assert positions.shape == (2, 16) and (positions[:, cache.live :] == 2**30).all()
+    held = unpacked(cache.keys, 3, 32)
     np.testing.assert_array_equal(held[0, 8], k[0, 0])
     np.testing.assert_array_equal(held[1, 1], k[1, 1])  # position 9 wraps around to slot 1
     assert np.count_nonzero(np.asarray(held).any(axis=(2, 3))) == 3

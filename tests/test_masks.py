@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spire_jax.models.masks import EMPTY, may_attend
+from spire_jax.models.masks import EMPTY, View, may_attend
 
 # Rows are queries 0 .. 5, columns keys 0 .. 5 (method.md 3.1).
 MATRICES = {
@@ -90,3 +90,35 @@ def test_empty_slot_is_visible_to_nobody():
 
 def test_a_query_before_the_text_sees_nothing():
     assert not may_attend(-1, np.arange(5), 3, 1).any()
+
+
+# --- views -------------------------------------------------------------------------------------
+
+WIDE = np.arange(30)
+
+
+def seen(view: View) -> np.ndarray:
+    return np.asarray(view.sees(WIDE[:, None], WIDE))
+
+
+@pytest.mark.parametrize("kept", [(0, 0), (4, 0), (4, 2), (7, 1), (29, 5)])
+@pytest.mark.parametrize("of", [(0, 0), (5, 0), (5, 3), (9, 1)])
+def test_what_is_kept_shows_what_the_model_sees_of_it(of, kept):
+    """Both windows and both sinks: what a mask of the model shows, and one of what is kept."""
+    found, both = seen(View(*of).keeping(*kept)), seen(View(*of)) & seen(View(*kept))
+    (window, sink), (wider, more) = sorted((w or len(WIDE), s if w else len(WIDE))
+                                           for w, s in (of, kept))  # fmt: skip
+    if sink > more:
+        # No view says this: sinks of the smaller window alone, seen as far as the wider one goes.
+        # Beyond the smaller one they are not seen.
+        near = WIDE[:, None] - WIDE < window
+        assert (both & ~near & (WIDE >= more)).any() == (window < wider)
+        both &= near | (WIDE < more)
+    np.testing.assert_array_equal(found, both)
+
+
+def test_keeping_says_nothing_of_the_logits():
+    view = View(0, 0, 0.3, 20.0)
+    assert view.keeping(6, 1) == View(6, 1, 0.3, 20.0)
+    assert view.keeping(0, 3) == view  # everything is kept: the first positions too
+    assert View(6, 2, 0.3).keeping(0, 0) == View(6, 2, 0.3)

@@ -141,10 +141,10 @@ def cached_attention(
 
     Args:
         positions: the queries', each row's one after the other.
-        include_self: whether the queries' own entries are written, and seen; without, the cache
-            ends before the first of them.
+        include_self: whether a query sees its own entry; without, the last one's need not be
+            written.
     """
-    last = positions[:, -1] if include_self else positions[:, 0] - 1
+    last = positions[:, -1] if include_self else positions[:, -1] - 1
     k_pos = cache.held(last)
     kernel = compute.kernel(q.shape[4], q.shape[3], view)
     if kernel and k_pos.ndim == 2 and q.shape[1] <= MAX_TOKENS:

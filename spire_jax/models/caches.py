@@ -10,7 +10,7 @@ then (measured: 21.6 against 44.5 ms a step).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Self, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ class LayerCache:
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         rows: Int[Array, " B"] | None = None,
-    ) -> Self:
+    ) -> "LayerCache":
         """The cache with entries at `positions`, in sequence row by row; -1 is written nowhere.
 
         They are those of the cache's rows in order, or of the `rows` given; rows beyond the batch
