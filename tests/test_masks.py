@@ -112,8 +112,8 @@ def test_what_is_kept_shows_what_the_model_sees_of_it(of, kept):
         # No view says this: sinks of the smaller window alone, seen as far as the wider one goes.
         # Beyond the smaller one they are not seen.
         near = WIDE[:, None] - WIDE < window
-        assert (both & ~near & (WIDE >= more)).any() == (window < wider)
-        both &= near | (WIDE < more)
+        assert (both & ~near & (more <= WIDE)).any() == (window < wider)
+        both &= near | (more > WIDE)
     np.testing.assert_array_equal(found, both)
 
 

@@ -139,7 +139,7 @@ _OF_DRAFTS = {
     "one pass fewer": ("passes=k)", "passes=k - 1)"),
 }  # fmt: skip
 _OF_THE_PAPER = {"window of a quarter": ("context // 8", "context // 4"),
-                 "the paper's sparse draft has no sink": ("rows=sink +", "rows=")}  # fmt: skip
+                 "the paper's sparse draft has no sink": ("float(sink +", "float(")}  # fmt: skip
 
 
 def _numbers(pair: schema.ExperimentConfig) -> list[float]:

@@ -129,7 +129,7 @@ def memory_bytes(
         return at.cache_bytes * requests * slots * cache_row(model) / of.cache_shards(model)
 
     held = weights(group, target, (1 if target.tied else 2) * target.vocab_size)
-    held += cache(group, target, batch, context)
+    held += cache(group, target, batch, float(context))
     draft = _draft(config, method, context, config.decode.k, "fixed_window")
     if draft is None:
         return held
@@ -272,7 +272,7 @@ def _draft(
     options = config.draft(method)
     cost, (window, sink) = options.cost(config.target, context, k), options.kept()
     if variant == "paper" and window:
-        cost = dataclasses.replace(cost, rows=sink + context // 8)
+        cost = dataclasses.replace(cost, rows=float(sink + context // 8))
     return options.model(config.target), cost
 
 

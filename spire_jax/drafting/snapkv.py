@@ -48,7 +48,7 @@ class SnapKvOptions(DraftOptions):
 
     def cost(self, target, context, k):
         kept = min(self.budget, context)
-        return DraftCost(rows=kept, slots=kept + k, passes=k)
+        return DraftCost(rows=float(kept), slots=float(kept + k), passes=k)
 
     def check(self, at, config):
         positive(self, at, "budget observed")
