@@ -75,9 +75,11 @@ def _ask(request: str) -> dict[str, str]:
         try:
             print(request, file=worker.stdin, flush=True)
             return json.loads(worker.stdout.readline())
-        except (OSError, ValueError):  # it has ended
+        except BaseException as error:  # it has ended, or we were interrupted: its answer is old
             _worker.cache_clear()
             _end(worker)
+            if not isinstance(error, OSError | ValueError):
+                raise
             late = worker.returncode == -signal.SIGALRM
             return {"error": f"it takes longer than {SECONDS:g} s" if late else
                     f"its process ended with status {worker.returncode}"}  # fmt: skip
