@@ -28,8 +28,10 @@ import jax
 import jaxtyping
 import pytest
 
-# Before the first import of either package: annotated shapes and dtypes are checked at each call.
-jaxtyping.install_import_hook(["spire_jax", "pallas_kernels"], "beartype.beartype")
+# Before the first import: annotated shapes and dtypes are checked at each call, where arrays are.
+_ARRAYS = [f"spire_jax.{name}" for name in
+           ("models", "pretrained", "data", "drafting", "decoding", "training", "serving")]  # fmt: skip
+jaxtyping.install_import_hook([*_ARRAYS, "pallas_kernels"], "beartype.beartype")
 
 from paper_numbers import PAPER_67M, PAPER_70B  # noqa: E402
 

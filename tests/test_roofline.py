@@ -132,11 +132,10 @@ _MUTANTS = {
 
 # What drafting costs is the draft's own to say (config/schema.py), the paper's window throughput's.
 _OF_DRAFTS = {
-    "no sink": ("rows = [v.sink + min", "rows = [min"),
-    "window beyond the context": ("min(context, v.window) if", "v.window if"),
-    "dense draft is sparse": ("v.window else context for v in views]\n        slots",
-                              "v.window else context // 8 for v in views]\n        slots"),
-    "one pass fewer": ("passes=k)", "passes=k - 1)"),
+    "no sink": ("lambda v: v.sink + min", "lambda v: min"),
+    "window beyond the context": ("min(context, v.window)", "v.window"),
+    "dense draft is sparse": ("v.window), float(context))", "v.window), context // 8)"),
+    "one pass fewer": ("passes=k,", "passes=k - 1,"),
 }  # fmt: skip
 _OF_THE_PAPER = {"window of a quarter": ("context // 8", "context // 4"),
                  "the paper's sparse draft has no sink": ("float(sink +", "float(")}  # fmt: skip

@@ -79,7 +79,7 @@ BY_HAND: dict[str, tuple[str, str, float, Group, tuple[float, float, float, floa
     # 12 bytes per token for sampling; the embedding's all-reduce; 1/2 or 1/4 of 80 in the head.
     "with the head, read": (
         "with_head", "spire", 1000.0, Group(2, 7.0, 11.0),
-        (1000 * (2 * SPIRE[2] + 0.5 * 10 * 8 * 16 / 2 + 2 * 40) + 7 * (300 + 120) + 11 * 4,
+        (1000 * (2 * SPIRE[2] + 0.5 * 10 * 11 * 16 / 2 + 2 * 40) + 7 * (300 + 120) + 11 * 4,
          1000 * (2 * TARGET[2] + 0.5 * 10 * 40 * 48 / 2 + 2 * 40) + 7 * (700 + 120) + 11 * 8,
          1000 * (2 * TARGET[2] + 0.5 * 10 * 40 * 48 / 2 + 2 * 40) + 7 * (700 + 120) * 4 + 11 * 8,
          0),
@@ -133,15 +133,16 @@ def test_costs_counted_by_hand(case: str) -> None:
     assert found.total == pytest.approx(found.k * step + verification + handover)
 
 
-# (method, chips, draft): weights and tables of 2 bytes, caches of half a byte, per chip.
+# (method, chips, draft): weights and tables of 2 bytes, caches of half a byte, per chip. A ring
+# has room for 2 sinks, a window of 6 and 3 drafted tokens.
 MEMORY = {
     ("autoregressive", 2, "tensor"): 2 * (TARGET[2] + 5 * 32 / 2) + 0.5 * 10 * 40 * 48 / 2,
-    ("magicdec", 4, "tensor"): 2 * (TARGET[4] + 5 * 32 / 4) + 0.5 * 10 * 40 * 48 / 2,
-    ("spire", 2, "tensor"): 6070 + 2 * (SPIRE[2] + 5 * 32 / 2) + 0.5 * 10 * 8 * 16 / 2,
-    ("spire", 2, "replicated"): 6070 + 2 * (SPIRE[1] + 5 * 32) + 0.5 * 5 * 8 * 16,
-    ("shared", 2, "tensor"): 6070 + 2 * (SPIRE[2] + 5 * 16 / 2) + 0.5 * 10 * 8 * 16 / 2,
-    ("shared", 2, "replicated"): 6070 + 2 * (SPIRE[1] + 5 * 32) + 0.5 * 5 * 8 * 16,
-    ("shared", 1, "replicated"): 2 * (TARGET[1] + 160 + SPIRE[1] + 80) + 0.5 * 10 * (1920 + 128),
+    ("magicdec", 4, "tensor"): 2 * (TARGET[4] + 5 * 32 / 4) + 0.5 * 10 * (40 + 11) * 48 / 2,
+    ("spire", 2, "tensor"): 6070 + 2 * (SPIRE[2] + 5 * 32 / 2) + 0.5 * 10 * 11 * 16 / 2,
+    ("spire", 2, "replicated"): 6070 + 2 * (SPIRE[1] + 5 * 32) + 0.5 * 5 * 11 * 16,
+    ("shared", 2, "tensor"): 6070 + 2 * (SPIRE[2] + 5 * 16 / 2) + 0.5 * 10 * 11 * 16 / 2,
+    ("shared", 2, "replicated"): 6070 + 2 * (SPIRE[1] + 5 * 32) + 0.5 * 5 * 11 * 16,
+    ("shared", 1, "replicated"): 2 * (TARGET[1] + 160 + SPIRE[1] + 80) + 0.5 * 10 * (1920 + 176),
     ("vanilla", 4, "replicated"): 2 * (TARGET[4] + 40 + VANILLA[1] + 3 * 32)
     + 0.5 * (10 * 1920 / 2 + 3 * 640),
 }
@@ -248,12 +249,15 @@ _SCALING = {
     "a draft step is the round": ("without.draft_step / cost.draft_step", "1"),
 }
 _MEMORY = {
-    "whole tables": ("m.d_model * table / of.chips", "m.d_model * table"),
-    "whole weights": ("of.weights(m)", "m.body_parameters()"),
-    "whole caches": ("/ of.cache_shards(m)", ""),
-    "replicated drafts cache all requests": ("group.drafted(batch), rows", "batch, rows"),
-    "replicated drafts are sharded": ("(draft.model, group.drafting,", "(draft.model, group,"),
-    "a shared table is never whole": (" or group.drafting is not group", ""),
+    "whole tables": ("model.d_model * tables / of.chips", "model.d_model * tables"),
+    "whole weights": ("of.weights(model)", "model.body_parameters()"),
+    "whole caches": ("/ of.cache_shards(model)", ""),
+    "replicated drafts cache all requests": ("group.drafted(batch), cost", "batch, cost"),
+    "replicated drafts are sharded": (
+        "weights(drafting, model, tables)",
+        "weights(group, model, tables)",
+    ),
+    "a shared table is never whole": (" or drafting is not group", ""),
 }
 
 

@@ -18,7 +18,10 @@ Every field says which stages read it, by `read_by`, or leaves it to its section
 stages are identified (identity.py): what no stage reads changes only how something is run or shown.
 """
 
+import collections
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from spire_jax.config.checks import ConfigError, check, choice, not_negative, positive
@@ -88,8 +91,7 @@ class ModelConfig:
 
     def views(self) -> tuple["View", ...]:
         """What each layer sees of a text."""
-        scale = 1.0 if self.scale_in_init else self.d_head**-0.5
-        return (below("models.masks").View(self.window, self.sink, scale),) * self.n_layers
+        return _views(self)
 
     def module(self) -> type["Transformer"]:
         """The module that has these sizes."""
@@ -181,9 +183,7 @@ class DraftOptions:
 
         A draft deeper than the target has the views of its own depth.
         """
-        sizes = self.model(target)
-        deep = dataclasses.replace(sizes, n_layers=max(target.n_layers, sizes.n_layers))
-        return tuple(view.keeping(*self.kept()) for view in deep.views()[-sizes.n_layers :])
+        return _kept_views(self, target)
 
     def cost(self, target: ModelConfig, context: int, k: int) -> "DraftCost":
         """What a round of k drafted tokens costs one request of `context` tokens.
@@ -194,9 +194,11 @@ class DraftOptions:
         # A context shorter than the window is charged in full *beside* the sinks: so counts the
         # table of method.md (L = 32).
         views = self.views(target)
-        rows = [v.sink + min(context, v.window) if v.window else context for v in views]
-        slots = [v.sink + v.window + k if v.window else context for v in views]
-        return DraftCost(sum(rows) / len(views), sum(slots) / len(views), passes=k)
+        return DraftCost(
+            rows=over_layers(views, lambda v: v.sink + min(context, v.window), float(context)),
+            slots=over_layers(views, lambda v: v.sink + v.window + k, float(context)),
+            passes=k,
+        )
 
     def filled(self, train: "TrainConfig") -> "DraftOptions":
         """With the values of `train` where 0 stands for them."""
@@ -424,6 +426,27 @@ def oracle_depth(config: ExperimentConfig) -> int:
     """Depths that the oracle follows: those trained, and those that the decoder uses."""
     trained = (draft.rollout(config.train) for _, draft in config.drafts)
     return max(config.train.k, config.decode.k, *trained, 0)
+
+
+@functools.lru_cache(64)
+def _views(model: ModelConfig) -> tuple["View", ...]:
+    scale = 1.0 if model.scale_in_init else model.d_head**-0.5
+    return (below("models.masks").View(model.window, model.sink, scale),) * model.n_layers
+
+
+@functools.lru_cache(64)
+def _kept_views(draft: DraftOptions, target: ModelConfig) -> tuple["View", ...]:
+    sizes = draft.model(target)
+    deep = dataclasses.replace(sizes, n_layers=max(target.n_layers, sizes.n_layers))
+    return tuple(view.keeping(*draft.kept()) for view in deep.views()[-sizes.n_layers :])
+
+
+def over_layers(
+    views: Sequence["View"], windowed: Callable[["View"], float], dense: float
+) -> float:
+    """The mean over layers of what a layer with a window counts for, and one without."""
+    counts = collections.Counter(views)
+    return sum(n * (windowed(v) if v.window else dense) for v, n in counts.items()) / len(views)
 
 
 def head_size(model: ModelConfig) -> int:

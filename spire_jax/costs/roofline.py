@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from spire_jax.config.schema import DraftCost, ModelConfig, head_size
+from spire_jax.config.schema import DraftCost, ModelConfig, head_size, over_layers
 
 # Each variant keeps what the one before it changed.
 VARIANTS: Mapping[str, str] = {
@@ -208,5 +208,4 @@ def cache_row(model: ModelConfig) -> int:
 
 def visible_rows(model: ModelConfig, context: float) -> float:
     """Cached tokens that a layer reads under its own view, mean over layers: all, or a window."""
-    rows = [min(context, float(v.sink + v.window)) if v.window else context for v in model.views()]
-    return sum(rows) / len(rows)
+    return over_layers(model.views(), lambda v: min(context, v.sink + v.window), context)
