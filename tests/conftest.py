@@ -24,9 +24,19 @@ if "TESTS_PROGRAMS" not in os.environ:  # the first process; the others inherit
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# Packages before the hook, under which what they import would be compiled from its source.
+import flax.nnx  # noqa: F401
+import grain  # noqa: F401
 import jax
+import jax.experimental.pallas.mosaic_gpu
 import jaxtyping
+import matplotlib.pyplot  # noqa: F401
+import optax  # noqa: F401
+import orbax.checkpoint  # noqa: F401
 import pytest
+import scipy.stats  # noqa: F401
+import tensorboardX  # noqa: F401
+import tokenizers  # noqa: F401
 
 # Before the first import: annotated shapes and dtypes are checked at each call, where arrays are.
 _ARRAYS = [f"spire_jax.{name}" for name in

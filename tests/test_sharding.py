@@ -47,10 +47,12 @@ from spire_jax.training.tasks import (
 
 MESHES = {
     "one": MeshConfig(1, 1, 1),
+    "all": MeshConfig(data=2, fsdp=2, tensor=2),
     "data": MeshConfig(data=8),
     "fsdp": MeshConfig(data=1, fsdp=-1),
-    "all": MeshConfig(data=2, fsdp=2, tensor=2),
 }
+# An axis alone is a case of all of them.
+SHARDED = ["all", *(pytest.param(name, marks=pytest.mark.slow) for name in ("data", "fsdp"))]
 SMALL = dataclasses.replace(TINY, n_layers=2)  # few layers and depths: compiling takes the time
 WIDE = dataclasses.replace(SMALL, d_head=32)  # heads that the kernels take
 CONFIG = ExperimentConfig(
@@ -123,14 +125,17 @@ def sharding_of(x: jax.Array) -> dict[str, object]:
 
 
 def decode(mesh, kernels: bool = False) -> tuple[list, dict]:
-    p = pair("spire", WIDE if kernels else SMALL)
-    p = computed_by("interpret", p) if kernels else p
+    """By the draft and the target; by the kernels, the target alone."""
+    p = computed_by("interpret", pair("self", WIDE)) if kernels else pair("spire", SMALL)
     weights = Weights(
         jax.device_put(p.target_params, shardings(mesh, p.target.axes())),
         jax.device_put(p.draft_params, shardings(mesh, p.strategy.model.axes())),
     )
     prompts = ragged(LENGTHS)
-    state = generate(p.decoder(K, 0.0), weights, prompts, [BUDGET] * 8, range(8))
+    decoder = p.autoregressive(0.0) if kernels else p.decoder(K, 0.0)
+    state = generate(decoder, weights, prompts, [BUDGET] * 8, range(8))
+    if kernels:
+        return np.asarray(state.tokens).tolist(), {}
     arrays = {"tokens": state.tokens, "keys": state.target_cache.keys[0],
               "ring": state.draft_state.keys[0]}  # fmt: skip
     return np.asarray(state.tokens).tolist(), {n: sharding_of(x) for n, x in arrays.items()}
@@ -164,12 +169,13 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def main(path: str) -> None:
+def main(path: str, *names: str) -> None:
     found: dict[str, Any] = {
         key: {} for key in ("gradients", "decoding", "sharding", "errors", "kernels")
     }
     one = {}
-    for name, sizes in MESHES.items():
+    for name in names:
+        sizes = MESHES[name]
         mesh = make_mesh(sizes, jax.devices()[:1] if name == "one" else jax.devices())
         with jax.set_mesh(mesh):
             for kind in ("target", "spire"):
@@ -216,11 +222,12 @@ def main(path: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
-    return devices.found_by(__file__, 8, tmp_path_factory.mktemp("sharding"))
+def found(tmp_path_factory, request) -> dict:
+    names = list(MESHES)[: None if request.config.getoption("--full") else 2]
+    return devices.found_by(__file__, 8, tmp_path_factory.mktemp("sharding"), *names)
 
 
-@pytest.mark.parametrize("mesh", ["data", "fsdp", "all"])
+@pytest.mark.parametrize("mesh", SHARDED)
 @pytest.mark.parametrize("kind", ["target", "spire"])
 def test_loss_and_gradients_are_those_of_one_device(found, mesh, kind):
     loss, gradients, alpha = found["gradients"][f"{mesh} {kind} 1"]
@@ -232,7 +239,7 @@ def test_accumulated_gradients_are_those_of_one_device_at_once(found):
     assert loss < 1e-5 and gradients < 1e-5 and alpha < 1e-5
 
 
-@pytest.mark.parametrize("mesh", ["data", "fsdp", "all"])
+@pytest.mark.parametrize("mesh", SHARDED)
 def test_decoding_gives_the_tokens_of_one_device(found, mesh):
     one, other = (np.array(found["decoding"][name]["tokens"]) for name in ("one", mesh))
     for row, length in enumerate(LENGTHS):
@@ -248,16 +255,15 @@ def test_kernels_on_a_mesh_are_those_of_one_device(found):
     np.testing.assert_allclose(gradient, one_gradient, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mesh", SHARDED)
 @pytest.mark.parametrize("kind", ["target", "spire"])
-def test_parameters_are_sharded(found, kind):
-    shares = {
-        mesh: {leaf: x["share"] for leaf, x in found["sharding"][f"{mesh} {kind}"].items()}
-        for mesh in MESHES
-    }
-    for leaf in ("query", "down"):
-        assert [shares[mesh][leaf] for mesh in MESHES] == [1, 1, 1 / 8, 1 / 4], leaf
-    assert found["sharding"][f"all {kind}"]["query"]["spec"][:2] == ["fsdp", "tensor"]
-    assert found["sharding"][f"all {kind}"]["down"]["spec"] == ["tensor", "fsdp"]
+def test_parameters_are_sharded(found, mesh, kind):
+    placed = found["sharding"][f"{mesh} {kind}"]
+    share = {"all": 1 / 4, "data": 1, "fsdp": 1 / 8}[mesh]
+    assert [placed[leaf]["share"] for leaf in ("query", "down")] == [share, share]
+    if mesh == "all":
+        assert placed["query"]["spec"][:2] == ["fsdp", "tensor"]
+        assert placed["down"]["spec"] == ["tensor", "fsdp"]
 
 
 def test_a_step_leaves_parameters_and_moments_where_they_are(found):
@@ -269,12 +275,12 @@ def test_no_array_is_replicated_to_be_sharded_anew(found):
     assert "Involuntary full rematerialization" not in found["stderr"]
 
 
-def test_the_decode_batch_and_its_caches_are_sharded(found):
+@pytest.mark.parametrize("mesh", SHARDED)
+def test_the_decode_batch_and_its_caches_are_sharded(found, mesh):
     """Rows over data and fsdp, KV heads over tensor."""
-    for mesh, rows, heads in (("data", 8, 1), ("fsdp", 8, 1), ("all", 4, 2)):
-        placed = found["decoding"][mesh]["sharding"]
-        assert placed["tokens"]["share"] == 1 / rows
-        assert placed["keys"]["share"] == placed["ring"]["share"] == 1 / (rows * heads), mesh
+    placed = found["decoding"][mesh]["sharding"]
+    assert placed["tokens"]["share"] == (1 / 4 if mesh == "all" else 1 / 8)
+    assert placed["keys"]["share"] == placed["ring"]["share"] == 1 / 8
 
 
 def test_initial_parameters_are_made_where_they_live(found):
@@ -308,4 +314,4 @@ def test_no_mesh_no_constraint():
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -112,7 +112,7 @@ def _check_free(port: int) -> None:
                                f"({error.strerror}); choose another") from error  # fmt: skip
 
 
-def _wait_for(host: str, port: int, timeout: float) -> None:
+def _wait_for(host: str, port: int, timeout: int) -> None:
     """Return when the coordinator listens: jax's own client ends the process without a word."""
     deadline, reason = time.monotonic() + timeout, ""
     while time.monotonic() < deadline:

@@ -1,5 +1,7 @@
 """Decode attention: kernel against reference, reference against the library's mask and jax's."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +63,7 @@ def compare(spec, got, expected):
 def expected_of(spec, arrays):
     upcast = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in arrays]
     upcast[1:3] = [x[..., : spec.kv_heads * spec.head_dim] for x in upcast[1:3]]
-    return reference.decode_attention(*upcast, **spec.options)
+    return jax.jit(functools.partial(reference.decode_attention, **spec.options))(*upcast)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -78,8 +80,12 @@ def test_kernel_equals_reference(case):
     assert got[0].dtype == spec.dtype and got[1].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("window, sink", [(None, 0), (4096, 4), (1024, 0)])
-@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize(
+    "window, sink, cores",
+    [(None, 0, 1), (4096, 4, 2),
+     *(pytest.param(*case, marks=pytest.mark.slow)
+       for case in ((None, 0, 2), (4096, 4, 1), (1024, 0, 1), (1024, 0, 2)))],
+)  # fmt: skip
 def test_long_rows(window, sink, cores):
     spec = specs.Spec("long", batch=3, kv_heads=1, slots=4500, window=window, sink=sink,
                       dtype="float32")  # fmt: skip
@@ -162,8 +168,11 @@ def test_work_follows_the_lengths(lengths, window, sink, items):
     assert int(work.bounds[1]) == items and int(work.bounds[0]) == max(-(-items // 2), 1)
 
 
-@pytest.mark.parametrize("cores", [1, 2])
-@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.parametrize(
+    "ring, cores",
+    [(False, 2), (True, 1), *(pytest.param(*case, marks=pytest.mark.slow)
+                              for case in ((False, 1), (True, 2)))],
+)  # fmt: skip
 def test_no_races_and_nothing_uninitialized(ring, cores, capfd):
     spec = specs.Spec("races", batch=3, tokens=2, kv_heads=2, q_per_kv=2, head_dim=64,
                       slots=69 if ring else 300, window=64 if ring else None,

@@ -94,7 +94,7 @@ LONG = specs.Spec("long", batch=1, keys=1500, kv_heads=2, q_per_kv=2, head_dim=6
         ({}, None),
         pytest.param({}, (128, 256), marks=pytest.mark.slow),
         ({"keys": 768, "window": 255, "kv_heads": 1, "sink": 0}, (128, 128)),  # ends with blocks
-        ({"stride": 4, "depth": 3}, (256, 128)),
+        pytest.param({"stride": 4, "depth": 3}, (256, 128), marks=pytest.mark.slow),
         ({"stride": 4, "window": 1, "sink": 0}, None),
         pytest.param(
             {"keys": 4500, "window": 4096, "sink": 4, "kv_heads": 1, "head_dim": 128},
@@ -129,7 +129,7 @@ def test_blocks_that_no_query_sees_are_never_read():
         return jnp.sum(out * out) + jnp.sum(lse)
 
     def run(attention, k, v, **more):
-        return jax.value_and_grad(loss, (1, 2))(attention, k, v, **more)
+        return jax.jit(lambda k, v: jax.value_and_grad(loss, (1, 2))(attention, k, v, **more))(k, v)
 
     value, got = run(tpu.streaming_attention, k, v, blocks=(128, 128), interpret=True)
     expected, want = run(reference.streaming_attention, jnp.nan_to_num(k), jnp.nan_to_num(v))
@@ -151,7 +151,7 @@ def test_whatever_is_asked_of_a_log_sum_exp_of_nothing_no_key_hears_of_it():
         )
         return jnp.sum(lse**2)
 
-    assert all(np.isfinite(x).all() for x in jax.grad(loss, (0, 1, 2))(*arrays))
+    assert all(np.isfinite(x).all() for x in jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays))
 
 
 @pytest.mark.parametrize("window, sink, stride", [(None, 0, 0), (64, 1, 0), (64, 0, 4), (1, 4, 4),
@@ -192,7 +192,7 @@ def test_work_is_linear_in_the_length(window):
     assert small <= 64 * (window // 128 + 3)
 
 
-@pytest.mark.parametrize("stride", [0, 4])
+@pytest.mark.parametrize("stride", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_no_races_and_nothing_uninitialized(stride, capfd):
     spec = specs.Spec("races", batch=1, keys=300, stride=stride, depth=stride // 2, kv_heads=2,
                       q_per_kv=1, head_dim=64, window=64, sink=1)  # fmt: skip
