@@ -87,8 +87,22 @@ def test_goals(run):
     assert verdicts(Run("cpu", small=True, stop=0.0)) == ["not measured here"] * 7
 
 
-def test_xla_decodes_as_the_kernels_do():
+def test_xla_attends_to_a_text_as_the_kernel_does():
     """What is timed side by side computes the same."""
+    text = bench_kernels.Text("", batch=1, keys=80, kv_heads=1, **bench_kernels.WINDOW)
+    arrays = text.arrays(jax.random.key(0))
+    ways = bench_kernels.streaming_ways("cpu", text)
+    a, b = (np.asarray(ways[name](*arrays), np.float32) for name in ("tpu kernel", "xla"))
+    np.testing.assert_allclose(a, b, rtol=2e-2, atol=1e-2)
+
+
+def test_a_kernel_that_never_returns_costs_its_own_figures_only():
+    assert list(bench_kernels.decode_ways("gpu", bench_kernels.Spec("", tokens=1))) == [
+        "cudnn", "xla", "gpu kernel",
+    ]  # fmt: skip
+
+
+def test_xla_decodes_as_the_kernels_do():
     spec = bench_kernels.Spec("", batch=2, kv_heads=1, slots=64)
     arrays = spec.arrays(jax.random.key(0), np.array([64, 9]))
     ways = bench_kernels.decode_ways("cpu", spec)

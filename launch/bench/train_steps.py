@@ -42,8 +42,8 @@ TARGET = "target"
 
 
 def trained(config: ExperimentConfig) -> list[str]:
-    """The names of all that is trained."""
-    return [TARGET, *config.trained]
+    """The target, and the drafts with parameters of their own."""
+    return [TARGET, *(name for name, _ in config.drafts if name in config.trained)]
 
 
 def measure(config: ExperimentConfig, names: Sequence[str], repeats: int) -> list[dict[str, Any]]:

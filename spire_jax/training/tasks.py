@@ -155,7 +155,7 @@ def forward_flops(model: Model, seq_len: int, rolled_out: bool = False) -> float
     if rolled_out:
         weights += 2 * 2 * c.n_layers * c.d_model * c.n_kv_heads * c.d_head
     everything = (seq_len + 1) / 2
-    visible = sum(min(everything, view.window + view.sink) if view.window else everything
+    visible = sum(min(everything, float(view.window + view.sink)) if view.window else everything
                   for view in model.views)  # fmt: skip
     attention = 4 * c.n_kv_heads * c.q_per_kv * c.d_head * visible
     return 2 * (weights + c.d_model * head_size(c)) + attention

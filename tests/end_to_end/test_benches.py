@@ -29,8 +29,12 @@ def measured(finished, corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("benches")
     workdir = shutil.copytree(finished, folder / "run")
     flags = pipelines.arguments(corpus, workdir)
-    bench_decode.main([*flags, "--methods=spire,magicdec", "--batch=2", "--context=8", "--tokens=4",
-                       "--repeats=2", "--k=2", "--dtype=float32", f"--out={folder}"])  # fmt: skip
+    # Drafts that are not trained may join later.
+    selecting = [f"--config.drafts.select.{option}"
+                 for option in ("kind=snapkv", "budget=6", "observed=2")]  # fmt: skip
+    bench_decode.main([*flags, *selecting, "--methods=spire,magicdec,select", "--batch=2",
+                       "--context=8", "--tokens=4", "--repeats=2", "--k=2", "--dtype=float32",
+                       f"--out={folder}"])  # fmt: skip
     tau_by_tokens.main(flags)
     return (json.loads((folder / "decode.json").read_text()),
             json.loads((workdir / "tau_by_tokens.json").read_text()))  # fmt: skip
@@ -38,7 +42,9 @@ def measured(finished, corpus, tmp_path_factory):
 
 def test_every_method_is_measured_beside_autoregressive_decoding(measured):
     records = {(r["method"], r["k"]): r for r in measured[0]}
-    assert set(records) == {("autoregressive", 0), ("spire", 2), ("magicdec", 2)}
+    assert set(records) == {
+        ("autoregressive", 0), ("spire", 2), ("magicdec", 2), ("select", 2),
+    }  # fmt: skip
     alone = records["autoregressive", 0]
     assert alone["tau"] == 1 and alone["multiplier"] == pytest.approx(1)
     for r in records.values():
