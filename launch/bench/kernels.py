@@ -149,7 +149,7 @@ def streaming_ways(platform: str, text: Text) -> dict[str, Callable]:
         )[0]
 
     def xla(q, k, v):
-        return attention(q, k, v, at, at, **WINDOW, scale=scale, compute=XLA)[0]
+        return attention(q, k, v, at, at, View(**WINDOW, scale=scale), compute=XLA)[0]
 
     def cudnn(q, k, v):
         heads = q.reshape(*q.shape[:2], -1, text.head_dim)
