@@ -14,7 +14,7 @@ from spire_jax.drafting.spire import SpireDraft, SpireOptions
 from spire_jax.drafting.vanilla import VanillaOptions
 from spire_jax.models.attention import Compute
 from spire_jax.models.caches import empty_full, empty_windowed
-from spire_jax.models.transformer import Model, Transformer, layer_views
+from spire_jax.models.transformer import Model, Transformer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -139,7 +139,7 @@ def feed(config, cache, steps):
 
 def ring():
     """An empty cache of two rows for the windowed model, with room for blocks of K + 1."""
-    return empty_windowed(WINDOWED, layer_views(WINDOWED), 2, K, T, Compute())
+    return empty_windowed(WINDOWED, WINDOWED.views(), 2, K, T, Compute())
 
 
 def blocks(width: int, seed: int = 0) -> list[np.ndarray]:
