@@ -126,7 +126,7 @@ def computed_by(attention: str, p: Pair) -> Pair:
     """The same pair, its attention computed by other code."""
     compute = Compute(attention=attention)
     model = dataclasses.replace(p.strategy.model, compute=compute)
-    strategy = dataclasses.replace(p.strategy, model=model)  # type: ignore[type-var]
+    strategy = dataclasses.replace(p.strategy, model=model)
     return Pair(dataclasses.replace(p.target, compute=compute), p.target_params, strategy,
                 p.draft_params)  # fmt: skip
 

@@ -168,12 +168,13 @@ def test_weights_are_made_in_the_type_that_is_read(bench):
     assert not np.array_equal(first, second)
 
 
-def test_ring_holds_what_it_would_after_the_context(bench):
-    draft = bench.decoder(K).strategy.model
-    ring = round_pieces.random_ring(draft, BATCH, K, CONTEXT - 1)
-    live = np.asarray(ring.positions[0])
-    assert sorted(live[live < EMPTY]) == list(range(CONTEXT - 1))
-    assert np.std(np.asarray(ring.keys[0])) > 0.5
+def test_ring_holds_what_it_would_after_the_context(bench, store):
+    strategy, rings = bench.decoder(K).strategy, store["draft_state"]
+    assert len(rings) == strategy.model.config.n_layers
+    for ring in rings:
+        live = np.asarray(ring.held(jnp.full(BATCH, CONTEXT - 2)))[0]
+        assert sorted(live[live < EMPTY]) == list(range(CONTEXT - 1))
+        assert np.std(np.asarray(ring.keys)[:, live < EMPTY]) > 0.5
 
 
 def test_a_round_stays_at_its_context_and_writes_only_its_block(bench, store):
@@ -185,7 +186,8 @@ def test_a_round_stays_at_its_context_and_writes_only_its_block(bench, store):
     assert not np.any(after["text"]["done"])
     assert list(after["text"]["rounds"]) == [1] * BATCH
     assert int(after["text"]["counts"].sum()) == BATCH
-    changed = np.any(np.asarray(after["target_cache"].keys[0] != held["target_cache"].keys[0]), -1)
+    first, last = after["target_cache"][0], held["target_cache"][0]
+    changed = np.any(np.asarray(first.keys != last.keys), -1)
     expected = np.zeros_like(changed)
     expected[:, CONTEXT - 1 : CONTEXT + K] = True
     np.testing.assert_array_equal(changed, expected)
@@ -218,7 +220,8 @@ def test_a_step_is_a_round_of_depth_0(bench, store):
     after = jax.jit(round_pieces.run_round, static_argnums=0)(
         bench.autoregressive, Weights(bench.weights.target), jnp.int32(0), held
     )
-    changed = np.asarray(after["target_cache"].values[1] != held["target_cache"].values[1])
+    deep, before = after["target_cache"][1], held["target_cache"][1]
+    changed = np.asarray(deep.values != before.values)
     assert np.flatnonzero(changed.any(axis=(0, 2))).tolist() == [CONTEXT - 1]
     assert after["text"]["counts"].tolist() == [[1]] * BATCH
 

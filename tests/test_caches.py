@@ -29,7 +29,9 @@ VIEW = View(window=4, sink=2)  # its ring has 2 + (4 + 3) slots
 
 
 def ring(batch: int = 1) -> RingCache:
-    return empty_windowed(TINY, [VIEW], batch, K, 99, Compute())[0]
+    (cache,) = empty_windowed(TINY, [VIEW], batch, K, 99, Compute())
+    assert isinstance(cache, RingCache)
+    return cache
 
 
 def entries(positions):

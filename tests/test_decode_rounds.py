@@ -11,8 +11,8 @@ from test_decode import K, rows_of
 
 from spire_jax.decoding import ACCEPTED, BONUS, CORRECTION, Decoder, Weights, generate, start
 from spire_jax.drafting.spire import SpireDraft
+from spire_jax.drafting.strategy import Processed, Proposal, Strategy, sampled
 from spire_jax.models.sampling import Sampling, round_keys
-from spire_jax.models.transformer import Model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -44,16 +44,18 @@ def test_cached_steps_are_the_full_pass_after_rejections_at_every_depth(kind, co
             jnp.take_along_axis(text, jnp.maximum(positions - back, 0)[:, None], axis=1)[:, 0]
             for back in (1, 0)
         )
-        drafts, q, draft_state = strategy.propose(
-            p.draft_params, draft_state, previous, last, positions, keys, K, Sampling()
-        )
+        drafted, draft_state = strategy.propose(
+            p.draft_params, draft_state, target_cache, previous, last, positions, K,
+            sampled(keys, Sampling()),
+        )  # fmt: skip
         at = positions[:, None] + jnp.arange(K + 1)
-        block = jnp.concatenate([last[:, None], drafts], axis=1)
+        block = jnp.concatenate([last[:, None], drafted.tokens], axis=1)
         logits, ys, target_cache = p.target.bind(p.target_params).extend(
             target_cache, block, at, collect
         )
-        draft_state = strategy.commit(p.draft_params, draft_state, block, ys, at)
-        return drafts, q, logits, (target_cache, draft_state)
+        processed = Processed(block, at, ys, target_cache)
+        draft_state = strategy.commit(p.draft_params, draft_state, processed)
+        return drafted.tokens, drafted.q, logits, (target_cache, draft_state)
 
     @jax.jit
     def full_pass(text):
@@ -90,36 +92,21 @@ def test_cached_steps_are_the_full_pass_after_rejections_at_every_depth(kind, co
 
 
 @dataclasses.dataclass(frozen=True)
-class Scripted:
+class Scripted(Strategy):
     """Proposes the right token to a depth that goes round from round to round, then wrong ones.
 
-    Its parameters are the right texts, its cache the number of rounds.
+    Its parameters are the right texts, its state the number of rounds.
     """
 
-    model: Model
-    collect: tuple[int, ...] = ()
+    def empty(self, params, batch, k, capacity):
+        return jnp.zeros(batch, jnp.int32)
 
-    def reads(self, start):
-        return 0, start
-
-    def prefill(self, params, tokens, lengths, activations, k, capacity):
-        return jnp.zeros(tokens.shape[0], jnp.int32)
-
-    def prefill_chunk(self, params, cache, rows, tokens, activations, positions):
-        raise NotImplementedError("a script is prefilled at once")
-
-    def propose(self, params, cache, previous, last, positions, keys, k, sampling):
+    def propose(self, params, state, target, previous, last, positions, k, draw):
         right = jnp.take_along_axis(params, positions[:, None] + 1 + jnp.arange(k), axis=1)
-        depth = depth_of(cache, jnp.arange(len(cache)), k)
+        depth = depth_of(state, jnp.arange(len(state)), k)
         wrong = (right + 1) % self.model.config.n_tokens
         drafts = jnp.where(jnp.arange(k) < depth[:, None], right, wrong)
-        return drafts, jax.nn.one_hot(drafts, self.model.config.vocab_size), cache + 1
-
-    def commit(self, params, cache, tokens, activations, positions):
-        return cache
-
-    def probabilities_along(self, params, tokens, activations, read, starts, k, sampling):
-        raise NotImplementedError("the oracle has no use for a script")
+        return Proposal(drafts, jax.nn.one_hot(drafts, self.model.config.vocab_size)), state + 1
 
 
 def depth_of(count, row, k: int):

@@ -11,8 +11,8 @@ from models import TINY, Pair, pair, ragged
 from spire_jax.decoding import Decoder, DecodeState, start
 from spire_jax.decoding.slots import admit, empty_slots, prefill_chunk, serve_rounds
 from spire_jax.models.attention import Compute
-from spire_jax.models.caches import RingCache, empty_ring
-from spire_jax.models.masks import EMPTY
+from spire_jax.models.caches import RingCache, empty_windowed
+from spire_jax.models.masks import EMPTY, View
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -47,13 +47,15 @@ def fill(p: Pair, decoder: Decoder, prompts, chunk: int, at_once: int = 1) -> De
 
 def same_cache(found, expected, lengths) -> None:
     """Every entry that the prefix of a row still has in `expected`."""
-    if isinstance(expected, RingCache):
-        np.testing.assert_array_equal(found.positions, expected.positions)
-    for layer in range(len(expected.keys)):
-        held = np.asarray(expected.layer_positions(layer))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert type(ours) is type(theirs)
+        if isinstance(theirs, RingCache):
+            assert (ours.sink, ours.ring) == (theirs.sink, theirs.ring)
+        held = np.asarray(theirs.held(jnp.asarray(lengths - 2)))
         live = (held != EMPTY) & (held < lengths[:, None] - 1)
-        for one, other in ((found.keys, expected.keys), (found.values, expected.values)):
-            one, other = (np.asarray(x[layer])[live] for x in (one, other))
+        assert live.sum() >= (np.minimum(lengths - 1, 6)).sum()
+        for one, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            one, other = (np.asarray(x)[live] for x in (one, other))
             np.testing.assert_allclose(one, other, atol=2e-5)
 
 
@@ -131,13 +133,13 @@ def test_a_neighbours_rounds_leave_a_waiting_row_as_it_is(kind):
             if read < 24:
                 state, _ = serve_rounds(decoder, p.weights, state, nobody, np.int32(rounds), 4)
         caches.append(state.draft_state)
-    assert not np.array_equal(*(np.asarray(cache.keys[0])[0] for cache in caches))
-    for layer in range(len(caches[0].keys)):
-        held = np.asarray(caches[0].layer_positions(layer))
-        held = held[0 if len(held) == 1 else 1]
+    assert not np.array_equal(*(np.asarray(cache[0].keys)[0] for cache in caches))
+    for alone, beside in zip(*caches, strict=True):
+        held = np.asarray(alone.held(jnp.asarray([31, 31])))[-1]
+        live = (held >= 0) & (held < 32)
+        assert live.sum() >= 6
         for of in ("keys", "values"):
-            one, other = (np.asarray(getattr(cache, of)[layer])[1] for cache in caches)
-            live = (held >= 0) & (held < 32)
+            one, other = (np.asarray(getattr(cache, of))[1] for cache in (alone, beside))
             np.testing.assert_array_equal(one[live], other[live])
 
 
@@ -175,12 +177,12 @@ def test_a_chunk_is_written_in_place(kind):
 
 def test_what_a_ring_keeps_of_a_chunk():
     """sink 2, ring 4 + 3: of positions 10 .. 29 the last seven, of 0 .. 9 the sinks too."""
-    config = dataclasses.replace(TINY, window=4, sink=2)
-    ring = empty_ring(config, 2, 3, Compute())
+    (ring,) = empty_windowed(TINY, [View(window=4, sink=2)], 2, 3, 99, Compute())
     positions = jnp.asarray([[*range(10, 30)], [*range(10), *[-1] * 10]])
-    kept = np.asarray(ring.lasting(positions))
+    slots = np.asarray(ring.slots(positions))
+    kept = np.where(slots < ring.size, positions, -1)
     assert kept[0].tolist() == [-1] * 13 + [*range(23, 30)]
     assert kept[1].tolist() == [0, 1, -1, *range(3, 10)] + [-1] * 10
     for row in (0, 1):
-        slots = np.asarray(ring.slots(jnp.asarray(kept)))[row][kept[row] >= 0]
-        assert len(set(slots)) == len(slots)
+        used = slots[row][kept[row] >= 0]
+        assert len(set(used)) == len(used)

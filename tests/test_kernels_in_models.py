@@ -12,6 +12,7 @@ from spire_jax.config.schema import ExperimentConfig, TrainConfig
 from spire_jax.decoding import generate
 from spire_jax.drafting.spire import SpireOptions
 from spire_jax.drafting.vanilla import VanillaOptions
+from spire_jax.models.caches import full_cache
 from spire_jax.models.sampling import Sampling
 from spire_jax.training.tasks import TrainBatch, draft_task, target_task, teach, teacher
 
@@ -97,8 +98,10 @@ def test_probabilities_along_a_text(kind):
     for attention in ("xla", "interpret"):
         p = computed_by(attention, pair(kind, WIDE))
         collect, read = p.strategy.collect, np.arange(20 - 1)
-        _, activations = p.target.bind(p.target_params).forward(tokens[:, :-1], collect)
-        found.append(p.strategy.probabilities_along(
-            p.draft_params, tokens, activations, read, np.arange(context, 20 - K), K, Sampling()
+        activations, kv = p.target.bind(p.target_params).prefill(tokens[:, :-1], collect)
+        cache = tuple(full_cache(*of_layer, 20, p.target.compute) for of_layer in kv)
+        found.append(p.strategy.along(
+            p.draft_params, tokens, activations, cache, read, np.arange(context, 20 - K), K,
+            Sampling(),
         ))  # fmt: skip
     np.testing.assert_allclose(*found, atol=1e-5)

@@ -24,8 +24,9 @@ def rollout(window: int, sink: int):
 
     @jax.jit
     def run(params):
-        _, activations = model.bind(params).forward(tokens, strategy.collect)
-        return strategy.model.bind(params).rollout(tokens, activations, starts, K)
+        _, keys_values = model.bind(params).prefill(tokens)
+        draft, everything = strategy.model.bind(params), np.arange(T)
+        return draft.rollout_over(keys_values, tokens, everything, starts, K)
 
     return tokens, np.asarray(run(params))[..., VALID]
 
@@ -50,11 +51,11 @@ def test_drafts_read_a_streaming_cache(window, sink):
             kept = sorted({*range(min(sink, p + 1)), *range(max(0, p - window + 1), p + 1)})
             place = np.arange(len(kept))
             x = module.embed(tokens[:, p : p + 1])
-            for block, layer in zip(module.blocks, held, strict=True):
+            for block, view, layer in zip(module.blocks, module.views, held, strict=True):
                 layer.append(x[:, 0])
                 k, v = block.keys_values(jnp.stack([layer[j] for j in kept], axis=1), place)
                 q = block.queries(x, place[-1:])
-                attended, _ = attention(q, k, v, place[-1:], place, scale=block.scale)
+                attended, _ = attention(q, k, v, place[-1:], place, view)
                 x = block.finish(x, attended)
             logits.append(module.unembed(x)[:, 0])
         return jnp.stack(logits, axis=1)

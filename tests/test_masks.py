@@ -111,9 +111,9 @@ def test_what_is_kept_shows_what_the_model_sees_of_it(of, kept):
     if sink > more:
         # No view says this: sinks of the smaller window alone, seen as far as the wider one goes.
         # Beyond the smaller one they are not seen.
-        near = WIDE[:, None] - WIDE < window
-        assert (both & ~near & (more <= WIDE)).any() == (window < wider)
-        both &= near | (more > WIDE)
+        near, shared = WIDE[:, None] - WIDE < window, np.isin(WIDE, range(more))
+        assert (both & ~near & ~shared).any() == (window < wider)
+        both &= near | shared
     np.testing.assert_array_equal(found, both)
 
 

@@ -20,13 +20,13 @@ from test_verification import decoded, tables, transformed
 import spire_jax.decoding.rounds as decode
 import spire_jax.decoding.verification as verification
 import spire_jax.drafting.spire as spire_drafting
-import spire_jax.drafting.spire as spire_model
+import spire_jax.drafting.strategy as drafting
 import spire_jax.drafting.vanilla as vanilla_drafting
-import spire_jax.models.attention as attention
-from spire_jax.drafting.spire import SpireDraft
-from spire_jax.models.caches import RingCache
+import spire_jax.models.masks as masks
+from spire_jax.drafting.spire import Spire, SpireDraft
+from spire_jax.models.caches import LayerCache, RingCache
 from spire_jax.models.masks import EMPTY
-from spire_jax.models.sampling import Sampling, round_keys
+from spire_jax.models.sampling import Sampling, round_keys, sample, transformed_logits
 from spire_jax.models.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -73,8 +73,11 @@ def drafts_follow_the_rollout(kind: str = "spire") -> None:
         last = decode._token(state.tokens, positions)
         previous = decode._token(state.tokens, jnp.maximum(positions - 1, 0))
         keys = round_keys(state.seeds, state.rounds)
-        return pair.strategy.propose(pair.draft_params, state.draft_state, previous, last,
-                                     positions, keys, k, decoder.sampling)[:2]  # fmt: skip
+        proposal, _ = pair.strategy.propose(
+            pair.draft_params, state.draft_state, state.target_cache, previous, last, positions, k,
+            drafting.sampled(keys, decoder.sampling),
+        )  # fmt: skip
+        return proposal.tokens, proposal.q
 
     @jax.jit
     def teacher_forced(texts):
@@ -138,8 +141,14 @@ def every_round_has_its_own_key() -> None:
 
 
 def key_shared_by_draft_and_residual(patch):
-    patch(spire_drafting, "stream", lambda keys, name: verification.stream(keys, "next"))
-    patch(spire_drafting, "depth_keys", lambda keys, depth: keys)
+    def sampled(keys, sampling):
+        def draw(depth, logits):
+            q = transformed_logits(logits, sampling)
+            return sample(verification.stream(keys, "next"), q), q
+
+        return draw
+
+    patch(decode, "sampled", sampled)
 
 
 def residual_from_p_alone(patch):
@@ -160,8 +169,8 @@ def sampled_from_another_q_than_reported(patch):
     def flatter(keys, logits):
         return original(keys, logits / 2)
 
-    original = spire_drafting.sample
-    patch(spire_drafting, "sample", flatter)
+    original = drafting.sample
+    patch(drafting, "sample", flatter)
 
 
 def rejection_follows_the_inverse_ratio(patch):
@@ -189,43 +198,44 @@ def block_kept_as_often_as_it_could_be(patch):
 
 
 def missing_catch_up_entry(patch):
-    def extend(self, cache, tokens, positions, collect=()):
+    def extend(self, caches, tokens, positions, collect=(), **options):
         if tokens.shape[1] == 2:
             positions = positions.at[:, 0].set(-1)
-        return original(self, cache, tokens, positions, collect)
+        return original(self, caches, tokens, positions, collect, **options)
 
     original = Transformer.extend
     patch(Transformer, "extend", extend)
 
 
 def refresh_skipped(patch):
-    patch(spire_drafting.Spire, "commit", lambda self, params, cache, tokens, ys, pos: cache)
+    patch(Spire, "commit", lambda self, params, state, block: state)
 
 
 def refresh_shifted_by_one(patch):
-    original = spire_drafting.Spire.commit
-    patch(spire_drafting.Spire, "commit", lambda self, params, cache, tokens, ys, pos: original(
-        self, params, cache, tokens, ys, pos + 1))  # fmt: skip
+    def commit(self, params, state, block):
+        block = dataclasses.replace(block, positions=block.positions + 1)
+        return original(self, params, state, block)
+
+    original = Spire.commit
+    patch(Spire, "commit", commit)
 
 
 def ring_off_by_one(patch):
     # The ring of window + k has one slot to spare: a draft writes up to position p + k - 1 while
     # its first query, at p, sees from p - window + 1 on. One fewer than that evicts live entries.
-    def slots(self, positions):
-        smaller = dataclasses.replace(self, ring=self.ring - 2)
-        return original(smaller, positions)
+    def begin_windowed(entries, tokens, lengths, view, room, *rest):
+        return original(entries, tokens, lengths, view, room - 2, *rest)
 
-    original = RingCache.slots
-    patch(RingCache, "slots", slots)
+    original = spire_drafting.begin_windowed
+    patch(spire_drafting, "begin_windowed", begin_windowed)
 
 
 def sink_evicted(patch):
-    def positions_without_sinks(lengths, sink, ring):
-        positions, gather = original(lengths, sink, ring)
-        return positions.at[:, :sink].set(EMPTY), gather
+    def held_without_sinks(self, last):
+        return original(self, last).at[:, : self.sink].set(EMPTY)
 
-    original = spire_drafting.ring_positions
-    patch(spire_drafting, "ring_positions", positions_without_sinks)
+    original = RingCache.held
+    patch(RingCache, "held", held_without_sinks)
 
 
 def window_counted_without_the_query(patch):
@@ -233,24 +243,24 @@ def window_counted_without_the_query(patch):
         decoding = not isinstance(q_pos, np.ndarray) and bool(window)
         return original(q_pos, k_pos, window + decoding, sink)
 
-    original = attention.may_attend
-    patch(attention, "may_attend", may_attend)
+    original = masks.may_attend
+    patch(masks, "may_attend", may_attend)
 
 
 def stale_rejected_entry_visible(patch):
-    def attend(*args, include_self=True, **options):
-        return original(*args, **options)
+    def attend(*args, include_self=True):
+        return original(*args)
 
-    original = spire_model.cached_attention
-    patch(spire_model, "cached_attention", attend)
+    original = LayerCache.attend
+    patch(LayerCache, "attend", attend)
 
 
 def draft_position_off_by_one(patch):
-    def propose(self, params, cache, previous, last, positions, *rest):
-        return original(self, params, cache, previous, last, positions + 1, *rest)
+    def propose(self, params, state, target, previous, last, positions, *rest):
+        return original(self, params, state, target, previous, last, positions + 1, *rest)
 
-    original = spire_drafting.Spire.propose
-    patch(spire_drafting.Spire, "propose", propose)
+    original = Spire.propose
+    patch(Spire, "propose", propose)
 
 
 def prefill_one_token_short(patch):
@@ -272,11 +282,12 @@ def ring_prefill_unordered(patch):
 
 def q_recomputed_in_bfloat16(patch):
     def propose(self, *args):
-        drafts, q, cache = original(self, *args)
-        return drafts, q.astype(jnp.bfloat16).astype(jnp.float32), cache
+        proposal, state = original(self, *args)
+        q = proposal.q.astype(jnp.bfloat16).astype(jnp.float32)
+        return dataclasses.replace(proposal, q=q), state
 
-    original = spire_drafting.Spire.propose
-    patch(spire_drafting.Spire, "propose", propose)
+    original = Spire.propose
+    patch(Spire, "propose", propose)
 
 
 def bonus_token_skipped(patch):
@@ -305,9 +316,9 @@ def round_counter_stands_still(patch):
 
 
 def target_writes_one_slot_late(patch):
-    def extend(self, cache, tokens, positions, collect=()):
+    def extend(self, caches, tokens, positions, collect=(), **options):
         shifted = positions + 1 if tokens.shape[1] == 4 else positions
-        return original(self, cache, tokens, shifted, collect)
+        return original(self, caches, tokens, shifted, collect, **options)
 
     original = Transformer.extend
     patch(Transformer, "extend", extend)

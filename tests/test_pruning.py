@@ -67,7 +67,9 @@ def test_pruned_keys_and_values_of_verified_tokens_are_the_targets():
         module = pruned.target.bind(weights.target)
         activations, keys_values = module.prefill(tokens, pruned.strategy.collect)
         draft = pruned.strategy.model.bind(weights.draft)
-        return keys_values, draft.read_target(tokens, activations, np.arange(tokens.shape[1]))
+        at = np.arange(tokens.shape[1])
+        layers = range(pruned.strategy.model.config.n_layers)
+        return keys_values, [draft.read_target(i, tokens, activations, at) for i in layers]
 
     of_target, of_draft = both(pruned.weights, jnp.asarray(texts(2, 12)))
     for theirs, mine in zip(of_target[1:], of_draft, strict=True):

@@ -33,6 +33,7 @@ from spire_jax.decoding import Weights, generate
 from spire_jax.drafting.pruning import prune
 from spire_jax.drafting.spire import SpireOptions
 from spire_jax.models.attention import Compute, attention
+from spire_jax.models.masks import View
 from spire_jax.models.sharding import check_mesh, constrain, make_mesh, shardings, spec
 from spire_jax.models.transformer import Model, Transformer
 from spire_jax.training.loop import init_state, make_optimizer, train_step
@@ -136,8 +137,8 @@ def decode(mesh, kernels: bool = False) -> tuple[list, dict]:
     state = generate(decoder, weights, prompts, [BUDGET] * 8, range(8))
     if kernels:
         return np.asarray(state.tokens).tolist(), {}
-    arrays = {"tokens": state.tokens, "keys": state.target_cache.keys[0],
-              "ring": state.draft_state.keys[0]}  # fmt: skip
+    arrays = {"tokens": state.tokens, "keys": state.target_cache[0].keys,
+              "ring": state.draft_state[0].keys}  # fmt: skip
     return np.asarray(state.tokens).tolist(), {n: sharding_of(x) for n, x in arrays.items()}
 
 
@@ -148,7 +149,7 @@ def kernel_gradient() -> list:
     at, compute = np.arange(40), Compute(attention="interpret")
 
     def loss(q):
-        out, lse = attention(q, q[..., 0, :], q[..., 1, :], at, at, window=9, compute=compute)
+        out, lse = attention(q, q[..., 0, :], q[..., 1, :], at, at, View(window=9), compute=compute)
         return jnp.sum(out**2) + jnp.sum(lse)
 
     return np.asarray(jax.jit(jax.grad(loss))(q)).ravel().tolist()

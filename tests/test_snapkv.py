@@ -11,6 +11,7 @@ from models import TINY, pair, ragged, texts
 
 from spire_jax import decoding
 from spire_jax.drafting.snapkv import POOL, select, snapkv
+from spire_jax.drafting.strategy import sampled
 from spire_jax.models.attention import Compute
 from spire_jax.models.masks import EMPTY
 from spire_jax.models.sampling import Sampling, probabilities, round_keys
@@ -24,7 +25,7 @@ def layers_inputs(tokens):
     return forward()(pair("snapkv").target_params, jnp.asarray(tokens))
 
 
-def by_loops(block, y, length: int, budget: int) -> list[set[int]]:
+def by_loops(block, view, y, length: int, budget: int) -> list[set[int]]:
     """The positions that each KV head keeps of one row, from the definition."""
     positions = np.arange(y.shape[1])
     q = np.asarray(block.queries(y, positions), np.float64)[0]  # T K G H
@@ -34,7 +35,7 @@ def by_loops(block, y, length: int, budget: int) -> list[set[int]]:
         votes = np.zeros(length)
         for t in range(length - OBSERVED, length):
             for g in range(q.shape[2]):
-                weight = np.exp(k[: t + 1, head] @ q[t, head, g] * block.scale)
+                weight = np.exp(k[: t + 1, head] @ q[t, head, g] * view.scale)
                 votes[: t + 1] += weight / weight.sum() / q.shape[2]
         votes = np.pad(votes[: length - OBSERVED], POOL // 2)
         pooled = [votes[i : i + POOL].sum() / POOL for i in range(length - OBSERVED)]
@@ -43,16 +44,22 @@ def by_loops(block, y, length: int, budget: int) -> list[set[int]]:
     return kept
 
 
+def selected_of(block, view, y, lengths) -> np.ndarray:
+    """What the product selects, given the layer's keys over the whole text."""
+    keys, _ = block.keys_values(y, np.arange(y.shape[1]))
+    return np.asarray(select(block, view, y, keys, jnp.asarray(lengths), BUDGET, OBSERVED))
+
+
 @pytest.mark.parametrize("lengths", [(12, 12), (12, 9)])
 def test_kept_tokens_are_those_of_the_definition(lengths):
     """For every layer and KV head, in rows of unlike lengths."""
     p, tokens = pair("snapkv"), texts(2, 12)
     module = p.strategy.model.bind(p.target_params)
     differ = False
-    for block, y in zip(module.blocks, layers_inputs(tokens), strict=True):
-        chosen = np.asarray(select(block, y, jnp.asarray(lengths), BUDGET, OBSERVED))
+    for block, view, y in zip(module.blocks, module.views, layers_inputs(tokens), strict=True):
+        chosen = selected_of(block, view, y, lengths)
         for row, length in enumerate(lengths):
-            expected = by_loops(block, y[row : row + 1], length, BUDGET)
+            expected = by_loops(block, view, y[row : row + 1], length, BUDGET)
             assert [set(head.tolist()) for head in chosen[row]] == expected
             assert (chosen[row, :, :OBSERVED] == length - 1 - np.arange(OBSERVED)).all()
             differ |= expected[0] != expected[1]
@@ -61,8 +68,8 @@ def test_kept_tokens_are_those_of_the_definition(lengths):
 
 def test_short_prompts_are_kept_whole():
     p, tokens = pair("snapkv"), texts(2, 12)
-    block, y = p.strategy.model.bind(p.target_params).blocks[1], layers_inputs(tokens)[1]
-    chosen = np.asarray(select(block, y, jnp.asarray([2, 5]), BUDGET, OBSERVED))
+    module, y = p.strategy.model.bind(p.target_params), layers_inputs(tokens)[1]
+    chosen = selected_of(module.blocks[1], module.views[1], y, (2, 5))
     for row, length in enumerate((2, 5)):
         for head in chosen[row].tolist():
             assert sorted(head[:length]) == list(range(length)), "the row's entries come first"
@@ -87,8 +94,11 @@ def test_rounds_draft_from_what_was_kept(budget):
         positions = state.lengths - 1
         last = jnp.take_along_axis(state.tokens, positions[:, None], axis=1)[:, 0]
         keys = round_keys(state.seeds, state.rounds)
-        return strategy.propose(p.target_params, state.draft_state, last, last, positions, keys, K,
-                                decoder.sampling)[:2]  # fmt: skip
+        proposal, _ = strategy.propose(
+            p.target_params, state.draft_state, state.target_cache, last, last, positions, K,
+            sampled(keys, decoder.sampling),
+        )  # fmt: skip
+        return proposal.tokens, proposal.q
 
     full_pass = jax.jit(lambda w, x: p.target.bind(w).forward(x)[0])
     compared = 0
@@ -122,8 +132,7 @@ def masked(p, strategy, text, prompt: int, start: int) -> np.ndarray:
             marks[0, head, list(positions)] = True
         marks[..., prompt:] = True
         selected.append(jnp.asarray(marks))
-    ys = layers_inputs(text)
-    logits = rollouts(text.shape[1])(p.target_params, jnp.asarray(text), ys, selected)
+    logits = rollouts(text.shape[1])(p.target_params, jnp.asarray(text), selected)
     return np.asarray(probabilities(logits[0, start], Sampling()))
 
 
@@ -133,8 +142,9 @@ def kept_of(prompt: tuple[int, ...]) -> list[list[set[int]]]:
     if len(prompt) <= BUDGET:
         return [[set(range(len(prompt)))] * TINY.n_kv_heads] * TINY.n_layers
     p = pair("snapkv")
-    blocks, ys = p.strategy.model.bind(p.target_params).blocks, layers_inputs([prompt])
-    return [by_loops(b, y, len(prompt), BUDGET) for b, y in zip(blocks, ys, strict=True)]
+    module = p.strategy.model.bind(p.target_params)
+    layers = zip(module.blocks, module.views, layers_inputs([prompt]), strict=True)
+    return [by_loops(*layer, len(prompt), BUDGET) for layer in layers]
 
 
 @functools.cache
@@ -146,6 +156,12 @@ def forward():
 @functools.cache
 def rollouts(width: int):
     """From every start at once: one program for all rounds."""
-    model, starts = pair("snapkv").strategy.model, np.arange(width - K + 1)
-    return jax.jit(lambda params, text, ys, selected: model.bind(params).rollout(
-        text, ys, starts, K, None, selected))  # fmt: skip
+    p, starts, everything = pair("snapkv"), np.arange(width - K + 1), np.arange(width)
+
+    @jax.jit
+    def run(params, text, selected):
+        _, keys_values = p.target.bind(params).prefill(text)
+        draft = p.strategy.model.bind(params)
+        return draft.rollout_over(keys_values, text, everything, starts, K, selected)
+
+    return run

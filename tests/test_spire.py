@@ -10,8 +10,9 @@ import pytest
 from models import SINK, TINY, WINDOW, init, pair, target, texts
 
 from spire_jax.drafting.spire import SpireDraft, target_layers
+from spire_jax.drafting.strategy import Processed
 from spire_jax.models.attention import Compute
-from spire_jax.models.caches import empty_full, empty_ring
+from spire_jax.models.caches import empty_full, full_cache
 from spire_jax.models.transformer import Model, Transformer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -39,13 +40,27 @@ def rollout_of(kind: str):
 
 @functools.cache
 def reference(kind: str):
-    """Texts of two rows, the target's activations that the draft reads, rollout's logits."""
+    """Texts of two rows, the target's activations that the draft reads, rollout's logits.
+
+    MagicDec's rollout is over the target's keys and values instead.
+    """
     p = pair(kind)
     tokens = jnp.asarray(texts(2, T))
-    _, activations = jax.jit(lambda w, x: p.target.bind(w).forward(x, p.strategy.collect))(
-        p.target_params, tokens
+    activations, keys_values = prefilled(kind)(p.target_params, tokens)
+    if kind != "magicdec":
+        return tokens, activations, rollout_of(kind)(p.draft_params, tokens, activations)
+    bind, everything = p.strategy.model.bind, np.arange(T)
+    logits = jax.jit(lambda w, kv, x: bind(w).rollout_over(kv, x, everything, STARTS, K))(
+        p.draft_params, keys_values, tokens
     )
-    return tokens, activations, rollout_of(kind)(p.draft_params, tokens, activations)
+    return tokens, activations, logits
+
+
+@functools.cache
+def prefilled(kind: str):
+    """jitted (params, tokens) -> the target's activations that the draft reads, keys and values."""
+    p = pair(kind)
+    return jax.jit(lambda params, x: p.target.bind(params).prefill(x, p.strategy.collect))
 
 
 # --- the target's limit ------------------------------------------------------------------------
@@ -123,21 +138,29 @@ def test_a_draft_without_a_window_sees_everything():
 
 @functools.cache
 def step_of(kind: str):
-    """jitted draft step, to share between tests."""
-    model = pair(kind).strategy.model
-    return jax.jit(lambda params, *given: model.bind(params).step(*given))
+    """jitted draft step (params, cache, tokens, positions), to share between tests."""
+    strategy = pair(kind).strategy
+
+    @jax.jit
+    def step(params, cache, tokens, positions):
+        # None of these reads the target's cache while it drafts.
+        return strategy.step(params, cache, (), tokens[:, None], positions[:, None])
+
+    return step
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *MORE, "magicdec"])
 def test_steps_after_prefill_are_the_rollout_from_every_start(kind):
     """One row per start, 0 to beyond window + sink + k, prefilled to its own length."""
     p = pair(kind)
-    tokens, activations, expected = reference(kind)
+    tokens, _, expected = reference(kind)
     rows = len(STARTS)
     one_text = jnp.tile(tokens[:1], (rows, 1))
-    ys = tuple(jnp.tile(y[:1], (rows, 1, 1)) for y in activations)
-    cache = jax.jit(lambda params, *x: p.strategy.prefill(params, *x, K, T))(
-        p.draft_params, one_text, jnp.asarray(STARTS), ys
+    ys, keys_values = prefilled(kind)(p.target_params, one_text)
+    target_cache = tuple(full_cache(*kv, T, Compute()) for kv in keys_values)
+    at = jnp.tile(jnp.arange(T), (rows, 1))
+    cache = jax.jit(lambda params, *x: p.strategy.begin(params, *x, K, T))(
+        p.draft_params, Processed(one_text, at, ys, target_cache), jnp.asarray(STARTS)
     )
     for depth in range(K):
         positions = jnp.asarray(STARTS + depth)
@@ -156,14 +179,15 @@ def test_steps_after_refresh_are_the_rollout_whatever_was_rejected(kind):
     tokens, _, expected = reference(kind)
     wrong = (tokens + 5) % TINY.n_tokens
     target_cache = empty_full(TINY, 2, T + K, Compute())
-    cache = empty_ring(p.strategy.model.config, 2, K, Compute(), T + K)
+    cache = p.strategy.empty(p.draft_params, 2, K, T + K)
 
     @jax.jit
     def verify(target_cache, cache, block, positions):
         _, ys, target_cache = p.target.bind(p.target_params).extend(
             target_cache, block, positions, p.strategy.collect
         )
-        return target_cache, p.strategy.commit(p.draft_params, cache, block, ys, positions)
+        processed = Processed(block, positions, ys, target_cache)
+        return target_cache, p.strategy.commit(p.draft_params, cache, processed)
 
     start, rows, rejections = np.zeros(2, int), np.arange(2), set()
     for count in range(100):
@@ -367,7 +391,7 @@ def test_strict_position_0_attends_to_nothing():
         x = block.finish(x, nothing)
     by_hand = module.unembed(x)[:, 0]
     close(expected[:, 0, 0], by_hand)
-    empty = empty_ring(p.strategy.model.config, 2, K, Compute())
+    empty = p.strategy.empty(p.draft_params, 2, K, T)
     step, _ = step_of("spire_strict")(p.draft_params, empty, tokens[:, 0], jnp.zeros(2, jnp.int32))
     close(step, by_hand)
 

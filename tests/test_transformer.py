@@ -13,7 +13,7 @@ from spire_jax.config.schema import ModelConfig
 from spire_jax.drafting.spire import SpireDraft, SpireOptions
 from spire_jax.drafting.vanilla import VanillaOptions
 from spire_jax.models.attention import Compute
-from spire_jax.models.caches import empty_full, empty_ring
+from spire_jax.models.caches import empty_full, empty_windowed
 from spire_jax.models.transformer import Model, Transformer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -137,6 +137,11 @@ def feed(config, cache, steps):
     np.testing.assert_allclose(found[1], activations[2], atol=1e-5, rtol=1e-5)
 
 
+def ring():
+    """An empty cache of two rows for the windowed model, with room for blocks of K + 1."""
+    return empty_windowed(WINDOWED, WINDOWED.views(), 2, K, T, Compute())
+
+
 def blocks(width: int, seed: int = 0) -> list[np.ndarray]:
     """Blocks of up to `width` positions, rows at their own pace, -1 in front of short ones."""
     rng, at, steps = np.random.default_rng(seed), np.zeros(2, int), []
@@ -160,7 +165,7 @@ def test_full_cache_is_the_whole_text(config, width):
 def test_ring_cache_is_the_whole_text_under_the_window(width):
     """Far beyond window + sink + k, in blocks of up to the k + 1 tokens of a verification."""
     assert T > 2 * (WINDOW + SINK + K)
-    feed(WINDOWED, empty_ring(WINDOWED, 2, K, Compute()), blocks(width))
+    feed(WINDOWED, ring(), blocks(width))
 
 
 def test_a_block_overwrites_what_was_rejected():
@@ -174,7 +179,7 @@ def test_a_block_overwrites_what_was_rejected():
         return logits, cache
 
     for cache in (empty_full(WINDOWED, 2, T + K, Compute()),
-                  empty_ring(WINDOWED, 2, K, Compute())):  # fmt: skip
+                  ring()):  # fmt: skip
         start, kept = 0, 0
         while start + K < T:
             positions = np.tile(np.arange(start, start + K + 1), (2, 1))

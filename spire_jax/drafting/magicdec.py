@@ -84,7 +84,6 @@ class StreamingDraft(SpireDraft):
         beyond = xp.minimum(limit, q_pos - view.window + 1)
         all_of_them = dataclasses.replace(view, window=0, sink=0)
         k, v = keys_values
-        k, v = keys_values
         return [
             attention(
                 rope(q, -moved, self.config), k, v, q_pos, k_pos, all_of_them, limit=beyond,

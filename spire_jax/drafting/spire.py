@@ -242,7 +242,13 @@ class SpireDraft(Transformer):
         return self.unembed(xs[-1])[:, 0], caches
 
     def over_text(
-        self, i: int, q: Array, keys_values: KeysValues, positions, k_pos, limit
+        self,
+        i: int,
+        q: Float[Array, "B T K G H"],
+        keys_values: tuple[Float[Array, "B M K H"], Float[Array, "B M K H"]],
+        positions: Int[np.ndarray, " T"],
+        k_pos: Int[np.ndarray, " M"] | Int[Array, "B K M"],
+        limit: Int[np.ndarray, " T"],
     ) -> list[Attended]:
         """Attention of layer i to keys and values of the target's tokens before `limit`."""
         return [attention(q, *keys_values, positions, k_pos, self.views[i], limit=limit,

@@ -75,7 +75,7 @@ class LayerCache:
         """
         slots, k, v = cpu.more_than_one(self.slots(positions), self.size, k, v)
 
-        def put(old: Float[Array, "B S W"], new: Float[Array, "B T K H"]) -> Array:
+        def put(old: Float[Array, "B S W"], new: Float[Array, "R T K H"]) -> Array:
             new = packed(new.astype(old.dtype), old.shape[2])
             if rows is not None:
                 return _pinned(old.at[rows[:, None], slots].set(new, mode="drop"))

@@ -5,24 +5,24 @@ activation, a token) and looks which of the draft's predictions move.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from spire_jax.config.schema import ConfigError, ExperimentConfig, ModelConfig
+from spire_jax.drafting.build import compute_for
 from spire_jax.drafting.spire import SpireOptions, initial_mix, target_layers
 from spire_jax.models.masks import may_attend
-from spire_jax.models.transformer import Model, Params
+from spire_jax.models.transformer import Params
 from spire_jax.notebook.parts import panels
-from spire_jax.training.tasks import draft_task, stream_key
+from spire_jax.training.tasks import stream_key
 
 NOTHING, TARGET, OWN, ITSELF = range(4)  # where a draft's query finds a token
 MEANING = ("not read", "the target's activation", "the draft's own memory", "the token itself")
@@ -58,10 +58,11 @@ def reads(
         raise ConfigError(f"drafts.{name}: a {draft.kind} draft reads no target; use a spire draft")
     # Of one layer: through two a token reaches others that do not read it themselves.
     one_layer = dataclasses.replace(draft, n_layers=1)
-    task = draft_task(dataclasses.replace(config, drafts=((name, one_layer),)), name)
-    if length % task.k:
-        raise ConfigError(f"length={length} must be a multiple of the rollout depth {task.k}")
-    model, rng = task.model, np.random.default_rng(0)
+    drafting = one_layer.strategy(config.target, compute_for(config.train, config.train))
+    k = draft.rollout(config.train)
+    if length % k:
+        raise ConfigError(f"length={length} must be a multiple of the rollout depth {k}")
+    model, rng = drafting.model, np.random.default_rng(0)
     n, first = model.config.n_tokens, rng.integers(model.config.n_tokens // 2, size=length)
     # Rows: each activation moved, each token moved, nothing moved.
     tokens = np.tile(first, (2 * length + 1, 1)).astype(np.int32)
@@ -72,8 +73,9 @@ def reads(
     if "memory_mix" in params:  # the embedding alone: else a memory passes on what it has read
         own = np.eye(1, 2, dtype=bool)
         params["memory_mix"] = jnp.where(own, 0.0, jnp.finfo(jnp.float32).min)
-    logits = _rollout(model, task.k, params, tokens, (jnp.asarray(activations, jnp.float32),))
-    logits = np.asarray(logits)[..., :n]
+    predict = jax.jit(drafting.predict, static_argnums=3)
+    given = (jnp.asarray(activations, jnp.float32),)
+    logits = np.asarray(predict(params, jnp.asarray(tokens), given, k))[..., :n]
     moved = np.abs(logits - logits[-1]).max(axis=-1) > MOVED
     by_target, by_token = moved[:length].T, moved[length : 2 * length].T
     found = np.where(by_target, TARGET, np.where(by_token, OWN, NOTHING))
@@ -118,19 +120,6 @@ def _layers(target: ModelConfig, n: int, memory: str) -> Sequence[int]:
     """The target's layer that each of a draft's n layers reads; the embedding is layer 0."""
     found = target_layers(target.n_layers, n, memory) or (0,)
     return found * (n // len(found))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _rollout(
-    model: Model,
-    k: int,
-    params: Params,
-    tokens: Int[Array, "B T"],
-    activations: tuple[Float[Array, "B T D"], ...],
-) -> Float[Array, "B T V"]:
-    starts = np.arange(0, tokens.shape[1], k)
-    logits = model.bind(params).rollout(tokens, activations, starts, k)
-    return logits.reshape(*tokens.shape, -1)
 
 
 def _matrix(axes: Axes, found: np.ndarray, title: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from spire_jax.config.schema import DecodeConfig, MeshConfig, ModelConfig, TrainConfig
 from spire_jax.drafting.build import compute_for
+from spire_jax.models import cpu
 from spire_jax.models.attention import Compute
 from spire_jax.models.caches import empty_full
 from spire_jax.models.few_rows import api, build, reference
@@ -131,13 +132,17 @@ def test_decoding_takes_it_and_training_does_not():
 
 @needs_kernel
 def test_a_mesh_of_several_devices_does_not_take_it():
-    compute = Compute(products="auto")
-    assert compute.few_rows(2)
+    x, w = np.ones((2, 8), np.float32), np.ones((8, 4), np.float32)
+
+    def taken() -> bool:
+        return cpu.product(jnp.asarray(x), jnp.asarray(w), False, kernel=True) is not None
+
+    assert taken()
     with jax.set_mesh(make_mesh(MeshConfig())):
-        assert compute.few_rows(2), "of one device"
+        assert taken(), "of one device"
     abstract = jax.sharding.AbstractMesh((2,), ("data",))
     with jax.sharding.use_abstract_mesh(abstract):
-        assert not compute.few_rows(2)
+        assert not taken()
 
 
 @needs_kernel
