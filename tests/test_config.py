@@ -83,6 +83,8 @@ def test_every_value_can_be_overridden():
         ("drafts.magicdec.sink=-1", "drafts.magicdec.sink=-1 is negative"),
         ("drafts.magicdec.n_layers=1", "'magicdec' has no such option; it belongs to 'spire' and"),
         ("drafts.vanilla.memory=final", "'vanilla' has no such option; it belongs to 'spire'"),
+        ("drafts.spyre=", "unknown config key 'drafts.spyre'; did you mean 'spire'"),
+        ("drafts.spire=vanilla", "drafts.spire is a section, not a value"),
         ("drafts.vanilla.windw=3", "unknown config key 'drafts.vanilla.windw'; did you mean 'wind"),
         ("target.window=64", "target has a window of its own (target.window=64)"),
         ("target.family=mamba", "unknown model family 'mamba' (did you mean 'llama'?); there"),
@@ -157,6 +159,7 @@ def test_a_draft_of_the_command_line():
     assert load("drafts.spire.kind=vanilla", "drafts.spire.window=8").draft("spire").kept()[0] == 8
     with pytest.raises(ConfigError, match="it belongs to 'spire'"):
         load("drafts.spire.kind=vanilla", "drafts.spire.memory=final")
+    assert [name for name, _ in load("drafts.spire=").drafts] == ["magicdec", "vanilla"]
     for name in ("autoregressive", "evaluate"):
         with pytest.raises(ConfigError, match="rename it"):
             load(f"drafts.{name}.kind=vanilla")

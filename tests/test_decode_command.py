@@ -301,7 +301,7 @@ def test_methods_by_name_and_by_kind():
 @pytest.mark.parametrize(
     "method, options, message",
     [
-        ("snapkv", {}, "it selects over a whole prompt"),
+        ("snapkv", {}, "--method=chosen: .* selects over a whole prompt"),
         ("spire", {"top_p": 1.5}, "decode.top_p=1.5 must lie"),
         ("spire", {"temperature": -1.0}, "decode.temperature=-1.0 is negative"),
     ],

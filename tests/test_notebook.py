@@ -46,7 +46,7 @@ def test_what_a_draft_reads_is_what_the_method_says(window, sink, k, more):
     length = 16
     values = [f"drafts.spire.window={window}", f"drafts.spire.sink={sink}", f"train.k={k}"]
     config = load(QUICK, [*SMALL, *values, *more])
-    found = reads(config, length=length)
+    found = reads(config, "spire", length)
     for q in range(length):
         for p in range(length):
             wanted = TARGET if p < q // k * k else OWN if p < q else ITSELF
@@ -56,7 +56,7 @@ def test_what_a_draft_reads_is_what_the_method_says(window, sink, k, more):
 
 def test_a_memory_of_embeddings_reads_no_target():
     values = ["drafts.spire.memory=embedding", "drafts.spire.window=6"]
-    found = reads(load(QUICK, [*SMALL, *values]), length=8)
+    found = reads(load(QUICK, [*SMALL, *values]), "spire", length=8)
     assert not np.any(found == TARGET) and np.any(found == OWN)
 
 
@@ -67,7 +67,7 @@ def test_a_draft_without_rollouts_is_refused():
     with pytest.raises(ConfigError, match="has no feedback memory"):
         notebook.layers_figure(config, "vanilla")
     with pytest.raises(ConfigError, match="length=10 must be a multiple of the rollout depth 4"):
-        reads(config, length=10)
+        reads(config, "spire", length=10)
 
 
 def numbers(axes):
@@ -76,18 +76,18 @@ def numbers(axes):
 
 def test_layers_of_the_memory():
     config = load(QUICK)
-    left, right = notebook.layers_figure(config).axes
+    left, right = notebook.layers_figure(config, "spire").axes
     drawn = np.asarray(left.images[0].get_array())
     assert np.argwhere(drawn).tolist() == [[0, 6], [1, 7]]  # N - n + i - 1, of 8 and 2 layers
     assert numbers(right) == ["0.95", "0.03", "0.03", "0.03", "0.95", "0.03"]
     learned = {"memory_mix": np.log([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]])}
-    _, right = notebook.layers_figure(config, params=learned).axes
+    _, right = notebook.layers_figure(config, "spire", params=learned).axes
     assert numbers(right) == ["0.50", "0.25", "0.25", "0.10", "0.20", "0.70"]
 
 
 def test_masks():
     config = load(QUICK, ["drafts.spire.window=3", "drafts.spire.sink=1"])
-    target, draft = notebook.masks_figure(config, length=5).axes
+    target, draft = notebook.masks_figure(config, "spire", length=5).axes
     assert np.array_equal(target.images[0].get_array(), np.tri(5))
     assert draft.images[0].get_array().tolist()[4] == [1, 0, 1, 1, 1]
 

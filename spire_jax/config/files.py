@@ -2,7 +2,7 @@
 
 A file of ``configs/`` has a function ``get_config`` that returns a ConfigDict of what differs from
 the defaults. The modules that `plugins` names are imported first; then ``drafts.NAME.kind`` and
-``target.family`` say which dataclass a section is, and values.py fills it.
+``target.family`` say which dataclass a section is, and values.py fills it. docs/config.md.
 """
 
 import argparse
@@ -36,13 +36,13 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ExperimentC
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     values = _plain(module.get_config(), path)
-    drafts = list(_mapping(values.get("drafts", {})))
+    drafts = list(_mapping(values.setdefault("drafts", {})))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise ConfigError(f"override {override!r} is not of the form key=value")
         _override(values, key, text)
-    for name, draft in _mapping(values.get("drafts", {})).items():
+    for name, draft in _mapping(values["drafts"]).items():
         if "kind" not in draft:  # the command line makes a draft by naming its kind
             known(name, drafts, f"drafts.{name}")
     return build(values)
@@ -189,7 +189,13 @@ def _mapping(values: Any, at: str = "drafts") -> Mapping[str, Any]:
 
 
 def _override(values: dict[str, Any], key: str, text: str) -> None:
-    """Put a value of the command line in its place; what there is no place for, `build` says."""
+    """Put a value of the command line in its place; what there is no place for, `build` says.
+
+    An empty draft, ``drafts.NAME=``, takes that of the file away.
+    """
+    if (name := key.removeprefix("drafts.")) in values["drafts"] and not text:
+        del values["drafts"][name]
+        return
     *parents, leaf = key.split(".")
     for depth, name in enumerate(parents):
         values = values.setdefault(name, {})

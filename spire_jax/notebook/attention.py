@@ -30,7 +30,7 @@ COLORS = ("#eceff1", "#5b6fb5", "#e08a3c", "#1b7f5c")
 MOVED = 1e-3  # logits: far above rounding, far below what a token that is read does
 
 
-def masks_figure(config: ExperimentConfig, draft: str = "spire", length: int = 24) -> Figure:
+def masks_figure(config: ExperimentConfig, draft: str, length: int = 24) -> Figure:
     """`may_attend` of the target and of a draft, as matrices of query by key."""
     sparse = config.draft(draft).kept()
     at = np.arange(length)
@@ -44,9 +44,7 @@ def masks_figure(config: ExperimentConfig, draft: str = "spire", length: int = 2
     return figure
 
 
-def reads(
-    config: ExperimentConfig, name: str = "spire", length: int = 24
-) -> Int[np.ndarray, "q k"]:
+def reads(config: ExperimentConfig, name: str, length: int = 24) -> Int[np.ndarray, "q k"]:
     """Where a draft of one layer finds token k when it predicts what follows token q.
 
     In training, with the config's mask and rollout depth: NOTHING, TARGET, OWN or ITSELF. `length`
@@ -82,7 +80,7 @@ def reads(
     return np.where(np.eye(length, dtype=bool) & by_token, ITSELF, found)
 
 
-def reads_figure(config: ExperimentConfig, name: str = "spire", length: int = 24) -> Figure:
+def reads_figure(config: ExperimentConfig, name: str, length: int = 24) -> Figure:
     """`reads` as a matrix of query by key."""
     figure, (axes,) = panels(1, width=5.8)
     k = config.draft(name).rollout(config.train)
@@ -92,7 +90,7 @@ def reads_figure(config: ExperimentConfig, name: str = "spire", length: int = 24
     return figure
 
 
-def layers_figure(config: ExperimentConfig, name: str = "spire", params: Params = None) -> Figure:
+def layers_figure(config: ExperimentConfig, name: str, params: Params = None) -> Figure:
     """Which activations each draft layer takes its keys and values from.
 
     Left, of verified tokens: the target's. Right, of drafted ones: the draft's own, mixed; before

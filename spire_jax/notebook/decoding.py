@@ -81,7 +81,7 @@ class Decoded:
 
 
 def decode(
-    arguments: Sequence[str], prompts: Sequence[str], method: str = "spire", max_tokens: int = 128
+    arguments: Sequence[str], prompts: Sequence[str], method: str, max_tokens: int = 128
 ) -> Decoded:
     """Continue prompts as `python -m spire_jax.decode` does, with these arguments and a method.
 

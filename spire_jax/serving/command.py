@@ -2,8 +2,8 @@
 
     python -m spire_jax.decode --config=configs/quickstart.py --workdir=runs/quickstart \\
         --method=spire --prompts=prompts.jsonl --out=outputs.jsonl
-    echo "def main():" | python -m spire_jax.decode --config=... --workdir=... --prompts=- --out=-
-    python -m spire_jax.decode --config=... --workdir=... --interactive
+    echo "def main():" | python -m spire_jax.decode ... --method=spire --prompts=- --out=-
+    python -m spire_jax.decode --config=... --workdir=... --method=spire --interactive
     python -m spire_jax.decode --config=configs/smollm2_135m.py --draft=FOLDER --interactive
 
 A line of a JSONL file has one of prompt (text), tokens (ids) and messages (for a chat model), and

@@ -13,8 +13,8 @@ from spire_jax import export, run
 from spire_jax.config.files import load
 from spire_jax.data.tokenizer import train_bpe
 from spire_jax.pretrained.exported_draft import import_draft
-from spire_jax.run import Pipeline
 from spire_jax.serving import command
+from spire_jax.training.workdir import WorkDir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -110,10 +110,10 @@ def test_the_sizes_are_the_checkpoints(flags):
 def test_a_draft_stores_its_own_parameters_alone(workdir, flags):
     stored = {path.name for path in (workdir / "target").glob("*")}
     assert not stored, "nothing was trained"
-    pipeline = Pipeline(config_of(flags), workdir)
-    with jax.set_mesh(pipeline.mesh):
-        target = pipeline.params("target")
-        draft = pipeline.params("draft spire", target)
+    at = WorkDir(config_of(flags), workdir)
+    with jax.set_mesh(at.mesh):
+        target = at.target()
+        draft = at.draft("spire", target)
     assert draft["embedding"] is target["embedding"]
     assert draft["unembedding"].shape == (64, 40) and draft["head_ids"].shape == (40,)
 
@@ -127,10 +127,10 @@ def test_a_second_run_makes_nothing_anew(workdir, flags):
 
 
 def test_an_export_is_the_trained_draft_bit_for_bit(workdir, exported, flags):
-    pipeline = Pipeline(config_of(flags), workdir)
-    with jax.set_mesh(pipeline.mesh):
-        trained = pipeline.params("draft spire")
-    found = import_draft(exported, pipeline.target_sha256)
+    at = WorkDir(config_of(flags), workdir)
+    with jax.set_mesh(at.mesh):
+        trained = at.draft("spire")
+    found = import_draft(exported, at.target_sha256)
     assert found.trained_on["steps"] == 4 and found.draft == config_of(flags).draft("spire")
     own = found.load()
     assert set(own) == set(trained) - {"embedding"}
