@@ -80,7 +80,7 @@ def init(model: Model, seed: int, sharpness: float = 1.0) -> Params:
 
 @functools.cache
 def target(config: ModelConfig = TINY, seed: int = 0) -> tuple[Model, Params]:
-    model = Model(Transformer, config, Compute())
+    model = Model(config.module(), config, Compute())
     return model, init(model, seed, sharpness=2.0)
 
 

@@ -86,7 +86,7 @@ def test_every_value_can_be_overridden():
         ("drafts.spyre=", "unknown config key 'drafts.spyre'; did you mean 'spire'"),
         ("drafts.spire=vanilla", "drafts.spire is a section, not a value"),
         ("drafts.vanilla.windw=3", "unknown config key 'drafts.vanilla.windw'; did you mean 'wind"),
-        ("target.window=64", "target has a window of its own (target.window=64)"),
+        ("target.window=64", "target has a window of its own in every layer (64"),
         ("target.family=mamba", "unknown model family 'mamba' (did you mean 'llama'?); there"),
         ("throughput.chip=v9", "throughput.chip='v9'; choose from ['v5e'"),
         ("throughput.tau.medusa=2", "throughput.tau.medusa: no draft named 'medusa'; there are"),

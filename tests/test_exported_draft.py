@@ -14,7 +14,7 @@ import pytest
 from models import TINY
 
 from spire_jax.config.registry import DRAFT_KINDS
-from spire_jax.config.schema import TrainedOptions
+from spire_jax.config.schema import TransformerOptions
 from spire_jax.drafting.spire import SpireOptions
 from spire_jax.pretrained import PretrainedError, exported_draft
 from spire_jax.pretrained.exported_draft import export_draft, import_draft
@@ -185,7 +185,7 @@ def test_later_field(tmp_path):
 
 
 @dataclasses.dataclass(frozen=True)
-class OddOptions(TrainedOptions):
+class OddOptions(TransformerOptions):
     kind: str = "odd"
     depths: tuple[int, ...] = ()
     words: tuple[str, ...] = ("a",)

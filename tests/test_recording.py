@@ -21,7 +21,7 @@ from paper_numbers import ROOT
 from spire_jax.config import files, schema
 from spire_jax.costs import throughput
 from spire_jax.costs.chips import CHIPS
-from spire_jax.costs.roofline import VARIANTS, cache_row
+from spire_jax.costs.roofline import VARIANTS
 from spire_jax.decoding import generate, oracle
 from spire_jax.drafting.magicdec import MagicDecOptions
 from spire_jax.drafting.pruning import prune
@@ -251,7 +251,7 @@ def test_modeled_numbers(name):
         assert method not in SELF_DRAFTING
         if method != schema.AUTOREGRESSIVE and (window := config.draft(method).window):
             slots = window + config.decode.k - min(window, POINT["context"])
-            row = cache_row(config.draft(method).model(config.target))
+            row = config.draft(method).model(config.target).cache_row()
             value += at.cache_bytes * POINT["batch"] * slots * row
         assert throughput.memory_bytes(config, method, **POINT) == near(value), method
     grids = {v: throughput.grid(config, taus, variant=v) for v in VARIANTS}

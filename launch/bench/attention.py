@@ -20,7 +20,7 @@ import numpy as np
 
 from launch.bench.timing import interleaved
 from spire_jax.config.files import command_line
-from spire_jax.config.schema import AUTOREGRESSIVE, ExperimentConfig, TrainedOptions
+from spire_jax.config.schema import AUTOREGRESSIVE, ExperimentConfig, TransformerOptions
 from spire_jax.costs.hardware import describe
 from spire_jax.data.pipeline import Batch
 from spire_jax.decoding import Weights, generate
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 def sized(config: ExperimentConfig, layers: int, length: int) -> ExperimentConfig:
     """The config with fewer layers and shorter texts, where they are given."""
     drafts = [(name, dataclasses.replace(draft, n_layers=min(draft.n_layers, layers or 10**9))
-               if isinstance(draft, TrainedOptions) else draft)
+               if isinstance(draft, TransformerOptions) else draft)
               for name, draft in config.drafts]  # fmt: skip
     layers, length = layers or config.target.n_layers, length or config.train.seq_len
     return dataclasses.replace(

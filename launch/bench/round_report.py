@@ -30,7 +30,7 @@ from spire_jax.config.schema import (
     TrainConfig,
 )
 from spire_jax.costs.chips import device_chip
-from spire_jax.costs.roofline import VARIANTS, cache_row, visible_rows
+from spire_jax.costs.roofline import VARIANTS, visible_rows
 from spire_jax.costs.throughput import round_cost
 from spire_jax.drafting.spire import SpireOptions
 from spire_jax.storage.metrics import write_whole
@@ -113,7 +113,7 @@ def with_predictions(config: ExperimentConfig, record: Record) -> Record:
         }
     target, at = config.target, config.throughput
     body, head = target.body_parameters(), target.d_model * target.vocab_size
-    cached = visible_rows(target, float(record["context"])) * cache_row(target)
+    cached = visible_rows(target, float(record["context"])) * target.cache_row()
     cache_bytes = record["batch"] * cached * at.cache_bytes
     operators = {}
     for name, tokens in (("step", 1), ("verification", record["k"] + 1)):

@@ -38,10 +38,11 @@ from spire_jax.config.readers import (
 from spire_jax.config.registry import LOSSES, below
 
 if TYPE_CHECKING:  # what a draft makes is below this folder
+    from spire_jax.drafting.learning import Loss
     from spire_jax.drafting.strategy import Strategy
     from spire_jax.models.attention import Compute
     from spire_jax.models.masks import View
-    from spire_jax.models.transformer import Transformer
+    from spire_jax.models.transformer import Params, Transformer
 
 BYTES = "bytes"  # the tokenizer that needs no file
 AUTOREGRESSIVE = "autoregressive"  # the method without a draft
@@ -107,6 +108,10 @@ class ModelConfig:
             attention += 2 * self.d_head
         return self.n_layers * (attention + 3 * self.d_model * self.d_ff + 2 * self.d_model)
 
+    def cache_row(self) -> int:
+        """Numbers that are cached of one token: its keys and values over all layers."""
+        return 2 * self.n_layers * self.n_kv_heads * self.d_head
+
     def check(self, at: str, config: "ExperimentConfig") -> None:
         """ConfigError for sizes that no model can have; `at` is where they stand."""
         positive(self, at, "n_layers d_model n_kv_heads q_per_kv d_head d_ff")
@@ -171,7 +176,10 @@ class DraftOptions:
         return target
 
     def kept(self) -> tuple[int, int]:
-        """(window, sink): the tokens whose keys and values a step reads; a window of 0: all."""
+        """(window, sink): the tokens whose keys and values a step reads, where it reads such.
+
+        A window of 0: all, or by a rule of its own.
+        """
         return 0, 0
 
     def rollout(self, train: "TrainConfig") -> int:
@@ -185,11 +193,12 @@ class DraftOptions:
         """
         return _kept_views(self, target)
 
-    def cost(self, target: ModelConfig, context: int, k: int) -> "DraftCost":
+    def cost(self, target: ModelConfig, context: float, k: int) -> "DraftCost":
         """What a round of k drafted tokens costs one request of `context` tokens.
 
         As it stands: k passes over one token, each layer reading what its view leaves of the text
-        from a cache that has room for that and for what is drafted.
+        from a cache that has room for that: all of a text of `context` tokens, or the window and
+        what is drafted.
         """
         # A context shorter than the window is charged in full *beside* the sinks: so counts the
         # table of method.md (L = 32).
@@ -212,6 +221,41 @@ class DraftOptions:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedOptions(DraftOptions):
+    """A draft that is trained on the frozen target, whatever it is made of."""
+
+    loss: str = "mixed"  # "hard", "distillation", "mixed", or one of a module in `plugins`
+    # Weight of distillation in the mixed loss.
+    omega: float = read_by(0.5, DRAFT, when=lambda of: of.loss == "mixed")
+    seed: int = 0  # another order of the batches, and another random initialization
+    steps: int = read_by(0, DRAFT, as_train=True)  # 0 = train.steps
+    peak_lr: float = read_by(0.0, DRAFT, as_train=True)  # 0 = train.peak_lr
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Tables that are the frozen target's own, by name: neither trained nor stored."""
+        return ()
+
+    def initial(self, target: "Params", fresh: "Params") -> "Params":
+        """Its parameters before training, from random ones and the target's."""
+        return fresh
+
+    def learns(self, strategy: "Strategy", k: int) -> "Loss":
+        """What is minimized, of rollouts k deep: `loss`, of the strategy's predictions."""
+        return below("drafting.learning").DraftLoss(strategy, self.loss, self.omega, k)
+
+    def check(self, at: str, config: "ExperimentConfig") -> None:
+        choice(f"{at}.loss", self.loss, LOSSES.names())
+        not_negative(self, at, "seed steps peak_lr")
+        check(0 <= self.omega <= 1, f"{at}.omega={self.omega} must lie in [0, 1]")
+        train = config.train
+        if k := self.rollout(train):
+            own = f"{at}.k" if getattr(self, "k", 0) else "train.k"
+            check(train.seq_len % k == 0, f"{own}={k} does not divide train.seq_len="
+                                          f"{train.seq_len}")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerOptions(TrainedOptions):
     """A draft with a transformer of its own. Sizes of 0: as the target."""
 
     n_layers: int = 2
@@ -223,14 +267,15 @@ class TrainedOptions(DraftOptions):
     window: int = 64  # 0 = dense cache
     sink: int = 1
     init: str = "pruned"  # "pruned": the target's last n_layers blocks; "random"
-    loss: str = "mixed"  # "hard", "distillation", "mixed", or one of a module in `plugins`
-    # Weight of distillation in the mixed loss.
-    omega: float = read_by(0.5, DRAFT, when=lambda of: of.loss == "mixed")
-    seed: int = 0  # another order of the batches, and another random initialization
     share_embedding: bool = False  # the frozen target's own: neither trained nor stored
     head_tokens: int = 0  # unembed these many most frequent tokens alone; 0 = all
-    steps: int = read_by(0, DRAFT, as_train=True)  # 0 = train.steps
-    peak_lr: float = read_by(0.0, DRAFT, as_train=True)  # 0 = train.peak_lr
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        return ("embedding",) if self.share_embedding else ()
+
+    def initial(self, target: "Params", fresh: "Params") -> "Params":
+        return fresh if self.init == "random" else below("drafting.pruning").prune(target, fresh)
 
     def model(self, target: ModelConfig) -> ModelConfig:
         """A trimmed head is a matrix of its own, whether or not the target's is tied."""
@@ -247,12 +292,11 @@ class TrainedOptions(DraftOptions):
         return self.window, self.sink if self.window else 0
 
     def check(self, at: str, config: "ExperimentConfig") -> None:
+        super().check(at, config)
         target, model = config.target, self.model(config.target)
         choice(f"{at}.init", self.init, "pruned random")
-        choice(f"{at}.loss", self.loss, LOSSES.names())
         positive(self, at, "n_layers")
-        not_negative(self, at, "seed steps peak_lr sink")
-        check(0 <= self.omega <= 1, f"{at}.omega={self.omega} must lie in [0, 1]")
+        not_negative(self, at, "sink")
         check(self.window >= 0, f"{at}.window={self.window} is under 1; the window counts the "
                                 f"query itself (0 = dense)")  # fmt: skip
         shortest = min(config.eval.context_lengths)
@@ -438,7 +482,8 @@ def _views(model: ModelConfig) -> tuple["View", ...]:
 def _kept_views(draft: DraftOptions, target: ModelConfig) -> tuple["View", ...]:
     sizes = draft.model(target)
     deep = dataclasses.replace(sizes, n_layers=max(target.n_layers, sizes.n_layers))
-    return tuple(view.keeping(*draft.kept()) for view in deep.views()[-sizes.n_layers :])
+    views = deep.views()[deep.n_layers - sizes.n_layers :]
+    return tuple(view.keeping(*draft.kept()) for view in views)
 
 
 def over_layers(

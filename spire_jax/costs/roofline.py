@@ -79,7 +79,7 @@ class Group:
 
     def weights(self, model: ModelConfig) -> float:
         """Body parameters that each chip holds."""
-        keys_values = cache_row(model) * model.d_model
+        keys_values = _keys_values(model)
         others = model.body_parameters() - keys_values
         return others / self.chips + keys_values / self.cache_shards(model)
 
@@ -149,11 +149,11 @@ class Roofline:
 
         Of every chip in the group: `batch` is what the group decodes.
         """
-        weights, row = self.group.weights(model), cache_row(model)
+        weights, row = self.group.weights(model), model.cache_row()
         flops = 2.0 * weights * batch * tokens
         shards = self.group.cache_shards(model)
         if projections:
-            flops += 2 * projections * batch * tokens * row * model.d_model / shards
+            flops += 2 * projections * batch * tokens * _keys_values(model) / shards
         weight_reads = weights * self.weight_bytes * self.hoi
         cache_reads = batch * rows * row * self.cache_bytes * self.hoi / shards
         with_head = self.variant == "with_head"
@@ -201,9 +201,9 @@ class Roofline:
         )
 
 
-def cache_row(model: ModelConfig) -> int:
-    """Elements of one token's keys and values over all layers."""
-    return 2 * model.n_layers * model.n_kv_heads * model.d_head
+def _keys_values(model: ModelConfig) -> int:
+    """Parameters that make keys and values."""
+    return 2 * model.n_layers * model.n_kv_heads * model.d_head * model.d_model
 
 
 def visible_rows(model: ModelConfig, context: float) -> float:

@@ -36,7 +36,7 @@ from spire_jax.costs.roofline import (
     Group,
     Roofline,
     RoundCost,
-    cache_row,
+    visible_rows,
 )
 
 # --- the model ---------------------------------------------------------------------------------
@@ -118,6 +118,7 @@ def memory_bytes(
 ) -> float:
     """Bytes of all weights, embeddings included, and of all caches at `context` tokens.
 
+    As method.md section 1 counts: final norms are left out, and SPIRe's memory weights.
     Of a `group` of chips: on each of them, the batch being the group's.
     """
     at, target, drafting = config.throughput, config.target, group.drafting
@@ -126,7 +127,7 @@ def memory_bytes(
         return at.weight_bytes * (of.weights(model) + model.d_model * tables / of.chips)
 
     def cache(of: Group, model: ModelConfig, requests: int, slots: float) -> float:
-        return at.cache_bytes * requests * slots * cache_row(model) / of.cache_shards(model)
+        return at.cache_bytes * requests * slots * model.cache_row() / of.cache_shards(model)
 
     held = weights(group, target, (1 if target.tied else 2) * target.vocab_size)
     held += cache(group, target, batch, float(context))
@@ -136,10 +137,10 @@ def memory_bytes(
     model, cost = draft
     if options := config.trained.get(method):  # else it has the target's weights
         # A chip that drafts alone needs the whole of a table that the target has sharded.
-        own = not options.share_embedding or drafting is not group
-        held += weights(
-            drafting, model, own * model.vocab_size + (not model.tied) * head_size(model)
-        )
+        lent = options.shared if drafting is group else ()
+        rows = 0 if "embedding" in lent else model.vocab_size
+        columns = 0 if model.tied or "unembedding" in lent else head_size(model)
+        held += weights(drafting, model, rows + columns)
     return held + cache(drafting, model, group.drafted(batch), cost.slots)
 
 
@@ -195,15 +196,15 @@ def multiplier_over_generation(
     check_tau(method, tau, k)
     if tokens < 1:
         raise ConfigError(f"tokens={tokens} must be 1 or more")
+    reads = (visible_rows(config.target, float(context + g)) for g in range(tokens))
     autoregressive = math.fsum(
-        roofline.forward(config.target, batch=batch, tokens=1, rows=float(context + g))
-        for g in range(tokens)
+        roofline.forward(config.target, batch=batch, tokens=1, rows=rows) for rows in reads
     )
+    sparse = method != AUTOREGRESSIVE and config.draft(method).kept()[0]
     speculative, g = 0.0, 0.0
     while g < tokens:
-        draft = _draft(config, method, context, k, roofline.variant)
-        if draft and not config.draft(method).kept()[0]:
-            draft = draft[0], dataclasses.replace(draft[1], rows=draft[1].rows + g)
+        at = context if sparse else context + g
+        draft = _draft(config, method, at, k, roofline.variant)
         speculative += roofline.round(
             config.target, draft, batch=batch, k=k, context=context + g
         ).total
@@ -233,14 +234,15 @@ def critical_context(
     cached token is too many; ConfigError for a target with a window, whose reads stop growing.
     Method.md section 5.
     """
-    if config.target.window:
-        raise ConfigError("target.window: L_crit is defined for a dense cache; use 0")
+    if any(view.window for view in config.target.views()):
+        raise ConfigError("target.window: L_crit is defined for a dense cache; the target has "
+                          "layers with a window")  # fmt: skip
     _, roofline = _resolve(config, AUTOREGRESSIVE, 1, 1, k, hoi, "paper")
     k = config.decode.k if k is None else k
     # With B growing, the weights' share of the reads vanishes: 2 N k B > B L row HOI remains.
     limit = (
         2 * config.target.body_parameters() * k
-        / (cache_row(config.target) * roofline.cache_bytes * roofline.hoi)
+        / (config.target.cache_row() * roofline.cache_bytes * roofline.hoi)
     )  # fmt: skip
     longest = math.ceil(limit) - 1  # strictly below the limit
     return 1 << (longest.bit_length() - 1) if longest >= 1 else 0
@@ -264,7 +266,7 @@ def given_tau(
 
 
 def _draft(
-    config: ExperimentConfig, method: str, context: int, k: int, variant: str
+    config: ExperimentConfig, method: str, context: float, k: int, variant: str
 ) -> tuple[ModelConfig, DraftCost] | None:
     """A draft's sizes, and what it costs under a variant of the model; None without one."""
     if method == AUTOREGRESSIVE:

@@ -42,13 +42,13 @@ class MagicDecOptions(DraftOptions):
 
 def check_budget(at: str, budget: int, config: ExperimentConfig) -> None:
     """ConfigError where the target as its own draft would keep everything, or more than it sees."""
-    longest, window = max(config.eval.context_lengths), config.target.window
+    longest, windows = max(config.eval.context_lengths), [v.window for v in config.target.views()]
     check(budget <= longest,
           f"{at}: a budget of {budget} tokens is larger than the longest context ({longest} of "
           f"eval.context_lengths); lower it")  # fmt: skip
-    check(not window,
-          f"{at}: the target has a window of its own (target.window={window}); use 0, a dense "
-          f"cache")  # fmt: skip
+    check(not all(windows),
+          f"{at}: the target has a window of its own in every layer ({max(windows)} at most); its "
+          f"own cache is as small")  # fmt: skip
 
 
 class StreamingDraft(SpireDraft):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spire_jax.config.schema import ModelConfig
-from spire_jax.drafting.spire import SpireDraft
+from spire_jax.drafting.spire import SpireDraft, of_family
 from spire_jax.drafting.strategy import Strategy
 from spire_jax.models.attention import Compute
 from spire_jax.models.caches import KeysValues
@@ -61,4 +61,5 @@ def drafting_target(
     module: type[SpireDraft] = SpireDraft,
 ) -> Model:
     """The target's structure as a draft: SPIRe's with nothing pruned and no mix."""
-    return Model(module, target, compute, (("views", views), ("feedback", False)))
+    options = (("views", views), ("feedback", False))
+    return Model(of_family(target, module), target, compute, options)

@@ -14,10 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spire_jax.config.checks import check, positive
 from spire_jax.config.registry import DRAFT_KINDS
-from spire_jax.config.schema import DraftCost, DraftOptions, ModelConfig
+from spire_jax.config.schema import DraftCost, DraftOptions, ModelConfig, over_layers
 from spire_jax.drafting.magicdec import check_budget
 from spire_jax.drafting.self_drafting import SelfDrafting, drafting_target
-from spire_jax.models.attention import Compute
+from spire_jax.models.attention import Compute, capped
 from spire_jax.models.caches import SelectedCache, allocated
 from spire_jax.models.layers import Block
 from spire_jax.models.masks import EMPTY, View
@@ -47,8 +47,10 @@ class SnapKvOptions(DraftOptions):
         return target.views()  # of what is kept, everything
 
     def cost(self, target, context, k):
-        kept = min(self.budget, context)
-        return DraftCost(rows=float(kept), slots=float(kept + k), passes=k)
+        # The query's own entry counts as one of the budget, as it does in MagicDec's.
+        kept = float(min(self.budget, context))
+        rows = over_layers(self.views(target), lambda v: min(kept, v.window + v.sink), kept)
+        return DraftCost(rows=rows, slots=float(min(self.budget + k, context)), passes=k)
 
     def check(self, at, config):
         positive(self, at, "budget observed")
@@ -144,9 +146,10 @@ def select(
     queries = block.queries(jnp.take_along_axis(y, at[..., None], axis=1), at)
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", queries, keys, preferred_element_type=jnp.float32)
     places = jnp.arange(length)
-    causal = (places <= last[..., None])[:, None, None]
-    weight = jax.nn.softmax(jnp.where(causal, logits * view.scale, -jnp.inf))
-    weight = jnp.where(causal, weight, 0.0)  # nan where there is no query
+    logits = capped(logits, view)
+    seen = view.sees(last[..., None], places)[:, None, None]
+    weight = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf))
+    weight = jnp.where(seen, weight, 0.0)  # nan where there is no query
     # Queries of one KV head vote together; what is observed is kept anyway, without votes.
     older = (places < lengths[:, None] - observed)[:, None]
     votes = jnp.where(older, weight.mean(axis=2).sum(axis=2), 0.0)

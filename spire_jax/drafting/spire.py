@@ -8,6 +8,8 @@ decoding (`step`).
 """
 
 import dataclasses
+import functools
+import types
 from collections.abc import Sequence
 
 import jax
@@ -19,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from spire_jax.config.checks import check, choice, not_negative
 from spire_jax.config.readers import DRAFT, read_by
 from spire_jax.config.registry import DRAFT_KINDS
-from spire_jax.config.schema import ModelConfig, TrainedOptions
+from spire_jax.config.schema import ModelConfig, TransformerOptions
 from spire_jax.drafting.strategy import Processed, Strategy
 from spire_jax.models.attention import (
     Attended,
@@ -45,7 +47,7 @@ from spire_jax.models.transformer import Activations, Model, Transformer
 
 @DRAFT_KINDS.register("spire")
 @dataclasses.dataclass(frozen=True)
-class SpireOptions(TrainedOptions):
+class SpireOptions(TransformerOptions):
     """A pruned transformer with feedback memory, which reads the target's activations."""
 
     kind: str = "spire"
@@ -60,7 +62,8 @@ class SpireOptions(TrainedOptions):
     def strategy(self, target, compute):
         names = ("feedback", "attend_self", "memory", "memory_init")
         options = {"views": self.views(target)} | {n: getattr(self, n) for n in names}
-        model = Model(SpireDraft, self.model(target), compute, tuple(options.items()))
+        sizes = self.model(target)
+        model = Model(of_family(sizes), sizes, compute, tuple(options.items()))
         return Spire(model, target.n_layers)
 
     def rollout(self, train):
@@ -79,8 +82,6 @@ class SpireOptions(TrainedOptions):
         check(0 < self.memory_init < 1,
               f"{at}.memory_init={self.memory_init} must lie in (0, 1)")  # fmt: skip
         not_negative(self, at, "k")
-        key, k = (f"{at}.k", self.k) if self.k else ("train.k", train.k)
-        check(train.seq_len % k == 0, f"{key}={k} does not divide train.seq_len={train.seq_len}")
         check(train.seq_len > self.sink, f"{at}.sink={self.sink} fills train.seq_len")
 
 
@@ -136,7 +137,7 @@ class SpireDraft(Transformer):
     def rollout(
         self,
         tokens: Int[Array, "B T"],
-        activations: Activations,
+        activations: tuple[Float[Array, "B M D"], ...],
         starts: Int[np.ndarray, " R"],
         k: int,
         read: Int[np.ndarray, " M"] | None = None,
@@ -154,7 +155,7 @@ class SpireDraft(Transformer):
 
     def rollout_over(
         self,
-        target_memory: Sequence[KeysValues],
+        target_memory: Sequence[tuple[Float[Array, "B M K H"], Float[Array, "B M K H"]]],
         tokens: Int[Array, "B T"],
         read: Int[np.ndarray, " M"],
         starts: Int[np.ndarray, " R"],
@@ -253,6 +254,15 @@ class SpireDraft(Transformer):
         """Attention of layer i to keys and values of the target's tokens before `limit`."""
         return [attention(q, *keys_values, positions, k_pos, self.views[i], limit=limit,
                           compute=self.compute)]  # fmt: skip
+
+
+@functools.cache
+def of_family(config: ModelConfig, draft: type[SpireDraft] = SpireDraft) -> type[SpireDraft]:
+    """The draft's module, with what a model's family has of its own (embedding, head) in it."""
+    module = config.module()
+    if issubclass(draft, module):
+        return draft
+    return types.new_class(f"{draft.__name__}Of{module.__name__}", (draft, module))
 
 
 class _Static:

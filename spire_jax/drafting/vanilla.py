@@ -6,23 +6,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from spire_jax.config.registry import DRAFT_KINDS
-from spire_jax.config.schema import TrainedOptions
+from spire_jax.config.schema import TransformerOptions
 from spire_jax.drafting.strategy import Strategy
 from spire_jax.models.caches import empty_windowed, full_cache, ring_cache, ring_positions
 from spire_jax.models.sampling import probability_of
-from spire_jax.models.transformer import Model, Transformer
+from spire_jax.models.transformer import Model
 
 
 @DRAFT_KINDS.register("vanilla")
 @dataclasses.dataclass(frozen=True)
-class VanillaOptions(TrainedOptions):
+class VanillaOptions(TransformerOptions):
     """A plain transformer, which reads nothing of the target."""
 
     kind: str = "vanilla"
 
     def strategy(self, target, compute):
-        views = self.views(target)
-        return Vanilla(Model(Transformer, self.model(target), compute, (("views", views),)))
+        sizes, views = self.model(target), self.views(target)
+        return Vanilla(Model(sizes.module(), sizes, compute, (("views", views),)))
 
 
 @dataclasses.dataclass(frozen=True)

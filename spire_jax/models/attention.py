@@ -2,7 +2,8 @@
 
 Over a text whose positions are known while tracing (training, prefill) it is `attention`; over a
 layer's cache (decoding) `cached_attention`. A kernel is chosen by `Compute.attention`; XLA computes
-what no kernel takes: positions per KV head, a rollout's own few keys, a softcap.
+what no kernel takes: positions per KV head, a rollout's own few keys, a softcap, a view of another
+rule.
 """
 
 import dataclasses
@@ -48,16 +49,17 @@ class Compute:
         """Which implementation of the kernels such heads get; "" = XLA.
 
         Raises:
-            ValueError: a softcap, which no kernel has, with one that is asked for by name.
+            ValueError: a view that no kernel has, with one that is asked for by name.
         """
+        known = view.windowed and not view.softcap
         if self.attention == AUTO:
-            found = is_tpu() and not view.softcap and not unsupported_heads(head_dim, q_per_kv)
+            found = is_tpu() and known and not unsupported_heads(head_dim, q_per_kv)
             return "tpu" if found else ""
         if self.attention == XLA:
             return ""
-        if view.softcap:
-            raise ValueError(f"attention={self.attention!r}: the kernels have no softcap; use "
-                             f"{AUTO!r} or {XLA!r}")  # fmt: skip
+        if not known:
+            raise ValueError(f"attention={self.attention!r}: the kernels have no softcap, and no "
+                             f"view but a window and sinks; use {AUTO!r} or {XLA!r}")  # fmt: skip
         return self.attention
 
 
@@ -276,7 +278,7 @@ def _visible_runs(
     """
     # What the window cannot reach is left out first: a mask of all keys is quadratic.
     near = k_pos <= q_pos.max()
-    if view.window:
+    if view.window and view.windowed:
         near &= (k_pos < view.sink) | (k_pos > q_pos.min() - view.window)
     runs: list[slice] = []
     masks = []
@@ -297,6 +299,12 @@ def _logits(q: Float[Array, "B K M H"], k: Float[Array, "B K S H"]) -> Float[Arr
     return jnp.einsum("BKMH,BKSH->BKMS", q, k, preferred_element_type=jnp.float32)
 
 
+def capped(logits: Float[Array, "*rows S"], view: View) -> Float[Array, "*rows S"]:
+    """A view's logits, of the products of queries and keys."""
+    logits = logits * view.scale if view.scale != 1.0 else logits
+    return view.softcap * jnp.tanh(logits / view.softcap) if view.softcap else logits
+
+
 def _sums(weight: Float[Array, "B K M S"], v: Float[Array, "B K S H"]) -> Float[Array, "B K M H"]:
     return jnp.einsum("BKMS,BKSH->BKMH", weight, v, preferred_element_type=jnp.float32)
 
@@ -305,9 +313,7 @@ def _attend(q, k, v, mask, view, logits_of=_logits, sums_of=_sums):
     # Query heads of one KV head are folded into the tokens: a plain batched matrix product.
     b, kv_heads, group, t, h = q.shape
     q = q.reshape(b, kv_heads, group * t, h)
-    logits = logits_of(q, k)
-    logits = logits * view.scale if view.scale != 1.0 else logits
-    logits = view.softcap * jnp.tanh(logits / view.softcap) if view.softcap else logits
+    logits = capped(logits_of(q, k), view)
     if not (isinstance(mask, np.ndarray) and mask.all()):
         logits = logits.reshape(b, kv_heads, group, t, -1)
         mask = mask[:, :, None] if mask.ndim == 4 else mask[:, None, None]

@@ -25,7 +25,10 @@ def may_attend(q_pos, k_pos, window: int = 0, sink: int = 0):
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What a layer's queries see, and how their logits are formed."""
+    """What a layer's queries see, and how their logits are formed.
+
+    One that sees by another rule is a subclass with its own `sees`, which XLA computes.
+    """
 
     window: int = 0  # visible keys, the query included; 0 = all earlier ones
     sink: int = 0  # first positions that stay visible beyond the window
@@ -35,6 +38,11 @@ class View:
     def sees(self, q_pos, k_pos):
         """`may_attend` under this view's window and sinks."""
         return may_attend(q_pos, k_pos, self.window, self.sink)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether it sees by `may_attend`, not by a subclass's rule."""
+        return type(self).sees is View.sees
 
     def keeping(self, window: int, sink: int) -> "View":
         """The view over a cache that keeps `sink` first positions and a window (0 = everything).

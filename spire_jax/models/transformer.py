@@ -206,12 +206,12 @@ class Model:
     ``model.bind(params)`` inside a jitted function gives the module back (`nnx.merge`).
     """
 
-    module: type[Transformer]
+    module: type[nnx.Module]  # of (config, compute, rngs=) and the further arguments
     config: ModelConfig
     compute: Compute
     options: tuple[tuple[str, Any], ...] = ()  # further arguments of the module
 
-    def _make(self, key: jax.Array) -> Transformer:
+    def _make(self, key: jax.Array) -> nnx.Module:
         return self.module(
             self.config, self.compute, rngs=nnx.Rngs(params=key), **dict(self.options)
         )

@@ -25,7 +25,7 @@ from spire_jax.config.files import command_line, exit_with_error
 from spire_jax.config.schema import ConfigError, ExperimentConfig
 from spire_jax.config.variants import ABLATIONS, FULL_PAPER_TAU
 from spire_jax.costs import throughput
-from spire_jax.costs.roofline import VARIANTS, cache_row
+from spire_jax.costs.roofline import VARIANTS, visible_rows
 from spire_jax.results.figure_inputs import Given, own_inputs, paper_inputs, with_ablations
 from spire_jax.storage.paths import locate
 
@@ -107,8 +107,8 @@ def _intensity(config: ExperimentConfig) -> Figure:
     figure, (axes,) = _panels(1)
     weights, batches = target.body_parameters(), np.array(INTENSITY_BATCHES)
     for i, context in enumerate(at.context_lengths):
-        rows = min(context, target.window + target.sink) if target.window else context
-        read = weights * at.weight_bytes + batches * rows * cache_row(target) * at.cache_bytes
+        rows = visible_rows(target, float(context))
+        read = weights * at.weight_bytes + batches * rows * target.cache_row() * at.cache_bytes
         shade = 0.1 + 0.8 * i / max(len(at.context_lengths) - 1, 1)
         axes.plot(batches, 2 * weights * k * batches / read, label=f"L = {_short(context)}",
                   color=str(shade))  # fmt: skip
@@ -117,7 +117,7 @@ def _intensity(config: ExperimentConfig) -> Figure:
     axes.set_yscale("log")
     axes.set(xlabel="batch", ylabel="FLOPs per byte of verification")
     axes.legend(fontsize=7, ncols=2)
-    critical = "" if target.window else (
+    critical = "" if any(view.window for view in target.views()) else (
         f" Above the line verification is compute-bound: up to L_crit = "
         f"{_short(throughput.critical_context(config))} at some batch.")  # fmt: skip
     return _finish(

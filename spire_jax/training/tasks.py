@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from spire_jax.config.schema import ExperimentConfig, TrainedOptions, head_size
 from spire_jax.drafting.build import compute_for, strategy, target_model
 from spire_jax.drafting.learning import DraftLoss, Lesson, Loss, TrainBatch
-from spire_jax.drafting.pruning import prune
 from spire_jax.drafting.strategy import Strategy
 from spire_jax.models.sampling import stream
 from spire_jax.models.sharding import constrain, replicated, shardings
@@ -84,16 +83,15 @@ def draft_task(config: ExperimentConfig, name: str) -> Task:
     train, draft = config.train, config.draft(name).filled(config.train)
     assert isinstance(draft, TrainedOptions)  # of `config.trained`
     drafting, depths = strategy(config, name, compute_for(train, train)), draft.rollout(train)
-    loss = DraftLoss(drafting, draft.loss, draft.omega, depths or 1)
-    taught = depths or draft.loss != "hard"
+    taught = drafting.collect or depths or draft.loss != "hard"
     return Task(
         name,
         drafting.model,
-        loss,
+        draft.learns(drafting, depths or 1),
         draft.steps,
         draft.peak_lr,
         3 * forward_flops(drafting.model, train.seq_len, rolled_out=depths > 0),
-        shared=("embedding",) if draft.share_embedding else (),
+        shared=draft.shared,
         k=depths or 1,
         reads=drafting.collect if taught else None,
     )
@@ -121,7 +119,7 @@ def initial_draft(
     mesh: Mesh,
     frequent: Callable[[int], np.ndarray] = np.arange,
 ) -> Params:
-    """A draft's parameters before training: random, or pruned from the target.
+    """A draft's parameters before training: random, or of the target's (`TrainedOptions.initial`).
 
     Those that it shares with the target are left out. Where the head is trimmed, `frequent` says
     which n tokens it keeps, ascending.
@@ -131,10 +129,9 @@ def initial_draft(
         ids = frequent(task.model.config.head_tokens).astype(np.int32)
         params["head_ids"] = jax.device_put(ids, replicated(mesh))
     own = {name: value for name, value in params.items() if name not in task.shared}
-    if config.trained[name].init == "random":
-        return own
     axes = {name: value for name, value in task.model.axes().items() if name in own}
-    return jax.jit(prune, out_shardings=shardings(mesh, axes))(target_params, own)
+    initial = config.trained[name].initial
+    return jax.jit(initial, out_shardings=shardings(mesh, axes))(target_params, own)
 
 
 def stream_key(seed: int, name: str) -> jax.Array:
@@ -150,12 +147,11 @@ def forward_flops(model: Model, seq_len: int, rolled_out: bool = False) -> float
     key.
     """
     c = model.config
-    shapes = model.shapes()
-    weights = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes["blocks"]))
+    weights = c.body_parameters()
     if rolled_out:
         weights += 2 * 2 * c.n_layers * c.d_model * c.n_kv_heads * c.d_head
     everything = (seq_len + 1) / 2
-    visible = sum(min(everything, float(view.window + view.sink)) if view.window else everything
-                  for view in model.views)  # fmt: skip
+    visible = sum((min(everything, view.window + view.sink) if view.window else everything
+                   for view in model.views), start=0.0)  # fmt: skip
     attention = 4 * c.n_kv_heads * c.q_per_kv * c.d_head * visible
     return 2 * (weights + c.d_model * head_size(c)) + attention
