@@ -39,9 +39,10 @@ import tensorboardX  # noqa: F401
 import tokenizers  # noqa: F401
 
 # Before the first import: annotated shapes and dtypes are checked at each call, where arrays are.
-_ARRAYS = [f"spire_jax.{name}" for name in
-           ("models", "pretrained", "data", "drafting", "decoding", "training", "serving")]  # fmt: skip
-jaxtyping.install_import_hook([*_ARRAYS, "pallas_kernels"], "beartype.beartype")
+_ARRAYS = ("models", "pretrained", "data", "drafting", "decoding", "training", "serving")
+jaxtyping.install_import_hook(
+    ["pallas_kernels", *(f"spire_jax.{name}" for name in _ARRAYS)], "beartype.beartype"
+)
 
 from paper_numbers import PAPER_67M, PAPER_70B  # noqa: E402
 
