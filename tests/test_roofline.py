@@ -102,8 +102,8 @@ _MUTANTS = {
     "keys without values": ("return 2 * model.n_layers", "return model.n_layers"),
     "free memory projection": ("if projections:", "if False:"),
     "memory projected once for keys and values": (
-        "flops += 2 * projections * batch * tokens * row",
-        "flops += projections * batch * tokens * row",
+        "flops += 2 * projections * batch",
+        "flops += projections * batch",
     ),
     "weights of one byte": ("weights * self.weight_bytes", "weights"),
     "cache of one byte": ("row * self.cache_bytes", "row"),

@@ -79,7 +79,7 @@ BY_HAND: dict[str, tuple[str, str, float, Group, tuple[float, float, float, floa
     # 12 bytes per token for sampling; the embedding's all-reduce; 1/2 or 1/4 of 80 in the head.
     "with the head, read": (
         "with_head", "spire", 1000.0, Group(2, 7.0, 11.0),
-        (1000 * (2 * SPIRE[2] + 0.5 * 10 * 11 * 16 / 2 + 2 * 40) + 7 * (300 + 120) + 11 * 4,
+        (1000 * (2 * SPIRE[2] + 0.5 * 10 * 8 * 16 / 2 + 2 * 40) + 7 * (300 + 120) + 11 * 4,
          1000 * (2 * TARGET[2] + 0.5 * 10 * 40 * 48 / 2 + 2 * 40) + 7 * (700 + 120) + 11 * 8,
          1000 * (2 * TARGET[2] + 0.5 * 10 * 40 * 48 / 2 + 2 * 40) + 7 * (700 + 120) * 4 + 11 * 8,
          0),
@@ -220,7 +220,7 @@ _GROUP = {
     "caches split beyond the heads": ("min(self.chips, model.n_kv_heads)", "self.chips"),
     "whole weights": ("others / self.chips + keys", "others + keys"),
     "whole caches": ("self.hoi / shards", "self.hoi"),
-    "memory projected whole": ("model.d_model / shards", "model.d_model"),
+    "memory projected whole": ("_keys_values(model) / shards", "_keys_values(model)"),
     "whole head": ("head_size(model) / self.group.chips", "head_size(model)"),
     "overlap adds": ("max(cost, sent) if", "cost + sent if"),
     "sending always overlaps": ("else cost + sent", "else max(cost, sent)"),
@@ -254,10 +254,10 @@ _MEMORY = {
     "whole caches": ("/ of.cache_shards(model)", ""),
     "replicated drafts cache all requests": ("group.drafted(batch), cost", "batch, cost"),
     "replicated drafts are sharded": (
-        "weights(drafting, model, tables)",
-        "weights(group, model, tables)",
+        "weights(drafting, model, rows",
+        "weights(group, model, rows",
     ),
-    "a shared table is never whole": (" or drafting is not group", ""),
+    "a shared table is never whole": (" if drafting is group else ()", ""),
 }
 
 
