@@ -206,7 +206,7 @@ class Model:
     ``model.bind(params)`` inside a jitted function gives the module back (`nnx.merge`).
     """
 
-    module: type[nnx.Module]  # of (config, compute, rngs=) and the further arguments
+    module: Callable[..., nnx.Module]  # of (config, compute, rngs=) and the further arguments
     config: ModelConfig
     compute: Compute
     options: tuple[tuple[str, Any], ...] = ()  # further arguments of the module
