@@ -5,7 +5,7 @@ cost model and every chip:
 
     python -m spire_jax.throughput --config=configs/paper_67m.py
 
-takes 0.3 s on 2 CPU cores. The first table it printed (rows of the paper's own variant):
+takes 2 s on 2 CPU cores. The first table it printed (rows of the paper's own variant):
 
     multiplier by variant (B = 64, k = 4, HOI = 600)
     method     variant          32     64    128    256    512   1024   2048   4096   8192

@@ -2,7 +2,7 @@
 
     python -m spire_jax.throughput --config=configs/paper_llama3_70b.py
 
-takes 0.3 s on 2 CPU cores. The first table it printed (rows of the paper's own variant):
+takes 2 s on 2 CPU cores. The first table it printed (rows of the paper's own variant):
 
     multiplier by variant (B = 64, k = 4, HOI = 600)
     method     variant        1024   2048   4096   8192  16384  32768  65536  131072

@@ -71,7 +71,7 @@ class Registry(Generic[T]):
             for module in pkgutil.iter_modules(getattr(home, "__path__", ())):
                 importlib.import_module(f"{self.home}.{module.name}")
             self._home_is_in = True
-        return self._found
+        return dict(self._found)
 
 
 def _place(thing: Any) -> str:

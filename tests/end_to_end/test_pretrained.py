@@ -137,6 +137,13 @@ def test_an_export_is_the_trained_draft_bit_for_bit(workdir, exported, flags):
     jax.tree.map(np.testing.assert_array_equal, own, {key: trained[key] for key in own})
 
 
+def test_what_nothing_is_trained_for_is_not_exported(flags, workdir, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert export.main([*flags, f"--workdir={workdir}", "--draft=magicdec", f"--out={out}"]) == 2
+    assert "of kind 'magicdec' nothing is trained" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("source", ["workdir", "exported"])
 def test_prompts_are_decoded_as_the_target_writes(source, workdir, exported, flags, tmp_path):
     """With the draft, from either place, and without: the same texts, greedily."""

@@ -98,7 +98,7 @@ def test_another_k_retrains_nothing_and_keeps_the_old_evaluation(copy, corpus, c
         (["--config.drafts.spire.window=9", "--stages=evaluate"], "window"),
         (
             ["--config.train.k=8", "--config.drafts.magicdec.window=9", "--stages=drafts"],
-            "drafts.spire.k (there: 4, now: 8)",
+            "drafts.spire.k=4 (now 8)",
         ),
         (["--stages=target,draft"], "unknown ['draft']"),
         (["--config.mesh.tensor=2"], "does not fit 1 devices"),

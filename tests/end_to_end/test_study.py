@@ -63,7 +63,7 @@ def test_the_tables_have_what_was_asked(done):
     for row in found["decoded"]:
         assert abs(row["tau_decoder"] - row["tau_oracle"]) < 1  # ten contexts
     text = (done / "study" / study_report.TEXT).read_text()
-    assert "one memory for all layers" in text and "2.959" in text
+    assert "one memory for all layers" in text and "3.401" in text
 
 
 def test_a_finished_study_ends_at_once_and_the_old_one_is_kept(done, corpus, tmp_path, capsys):
