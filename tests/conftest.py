@@ -1,4 +1,7 @@
-"""What holds for all tests: the CPU, shapes checked at run time, two tiers, programs kept.
+"""What holds for all tests: the CPU, shapes checked at run time, two tiers, how programs compile.
+
+Programs are optimized as little as XLA can: most of the time goes into compiling them, and no test
+hangs on more than rounding. JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs the tests as users compile.
 
 There is one device; a test of a mesh starts a process of its own (`devices.py`), since more
 devices here would split one CPU's threads for every other test.
@@ -16,6 +19,7 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "TESTS_PROGRAMS" not in os.environ:  # the first process; the others inherit
     os.environ["TESTS_PROGRAMS"] = programs = tempfile.mkdtemp(prefix="programs-")
     atexit.register(shutil.rmtree, programs, ignore_errors=True)
@@ -96,14 +100,6 @@ def released_programs():
     maps = pathlib.Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > 15_000:
         jax.clear_caches()
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For files that compile many small programs: half the time, the same values but rounding."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -21,11 +21,9 @@ def found_by(file: str, n: int, folder: pathlib.Path, *arguments: object) -> dic
     RESULTS, as JSON; and what it said, under "stderr"."""
     results = folder / "found.json"
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    # Nearly all of the time goes into compiling.
-    quick = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": path}
     process = subprocess.run(
         [sys.executable, file, str(results), *map(str, arguments)],
-        env=os.environ | quick | of(n), capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": path} | of(n), capture_output=True, text=True,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-4000:]
     return json.loads(results.read_text()) | {"stderr": process.stderr}

@@ -17,8 +17,6 @@ from spire_jax.models.attention import (
 from spire_jax.models.caches import empty_full, empty_windowed
 from spire_jax.models.masks import View
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 B, KV_HEADS, H = 2, 2, 4
 XLA = Compute()
 

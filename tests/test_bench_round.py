@@ -145,7 +145,7 @@ def test_figure_shows_every_point():
 
 
 @pytest.fixture(scope="module")
-def bench(quick_compilation):
+def bench():
     return bench_round.Bench(TINY, repeats=1, seconds=0.0)
 
 
@@ -229,7 +229,7 @@ def test_a_step_is_a_round_of_depth_0(bench, store):
 # --- the command --------------------------------------------------------------------------------
 
 
-def test_tiny_run(monkeypatch, tmp_path, capsys, quick_compilation):
+def test_tiny_run(monkeypatch, tmp_path, capsys):
     shallow = dataclasses.replace(TINY, target=dataclasses.replace(TINY.target, n_layers=1))
     monkeypatch.setattr(bench_round, "SMALL", shallow)
     bench_round.main(["--small", "--no-operators", "--repeats=1", f"--out={tmp_path}"])

@@ -25,8 +25,6 @@ from spire_jax.training.continuations import (
 )
 from spire_jax.training.tasks import target_task
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 VALUES = {
     "target": {"n_layers": 1, "d_model": 16, "n_kv_heads": 1, "d_head": 8, "d_ff": 16},
     "drafts": {"spire": {"kind": "spire", "n_layers": 1, "window": 8}},
@@ -55,7 +53,7 @@ def target():
 
 
 @pytest.fixture(scope="module")
-def rows(corpus, target, tmp_path_factory, quick_compilation):
+def rows(corpus, target, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows") / "continuations"
     write_continuations(experiment(), target, corpus, folder, IDENTITY)
     return folder

@@ -30,8 +30,6 @@ from spire_jax.decoding import (
 )
 from spire_jax.models.sampling import Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = dataclasses.replace(TINY, n_layers=2)  # its drafts are accepted often, at every depth
 K, WIDTH = 3, 64
 CONTEXTS = (1, 2, 5, 7, 8, 12, 16, 20)

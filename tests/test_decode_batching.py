@@ -20,8 +20,6 @@ from spire_jax.serving.batching import PROGRAMS, Inbox, Server, Serving
 from spire_jax.serving.outputs import Result
 from spire_jax.serving.requests import Failure, Id, Request
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = dataclasses.replace(TINY, n_layers=2)
 K, WIDTH = 2, 64
 SHAPES = Serving(batch=4, width=WIDTH, chunk=8)

@@ -34,8 +34,6 @@ from spire_jax.serving.loading import Loaded, load_for_decoding, method_name
 from spire_jax.serving.outputs import Result
 from spire_jax.serving.requests import Defaults, Request
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BYTES = dataclasses.replace(TINY, n_layers=2, vocab_size=264, n_tokens=257, max_len=120)
 LINES = [
     {"prompt": "abc", "id": "a", "max_tokens": 5},

@@ -14,8 +14,6 @@ from spire_jax.drafting.spire import SpireDraft
 from spire_jax.drafting.strategy import Processed, Proposal, Strategy, sampled
 from spire_jax.models.sampling import Sampling, round_keys
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 WINDOWED = dataclasses.replace(TINY, window=7, sink=2)
 
 

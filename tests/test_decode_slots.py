@@ -14,8 +14,6 @@ from spire_jax.models.attention import Compute
 from spire_jax.models.caches import RingCache, empty_windowed
 from spire_jax.models.masks import EMPTY, View
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = dataclasses.replace(TINY, n_layers=2)
 WINDOWED = dataclasses.replace(SMALL, window=7, sink=2)
 K, WIDTH = 3, 64

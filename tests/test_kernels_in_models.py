@@ -16,8 +16,6 @@ from spire_jax.models.caches import full_cache
 from spire_jax.models.sampling import Sampling
 from spire_jax.training.tasks import TrainBatch, draft_task, target_task, teach, teacher
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 WIDE = dataclasses.replace(TINY, n_layers=2, d_head=32)  # heads that the kernels take
 K = 3
 

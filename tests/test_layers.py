@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 from models import TINY, init, texts
 
@@ -15,8 +14,6 @@ from spire_jax.models.attention import Compute
 from spire_jax.models.layers import RMSNorm, rope
 from spire_jax.models.layers import rope_frequencies as frequencies
 from spire_jax.models.transformer import Model, Transformer
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # --- RoPE, norm --------------------------------------------------------------------------------
 

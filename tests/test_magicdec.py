@@ -9,8 +9,6 @@ from models import TINY, target, texts
 from spire_jax.drafting.magicdec import magicdec
 from spire_jax.models.attention import Compute, attention
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 T, K = 20, 3
 VALID = slice(0, TINY.n_tokens)
 

@@ -29,8 +29,6 @@ from spire_jax.models.masks import EMPTY
 from spire_jax.models.sampling import Sampling, round_keys, sample, transformed_logits
 from spire_jax.models.transformer import Transformer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def forget_compiled() -> None:
     """Trace anew: what was compiled before a patch does not have it."""

@@ -28,7 +28,6 @@ from spire_jax.serving.interactive import visible
 from spire_jax.serving.outputs import LENGTH, Result
 from spire_jax.serving.requests import Request
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 QUICK = "configs/quickstart.py"
 SMALL = ["target.d_model=16", "target.d_head=8", "target.d_ff=16", "drafts.vanilla.n_layers=1"]
 PAPER, LLAMA = "configs/paper_67m.py", "configs/paper_llama3_70b.py"

@@ -17,8 +17,6 @@ from spire_jax.decoding.verification import block_acceptance
 from spire_jax.models.caches import full_cache
 from spire_jax.models.sampling import Sampling, probabilities
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # --- the dynamic program -----------------------------------------------------------------------
 
 

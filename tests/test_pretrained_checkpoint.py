@@ -99,7 +99,7 @@ def test_meshes(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits(family, tmp_path, quick_compilation):
+def test_logits(family, tmp_path):
     """Logits as the definition's, beyond the window and the original length of scaled positions;
     both formats, and shards, hold the same model and the same parameters."""
     config, tensors = tiny(family)

@@ -16,7 +16,6 @@ from spire_jax.models.attention import Compute
 from spire_jax.models.masks import EMPTY
 from spire_jax.models.sampling import Sampling, probabilities, round_keys
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 OBSERVED, BUDGET, K = 3, 7, 3
 
 

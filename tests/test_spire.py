@@ -15,8 +15,6 @@ from spire_jax.models.attention import Compute
 from spire_jax.models.caches import empty_full, full_cache
 from spire_jax.models.transformer import Model, Transformer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 T, K = 24, 4  # a text well beyond window + sink + k = 11
 KINDS = ["spire", "spire_strict", "spire_plain"]
 MORE = ["spire_final", "spire_embedding", "spire_dense"]  # ablations of the memories and the mask

@@ -27,8 +27,6 @@ from spire_jax.models.caches import empty_full, full_cache
 from spire_jax.models.sampling import Sampling
 from spire_jax.models.transformer import Model, Params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 K = 3
 WINDOW, SINK = models.WINDOW, models.SINK
 WINDOWED = dataclasses.replace(models.TINY, window=9, sink=2, tied=True, qkv_bias=True)

@@ -13,8 +13,6 @@ from spire_jax.drafting.strategy import Strategy
 from spire_jax.models.caches import empty_full, full_cache
 from spire_jax.models.sampling import Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONTEXT, OUTPUT, K = 12, 9, 3  # a text well beyond window + sink + k of the drafts that have one
 KINDS = ("spire", "spire_strict", "spire_plain", "spire_final", "spire_embedding", "spire_dense",
          "spire_trimmed", "vanilla", "ring", "self", "magicdec", "snapkv")  # fmt: skip

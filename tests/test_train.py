@@ -38,8 +38,6 @@ from spire_jax.training.tasks import (
     teacher,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZES: dict[str, dict] = {
     "target": {"n_layers": 2, "d_model": 16, "n_kv_heads": 2, "d_head": 8, "d_ff": 24},
     "drafts": {

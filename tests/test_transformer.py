@@ -16,8 +16,6 @@ from spire_jax.models.attention import Compute
 from spire_jax.models.caches import empty_full, empty_windowed
 from spire_jax.models.transformer import Model, Transformer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 T, K = 26, 3  # a text well beyond window + sink + k
 WINDOWED = dataclasses.replace(TINY, window=WINDOW, sink=SINK)
 VALID = slice(0, TINY.n_tokens)

@@ -103,7 +103,7 @@ def batches(start):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, quick_compilation):
+def trained(tmp_path_factory):
     """A draft trained twice, once interrupted; its first and its target's parameters."""
     config, mesh = experiment(), make_mesh(MeshConfig())
     task = draft_task(config, "small")

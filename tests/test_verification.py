@@ -179,6 +179,9 @@ def distributions(rows: int, k: int, seed: int = 0):
     return both[:, :k], both[:, k:]
 
 
+VERIFICATIONS = [jax.jit(verify_tokens), jax.jit(verify_blocks)]
+
+
 def keys_of(rows: int):
     return jax.random.split(jax.random.key(5), rows)
 
@@ -188,7 +191,7 @@ def test_accepted_counts_and_next_tokens_of_given_drafts():
     rows, k = 100_000, 2
     q, p = distributions(rows, k)
     drafts = jnp.broadcast_to(jnp.asarray([3, 7]), (rows, k))
-    accepted, following = jax.jit(verify_tokens)(keys_of(rows), drafts, q, p)
+    accepted, following = VERIFICATIONS[0](keys_of(rows), drafts, q, p)
     q, p = (scipy.special.softmax(np.asarray(x[0], np.float64), axis=-1) for x in (q, p))
     passes = [min(1.0, p[0, 3] / q[0, 3]), min(1.0, p[1, 7] / q[1, 7])]
     assert 0.05 < passes[0] < 0.95 and 0.05 < passes[1] < 0.95
@@ -203,7 +206,7 @@ def test_accepted_counts_and_next_tokens_of_given_drafts():
     assert chi_square(found, joint) > SIGNIFICANCE
 
 
-@pytest.mark.parametrize("verify", [verify_tokens, verify_blocks])
+@pytest.mark.parametrize("verify", VERIFICATIONS)
 def test_equal_distributions_accept_everything(verify):
     rows, k = 20_000, 3
     _, p = distributions(rows, k)
@@ -214,7 +217,7 @@ def test_equal_distributions_accept_everything(verify):
         assert (accepted == k).all()
 
 
-@pytest.mark.parametrize("verify", [verify_tokens, verify_blocks])
+@pytest.mark.parametrize("verify", VERIFICATIONS)
 def test_a_token_that_the_target_never_emits_is_never_accepted(verify):
     q, p = distributions(5000, 1)
     p = p.at[:, 0, 2].set(-jnp.inf)
@@ -235,7 +238,7 @@ def test_block_acceptance_by_hand():
     assert h[0, 0] == 0 and h[0, 1] == 1  # 0 / 0 = 0: nothing is left to draw after one token
 
 
-@pytest.mark.parametrize("verify", [verify_tokens, verify_blocks])
+@pytest.mark.parametrize("verify", VERIFICATIONS)
 def test_greedy_distributions_accept_exactly_the_argmax(verify):
     drafts = jnp.asarray([[1, 2, 3], [1, 2, 9], [1, 9, 3], [9, 2, 3], [1, 2, 3]])
     one_hot = [jnp.log(jax.nn.one_hot(x, V)) for x in (drafts, jnp.asarray([[1, 2, 3, 4]] * 5))]
@@ -244,7 +247,7 @@ def test_greedy_distributions_accept_exactly_the_argmax(verify):
     np.testing.assert_array_equal(following, [4, 3, 2, 1, 4])
 
 
-@pytest.mark.parametrize("verify", [verify_tokens, verify_blocks])
+@pytest.mark.parametrize("verify", VERIFICATIONS)
 def test_without_drafts_the_token_is_the_targets(verify):
     """k = 0: autoregressive decoding."""
     _, p = distributions(50_000, 0)
@@ -265,7 +268,7 @@ def test_residual_by_hand():
     np.testing.assert_array_equal(residual[1], p[1])  # nothing left: p itself
 
 
-@pytest.mark.parametrize("verify", [verify_tokens, verify_blocks])
+@pytest.mark.parametrize("verify", VERIFICATIONS)
 def test_a_row_depends_on_its_own_key_alone(verify):
     q, p = distributions(6, 2)
     keys, drafts = keys_of(6), jnp.asarray([[3, 7]] * 6)

@@ -72,8 +72,7 @@ def process(
     """Run in a process of its own, which can be killed; `env` is added to its environment."""
     return subprocess.Popen(
         [sys.executable, "-m", "spire_jax.run", *arguments(corpus, workdir, *more)],
-        # Optimized as little as in the tests that compare.
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **(env or {})},
+        env={**os.environ, **(env or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -17,8 +17,6 @@ from launch.bench.mesh import parse_meshes
 from spire_jax.config.files import load
 from spire_jax.costs.throughput import multiplier, round_cost
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RATES = {"bytes_per_s": 2e10, "flops_per_s": 1e11}
 QUICKSTART = "configs/quickstart.py"
 

@@ -23,12 +23,6 @@ NOTEBOOK = ROOT / "launch" / "colab.ipynb"
 PROMPT = "def <x>(&y):\n"  # text that would be markup
 
 
-@pytest.fixture(autouse=True)
-def optimized_as_the_finished_run(monkeypatch):
-    """The kernel inherits it; what is held against the finished run is equal to the bit."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-
-
 def notebook():
     return nbformat.read(NOTEBOOK, as_version=4)
 

@@ -29,8 +29,6 @@ from spire_jax.training.tasks import (
     teacher,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DRAFTS = ("spire", "spire_strict", "spire_plain", "spire_trimmed", "vanilla", "ring", "self")
 # From one token to beyond window + sink + k of every test (6 + 1 + 8).
 CONTEXTS = (1, 2, 5, 7, 8, 12, 16, 30)

@@ -16,8 +16,6 @@ from spire_jax.pretrained.exported_draft import import_draft
 from spire_jax.serving import command
 from spire_jax.training.workdir import WorkDir
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROWS = 300  # of the embedding
 VALUES = {
     "drafts.spire.n_layers": 1,
@@ -66,7 +64,7 @@ def flags(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def workdir(flags, tmp_path_factory, quick_compilation):
+def workdir(flags, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("work") / "run"
     assert run.main([*flags, f"--workdir={workdir}"]) == 0
     return workdir

@@ -23,8 +23,6 @@ from spire_jax.models.attention import Compute
 from spire_jax.models.masks import View
 from spire_jax.models.transformer import Transformer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @FAMILIES.register("by_turns")
 @dataclasses.dataclass(frozen=True)

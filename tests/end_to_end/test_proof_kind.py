@@ -26,8 +26,6 @@ from spire_jax.models.attention import Compute
 from spire_jax.models.layers import RMSNorm, parameter, truncated_normal
 from spire_jax.models.transformer import Model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @dataclasses.dataclass(frozen=True)
 class RecurrentSizes(ModelConfig):

@@ -24,8 +24,6 @@ from spire_jax.models.caches import LayerCache, allocated, nothing
 from spire_jax.models.masks import EMPTY, View
 from spire_jax.models.records import record
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @DRAFT_KINDS.register("strided")
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,6 @@ import pytest
 
 from spire_jax.storage import processes
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def copy(finished, tmp_path):

@@ -10,7 +10,6 @@ import pytest
 from spire_jax.config.files import load
 from spire_jax.results import study, study_report
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 STUDY = {"study.of": "spire", "study.ablations": "shared_memory", "train.k": 2, "decode.k": 2,
          "study.trained_k": 4, "study.seeds": 2, "study.seeded": "shared_memory",
          "study.context_length": 12, "study.contexts": 10, "study.detectable": 6,

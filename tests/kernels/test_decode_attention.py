@@ -13,8 +13,6 @@ from pallas_kernels.decode_attention.api import cache_shape, decode_attention
 from spire_jax.models.masks import EMPTY, may_attend
 from tests.kernels.combinations import combinations, cycle
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOLERANCE = {"float32": dict(rtol=2e-5, atol=2e-5), "bfloat16": dict(rtol=2e-2, atol=1e-2)}
 
 # The sizes that the product below is taken over; the others are dealt out.

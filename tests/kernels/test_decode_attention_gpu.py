@@ -16,8 +16,6 @@ from pallas_kernels.decode_attention import gpu, reference, specs
 from tests.kernels.combinations import combinations, cycle
 from tests.kernels.test_decode_attention import compare, expected_of, lengths_of, poisoned
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 traced = pytest.mark.needs_jax("0.11")
 interpreted = pytest.mark.needs_jax("0.11.1")
 

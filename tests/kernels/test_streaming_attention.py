@@ -13,8 +13,6 @@ from pallas_kernels.streaming_attention.api import streaming_attention
 from spire_jax.models.masks import may_attend
 from tests.kernels.combinations import combinations, cycle
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOLERANCE = {"float32": dict(rtol=3e-5, atol=3e-5), "bfloat16": dict(rtol=2e-2, atol=3e-2)}
 
 CASES = combinations(
