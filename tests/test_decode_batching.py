@@ -304,6 +304,8 @@ def test_times_are_of_what_they_say():
     for result in found.values():
         assert min(result.queued, result.prefill, result.decode) >= 0
         assert result.queued + result.prefill + result.decode <= total
+        before = result.queued + result.prefill
+        assert before < result.first_token <= before + result.decode + 1e-3
     assert max(r.queued for r in found.values()) > min(r.decode for r in found.values())
 
 

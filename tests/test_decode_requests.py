@@ -133,7 +133,7 @@ def test_messages_and_a_first_token_are_the_tokenizers_business():
 
 def result(name) -> Result:
     request = Request(name, np.array([1], np.int32), 3, 0)
-    return Result(request, [65, 66], "AB\u2028ü", [3], [2], "length", 0.5, 0.25, 0.5)
+    return Result(request, [65, 66], "AB\u2028ü", [3], [2], "length", 0.5, 0.25, 0.5, 0.75)
 
 
 def test_results_are_lines_that_are_there_at_once(tmp_path):
@@ -144,7 +144,7 @@ def test_results_are_lines_that_are_there_at_once(tmp_path):
         results.write(Failure(4, "too long", 9))
     assert record["text"] == "AB\u2028ü" and record["tokens"] == [65, 66]
     assert record["timing"] == {
-        "queued": 0.5, "prefill": 0.25, "decode": 0.5, "tokens_per_s": 4.0,
+        "queued": 0.5, "prefill": 0.25, "decode": 0.5, "first_token": 0.75, "tokens_per_s": 4.0,
     }  # fmt: skip
     assert [json.loads(line)["id"] for line in path.read_bytes().splitlines()] == ["a", 4]
 

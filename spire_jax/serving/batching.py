@@ -51,6 +51,7 @@ class _Slot:
     received: float
     admitted: float
     ready: float = 0.0  # when its first round began
+    first: float = 0.0  # when its first token was there
     read: int = 0  # prompt tokens in the caches
     tokens: list[int] = dataclasses.field(default_factory=list)
     lengths: list[int] = dataclasses.field(default_factory=list)
@@ -90,6 +91,7 @@ class Server:
         self.decoder = self.decoders[max(depths)]  # whose rings every depth fits
         self.weights, self.tokenizer, self.serving = weights, tokenizer, serving
         self.rounds = dict.fromkeys(self.controller.depths, 0)
+        self.first_token = 0.0  # when the first of all was there (time.perf_counter)
         self._check_sizes()
         self._slots: list[_Slot | None] = [None] * serving.batch
         self._halted = np.zeros(serving.batch, bool)
@@ -237,6 +239,8 @@ class Server:
         for accepted, emitted, *tokens in lines:
             if accepted < 0:
                 break
+            slot.first = slot.first or time.perf_counter()
+            self.first_token = self.first_token or slot.first
             slot.tokens += tokens[:emitted]
             slot.lengths.append(accepted + 1)
             slot.depths.append(k)
@@ -266,7 +270,7 @@ class Server:
         return Result(
             request, tokens, text, slot.lengths, slot.depths, reason,
             queued=slot.admitted - slot.received, prefill=slot.ready - slot.admitted,
-            decode=now - slot.ready,
+            decode=now - slot.ready, first_token=slot.first - slot.received,
         )  # fmt: skip
 
     # --- at the start --------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import logging
 import os
 import pathlib
 import stat
+import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -145,6 +146,7 @@ def _serve(
 ) -> int:  # fmt: skip
     """Serve, write, sum up on stderr; the command's status."""
     served = failed = tokens = emitted = rounds = 0
+    waited: list[float] = []
     seconds = time.perf_counter()
     try:
         for found in server.serve(requests):
@@ -156,13 +158,22 @@ def _serve(
             served, tokens = served + 1, tokens + len(found.tokens)
             emitted += sum(found.generation_lengths)
             rounds += len(found.generation_lengths)
+            waited.append(found.first_token)
     finally:
         seconds = time.perf_counter() - seconds
+        first = (
+            ""
+            if not waited
+            else (
+                f"\ntime to first token: {statistics.median(waited):.3f} s (median of the requests), "
+                f"the first of all {server.first_token - compiled.began:.1f} s after the start"
+            )
+        )
         s, by_depth = server.serving, {k: n for k, n in server.rounds.items() if n}
         print(
             f"{served} requests, {failed} failed; {tokens} tokens in {seconds:.2f} s, "
             f"{tokens / max(seconds, 1e-9):.1f} tokens/s; tau {emitted / max(rounds, 1):.3f}; "
-            f"rounds by depth {by_depth}\n"
+            f"rounds by depth {by_depth}{first}\n"
             f"batch {s.batch}, width {s.width}, chunk {s.chunk}; {server.compilations} programs "
             f"for serving, {compiled.count} compilations in all, {compiled.seconds:.1f} s",
             file=sys.stderr,
@@ -236,10 +247,10 @@ def _lines(path: str) -> contextlib.AbstractContextManager[Any]:
 
 
 class _CompileClock:
-    """Compilations of this process, and the time; listens to JAX's own events."""
+    """Compilations since it began, and the time; listens to JAX's own events."""
 
     def __init__(self) -> None:
-        self.count, self.seconds = 0, 0.0
+        self.count, self.seconds, self.began = 0, 0.0, time.perf_counter()
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **_: Any) -> None:

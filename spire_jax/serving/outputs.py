@@ -30,6 +30,7 @@ class Result:
     queued: float  # seconds from when it was read to when it got a slot
     prefill: float  # ... to its first round
     decode: float  # ... to its end
+    first_token: float = 0.0  # seconds from when it was read to its first token
 
     def record(self) -> dict[str, Any]:
         """The output line."""
@@ -46,6 +47,7 @@ class Result:
                 "queued": round(self.queued, 6),
                 "prefill": round(self.prefill, 6),
                 "decode": round(self.decode, 6),
+                "first_token": round(self.first_token, 6),
                 "tokens_per_s": round(len(self.tokens) / max(self.decode, 1e-9), 3),
             },
         }
