@@ -84,6 +84,10 @@ class SpireOptions(TrainedOptions):
         check(train.seq_len > self.sink, f"{at}.sink={self.sink} fills train.seq_len")
 
 
+# Keys and values of what was read of a text, a part of it or all.
+Memory = tuple[Float[Array, "B M K H"], Float[Array, "B M K H"]]
+
+
 class SpireDraft(Transformer):
     """A transformer with feedback memory; `memory_mix` (n, n + 1) are the logits of w.
 
@@ -136,7 +140,7 @@ class SpireDraft(Transformer):
     def rollout(
         self,
         tokens: Int[Array, "B T"],
-        activations: Activations,
+        activations: tuple[Float[Array, "B M D"], ...],
         starts: Int[np.ndarray, " R"],
         k: int,
         read: Int[np.ndarray, " M"] | None = None,
@@ -154,7 +158,7 @@ class SpireDraft(Transformer):
 
     def rollout_over(
         self,
-        target_memory: Sequence[KeysValues],
+        target_memory: Sequence[Memory],
         tokens: Int[Array, "B T"],
         read: Int[np.ndarray, " M"],
         starts: Int[np.ndarray, " R"],
@@ -245,7 +249,7 @@ class SpireDraft(Transformer):
         self,
         i: int,
         q: Float[Array, "B T K G H"],
-        keys_values: tuple[Float[Array, "B M K H"], Float[Array, "B M K H"]],
+        keys_values: Memory,
         positions: Int[np.ndarray, " T"],
         k_pos: Int[np.ndarray, " M"] | Int[Array, "B K M"],
         limit: Int[np.ndarray, " T"],
