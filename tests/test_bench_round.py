@@ -198,10 +198,10 @@ def test_a_round_stays_at_its_context_and_writes_only_its_block(bench, store):
 @pytest.mark.parametrize(
     ("body", "names", "out"),
     [
-        ("run_draft_step", ("draft_state", "draft_logits"), "draft_logits"),
+        ("run_draft_step", ("target_cache", "draft_state", "draft_logits"), "draft_logits"),
         ("run_verification", ("target_cache", "logits", "activations"), "logits"),
         ("run_sampling", ("token", "seeds", "draft_logits", "logits"), "token"),
-        ("run_refresh", ("draft_state", "activations"), "draft_state"),
+        ("run_refresh", ("target_cache", "draft_state", "activations"), "draft_state"),
     ],
 )
 def test_every_pass_of_a_piece_depends_on_the_last(bench, store, body, names, out):

@@ -41,8 +41,11 @@ from spire_jax.training.tasks import (
     with_shared,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RECORDED = json.loads((pathlib.Path(__file__).parent / "recording.json").read_text())
-DIGITS = 1e-6  # relative; of what is written in nine digits and computed alike
+DIGITS = 1e-6  # relative; the recording itself moves by 5e-7 with the compiler's optimizations
+RATIOS = 1e-5  # of probabilities, by 4e-6
 
 
 def later(names, fast):
@@ -198,8 +201,10 @@ def test_ratios_along_texts(kind):
     )
     along = target_along(kinds)
     expected = recorded["target_along"]
+    if kind == "magicdec":  # it takes entries from the target's cache now, and reads no activations
+        expected |= {"sinks": 0, "begin": CONTEXT - 1, "activation_norms": {}}
     assert [along.sinks, along.begin, along.end] == [expected[x] for x in ("sinks", "begin", "end")]
-    np.testing.assert_allclose(along.p, expected["p"], rtol=1e-5)
+    np.testing.assert_allclose(along.p, expected["p"], rtol=RATIOS)
     norms = {str(layer): np.linalg.norm(np.asarray(y, np.float64))
              for layer, y in along.activations.items()}  # fmt: skip
     assert norms == pytest.approx(expected["activation_norms"], rel=DIGITS)
@@ -208,11 +213,11 @@ def test_ratios_along_texts(kind):
     p = models.pair(kind)
     ratios = np.asarray(oracle.ratios_along(
         p.strategy, p.draft_params, TEXTS, along, CONTEXT, OUTPUT, K, Sampling()))  # fmt: skip
-    np.testing.assert_allclose(ratios, recorded["ratios"], rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(ratios, recorded["ratios"], rtol=RATIOS, atol=1e-9)
     for verification in ("token", "block"):
         statistics = oracle.round_statistics(ratios, verification)
         for key, values in recorded[verification].items():
-            np.testing.assert_allclose(getattr(statistics, key), values, rtol=1e-5)
+            np.testing.assert_allclose(getattr(statistics, key), values, rtol=RATIOS)
 
 
 # --- modeled throughput ------------------------------------------------------------------------

@@ -85,6 +85,10 @@ class SpireOptions(TransformerOptions):
         check(train.seq_len > self.sink, f"{at}.sink={self.sink} fills train.seq_len")
 
 
+# Keys and values of what was read of a text, a part of it or all.
+Memory = tuple[Float[Array, "B M K H"], Float[Array, "B M K H"]]
+
+
 class SpireDraft(Transformer):
     """A transformer with feedback memory; `memory_mix` (n, n + 1) are the logits of w.
 
@@ -155,7 +159,7 @@ class SpireDraft(Transformer):
 
     def rollout_over(
         self,
-        target_memory: Sequence[tuple[Float[Array, "B M K H"], Float[Array, "B M K H"]]],
+        target_memory: Sequence[Memory],
         tokens: Int[Array, "B T"],
         read: Int[np.ndarray, " M"],
         starts: Int[np.ndarray, " R"],
@@ -246,7 +250,7 @@ class SpireDraft(Transformer):
         self,
         i: int,
         q: Float[Array, "B T K G H"],
-        keys_values: tuple[Float[Array, "B M K H"], Float[Array, "B M K H"]],
+        keys_values: Memory,
         positions: Int[np.ndarray, " T"],
         k_pos: Int[np.ndarray, " M"] | Int[Array, "B K M"],
         limit: Int[np.ndarray, " T"],

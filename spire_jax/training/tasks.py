@@ -154,4 +154,4 @@ def forward_flops(model: Model, seq_len: int, rolled_out: bool = False) -> float
     visible = sum((min(everything, view.window + view.sink) if view.window else everything
                    for view in model.views), start=0.0)  # fmt: skip
     attention = 4 * c.n_kv_heads * c.q_per_kv * c.d_head * visible
-    return 2 * (weights + c.d_model * head_size(c)) + attention
+    return float(2 * (weights + c.d_model * head_size(c)) + attention)
