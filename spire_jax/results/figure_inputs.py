@@ -34,8 +34,8 @@ def paper_inputs(config: ExperimentConfig) -> Given:
     return Given(tau, f"tau of the config: {listed}", training_costs(config, tau))
 
 
-def own_inputs(config: ExperimentConfig, workdir: Place) -> Given:
-    """What a finished run of this config found.
+def read_summary(config: ExperimentConfig, workdir: Place) -> dict[str, Any]:
+    """The summary.json of a finished run of this config.
 
     Raises:
         ConfigError: no report there, or one of another config.
@@ -46,6 +46,12 @@ def own_inputs(config: ExperimentConfig, workdir: Place) -> Given:
     summary = json.loads(path.read_text())
     if changed := differences(summary["made_with"], made_with(config)):
         raise ConfigError(f"--workdir={workdir} is of another config: it was made with {changed}")
+    return summary
+
+
+def own_inputs(config: ExperimentConfig, workdir: Place) -> Given:
+    """What a finished run of this config found; ConfigError as `read_summary`."""
+    summary = read_summary(config, workdir)
     methods = {n: r for n, r in summary["methods"].items() if n != AUTOREGRESSIVE}
     tau = {name: round(row["tau"], 9) for name, row in methods.items()}
     listed = ", ".join(f"{name} {value:.3f}" for name, value in tau.items())

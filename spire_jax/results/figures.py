@@ -11,13 +11,10 @@ acceptance, which is measured. About ten seconds.
 
 import argparse
 import pathlib
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
@@ -26,13 +23,10 @@ from spire_jax.config.schema import ConfigError, ExperimentConfig
 from spire_jax.config.variants import ABLATIONS, FULL_PAPER_TAU
 from spire_jax.costs import throughput
 from spire_jax.costs.roofline import VARIANTS, visible_rows
+from spire_jax.results import plots
 from spire_jax.results.figure_inputs import Given, own_inputs, paper_inputs, with_ablations
 from spire_jax.storage.paths import locate
 
-# Drafts by the names that the paper's have in configs/; others take the next of the cycle.
-STUDIED = "#1b7f5c"
-COLORS = {"vanilla": "#c2571a", "magicdec": "#5b6fb5", "spire": STUDIED, "snapkv": "#8a5fb0"}
-STYLES = ("-", "--", "-.", ":")
 # The paper's Table 1: tau by context, of sequences of 1024 tokens (method.md section 6).
 PAPER_TAU = {"vanilla": {256: 2.637, 512: 2.647, 960: 2.644},
              "magicdec": {256: 4.005, 512: 3.891, 960: 3.793},
@@ -63,16 +57,16 @@ def figures(config: ExperimentConfig, given: Given) -> Iterator[tuple[str, Figur
 def _over_context(config: ExperimentConfig, given: Given) -> Figure:
     """Figures 1 and 6."""
     at = config.throughput
-    figure, panels = _panels(len(VARIANTS), share=True)
+    figure, panels = plots.panels(len(VARIANTS), share=True)
     for axes, variant in zip(panels, VARIANTS, strict=True):
         rows = throughput.grid(config, given.tau, batch_sizes=[at.batch_size], variant=variant)
         for i, (method, by_batch) in enumerate(rows.items()):
             row = by_batch[at.batch_size]
-            axes.plot(list(row), list(row.values()), **_style(method, i))
+            axes.plot(list(row), list(row.values()), **plots.style(method, i))
     for axes, variant in zip(panels, VARIANTS, strict=True):  # one scale: when all is drawn
-        _multiplier_axes(axes, variant)
-    _legend(panels[0])
-    return _finish(
+        plots.multiplier_axes(axes, variant)
+    plots.legend(panels[0])
+    return plots.finish(
         figure, f"Throughput multiplier over context, batch {at.batch_size}",
         f"{_roofline(config)} {given.source}, the same at every context. {_variants(VARIANTS)}",
     )  # fmt: skip
@@ -81,7 +75,7 @@ def _over_context(config: ExperimentConfig, given: Given) -> Figure:
 def _heat_maps(config: ExperimentConfig, given: Given, variant: str) -> Figure:
     """Figure 4 and the appendix: every batch and context."""
     at = config.throughput
-    figure, panels = _panels(len(given.tau))
+    figure, panels = plots.panels(len(given.tau))
     found = throughput.grid(config, given.tau, variant=variant)
     most = max(v for rows in found.values() for row in rows.values() for v in row.values())
     norm = TwoSlopeNorm(1.0, min(0.5, 2 - most), max(most, 1.01))
@@ -93,9 +87,9 @@ def _heat_maps(config: ExperimentConfig, given: Given, variant: str) -> Figure:
             axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=6.5,
                       color="white" if dark else "black")  # fmt: skip
         axes.set(title=method, xlabel="context length", ylabel="batch")
-        axes.set_xticks(range(len(at.context_lengths)), list(map(_short, at.context_lengths)))
+        axes.set_xticks(range(len(at.context_lengths)), list(map(plots.short, at.context_lengths)))
         axes.set_yticks(range(len(at.batch_sizes)), list(map(str, at.batch_sizes)))
-    return _finish(
+    return plots.finish(
         figure, f"Throughput multiplier by batch and context ({variant})",
         f"{_roofline(config)} {given.source}, the same everywhere. {_variants([variant])}",
     )  # fmt: skip
@@ -104,13 +98,13 @@ def _heat_maps(config: ExperimentConfig, given: Given, variant: str) -> Figure:
 def _intensity(config: ExperimentConfig) -> Figure:
     """Figure 3: FLOPs per byte of verifying k tokens, over the batch."""
     at, k, target = config.throughput, config.decode.k, config.target
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = plots.panels(1)
     weights, batches = target.body_parameters(), np.array(INTENSITY_BATCHES)
     for i, context in enumerate(at.context_lengths):
         rows = visible_rows(target, float(context))
         read = weights * at.weight_bytes + batches * rows * target.cache_row() * at.cache_bytes
         shade = 0.1 + 0.8 * i / max(len(at.context_lengths) - 1, 1)
-        axes.plot(batches, 2 * weights * k * batches / read, label=f"L = {_short(context)}",
+        axes.plot(batches, 2 * weights * k * batches / read, label=f"L = {plots.short(context)}",
                   color=str(shade))  # fmt: skip
     axes.axhline(at.hoi, color="#c2571a", linestyle="--", label=f"HOI {at.hoi:g}")
     axes.set_xscale("log", base=2)
@@ -119,8 +113,8 @@ def _intensity(config: ExperimentConfig) -> Figure:
     axes.legend(fontsize=7, ncols=2)
     critical = "" if any(view.window for view in target.views()) else (
         f" Above the line verification is compute-bound: up to L_crit = "
-        f"{_short(throughput.critical_context(config))} at some batch.")  # fmt: skip
-    return _finish(
+        f"{plots.short(throughput.critical_context(config))} at some batch.")  # fmt: skip
+    return plots.finish(
         figure, f"Operational intensity of verifying {k} tokens",
         f"Body parameters only ({weights / 1e6:,.1f}M), {at.weight_bytes:g}-byte weights, "
         f"{at.cache_bytes:g}-byte cache; k tokens are verified, as in the paper's figure (the "
@@ -131,24 +125,24 @@ def _intensity(config: ExperimentConfig) -> Figure:
 def _cost_analysis(config: ExperimentConfig, given: Given) -> Figure:
     """What is saved in all, over how much decoding is to come."""
     at = config.throughput
-    figure, panels = _panels(len(VARIANTS), share=True)
+    figure, panels = plots.panels(len(VARIANTS), share=True)
     decoding = np.geomspace(*DECODE_TO_TRAIN, 200)
     for axes, variant in zip(panels, VARIANTS, strict=True):
         for i, (method, tau) in enumerate(given.tau.items()):
             multiplier = _multiplier(config, method, tau, variant)
             share = [throughput.net_saving(multiplier, d, given.training[method]) / d
                      for d in decoding]  # fmt: skip
-            axes.plot(decoding, share, **_style(method, i) | {"marker": ""})
+            axes.plot(decoding, share, **plots.style(method, i) | {"marker": ""})
         axes.axhline(0, color="0.5", linewidth=0.8)
         axes.axvline(at.decode_to_train, color="0.5", linewidth=0.8, linestyle=":")
         axes.set_xscale("log")
         axes.set_ylim(-0.6, 1)
         axes.set(title=variant, xlabel="decoding / training the target", ylabel="net share saved")
-    _legend(panels[0])
+    plots.legend(panels[0])
     costs = ", ".join(f"{n} {c:.2f}" for n, c in given.training.items())
     stated = [name for name, cost in at.training_cost if cost and name in given.training]
     known = f"by FLOPs, {' and '.join(stated)} as given" if stated else "by FLOPs"
-    return _finish(
+    return plots.finish(
         figure, f"Net saving at batch {at.batch_size}, context {at.context_length}",
         f"{_roofline(config)} {given.source}. Training a draft costs, of the target's training "
         f"({known}): {costs}. Dotted: throughput.decode_to_train = {at.decode_to_train:g}, where "
@@ -169,9 +163,9 @@ def _savings(config: ExperimentConfig, given: Given) -> str:
 def _alternative(config: ExperimentConfig, given: Given) -> Figure:
     """The metric that sums over the generated tokens, beside the other one."""
     at, tokens = config.throughput, config.eval.output_length
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = plots.panels(1)
     for i, (method, tau) in enumerate(given.tau.items()):
-        style = _style(method, i)
+        style = plots.style(method, i)
         summed, plain = [], []
         for context in at.context_lengths:
             summed.append(
@@ -184,9 +178,9 @@ def _alternative(config: ExperimentConfig, given: Given) -> Figure:
             ))  # fmt: skip
         axes.plot(at.context_lengths, summed, **style)
         axes.plot(at.context_lengths, plain, **style | {"label": None, "linestyle": ":"})
-    _multiplier_axes(axes, at.variant)
-    _legend(axes)
-    return _finish(
+    plots.multiplier_axes(axes, at.variant)
+    plots.legend(axes)
+    return plots.finish(
         figure, f"Summed over {tokens} generated tokens",
         f"{_roofline(config)} {given.source}. The context grows while {tokens} tokens are "
         f"generated and the last round counts whole; dotted: the multiplier at the first context. "
@@ -208,9 +202,9 @@ def _ablations(config: ExperimentConfig, given: Given) -> Figure:
             n: (a.paper, None) for n, a in ABLATIONS.items() if a.paper is not None
         }  # fmt: skip
         says = "tau of the paper at context 512, k = 4; for the dense cache it assumes the same."
-    figure, (left, right) = _panels(2, width=4.6)
+    figure, (left, right) = plots.panels(2, width=4.6)
     for place, (name, (tau, interval)) in enumerate(taus.items()):
-        color = STUDIED if name == base else "0.55"
+        color = plots.STUDIED if name == base else "0.55"
         error = None if interval is None else np.abs(np.array(interval)[:, None] - tau)
         left.barh(place, tau, color=color, xerr=error, height=0.7)
         if given.study and (paper := _paper_tau(name, base)):
@@ -229,7 +223,7 @@ def _ablations(config: ExperimentConfig, given: Given) -> Figure:
     right.set(xlabel=f"multiplier, batch {at.batch_size}, context {at.context_length}")
     right.grid(axis="x", color="0.9")
     right.legend(fontsize=8, frameon=False)
-    return _finish(figure, "Ablations", f"{says} {_roofline(config)} {_variants(VARIANTS)}")
+    return plots.finish(figure, "Ablations", f"{says} {_roofline(config)} {_variants(VARIANTS)}")
 
 
 def _paper_tau(name: str, base: str) -> float | None:
@@ -238,20 +232,20 @@ def _paper_tau(name: str, base: str) -> float | None:
 
 def _tau_over_context(by_context: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Figure:
     """The twin of the paper's Table 1, and the table."""
-    figure, (left, right) = _panels(2, share=True)
+    figure, (left, right) = plots.panels(2, share=True)
     for i, (method, rows) in enumerate(by_context.items()):
         contexts = sorted(rows)
         taus = np.array([rows[n]["tau"] for n in contexts])
         spread = [rows[n]["tau_ci95"] or (rows[n]["tau"],) * 2 for n in contexts]
         error = np.abs(np.array(spread).T - taus)
-        left.errorbar(contexts, taus, error, capsize=2, **_style(method, i))
+        left.errorbar(contexts, taus, error, capsize=2, **plots.style(method, i))
         if method in PAPER_TAU:
             paper = PAPER_TAU[method]
-            right.plot(list(paper), list(paper.values()), **_style(method, i))
+            right.plot(list(paper), list(paper.values()), **plots.style(method, i))
     left.set(title="here", xlabel="context length", ylabel="tokens per round", ylim=(1, None))
     right.set(title="the paper", xlabel="context length")
-    _legend(left)
-    return _finish(
+    plots.legend(left)
+    return plots.finish(
         figure, "Acceptance length over context",
         "Measured, by the oracle; intervals (95%) over documents. The paper's: 67M body "
         "parameters, sequences of 1024 tokens, 65,536 contexts, intervals of 0.004.",
@@ -260,16 +254,16 @@ def _tau_over_context(by_context: Mapping[str, Mapping[int, Mapping[str, Any]]])
 
 def _tau_over_k(given: Given) -> Figure:
     assert given.study is not None
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = plots.panels(1)
     for i, (name, taus) in enumerate(given.study["by_k"].items()):
-        axes.plot(range(1, len(taus) + 1), taus, **_style(name, i) | {"marker": "."})
+        axes.plot(range(1, len(taus) + 1), taus, **plots.style(name, i) | {"marker": "."})
     axes.plot([1, 16], [2, 17], color="0.8", linewidth=0.8)
     most = max(len(taus) for taus in given.study["by_k"].values())
     top = max(max(taus) for taus in given.study["by_k"].values())
     axes.set(xlabel="drafted tokens per round, k", ylabel="tokens per round",
              xlim=(0.5, most + 0.5), ylim=(1, top + 0.5))  # fmt: skip
-    _legend(axes)
-    return _finish(
+    plots.legend(axes)
+    return plots.finish(
         figure, "Acceptance length over k",
         f"Measured by the oracle at context {given.study['context_length']}. A draft -k8 was "
         f"rolled out to depth 8 in training; deeper than in training is extrapolation. Grey: all "
@@ -279,13 +273,13 @@ def _tau_over_k(given: Given) -> Figure:
 
 def _by_depth(given: Given) -> Figure:
     assert given.study is not None
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = plots.panels(1)
     for i, name in enumerate(given.study["by_k"]):
         values = given.study["methods"][name]["acceptance_by_depth"]
-        axes.plot(range(1, len(values) + 1), values, **_style(name, i) | {"marker": "."})
+        axes.plot(range(1, len(values) + 1), values, **plots.style(name, i) | {"marker": "."})
     axes.set(xlabel="depth of the drafted token", ylabel="acceptance", ylim=(0, 1.02))
-    _legend(axes)
-    return _finish(
+    plots.legend(axes)
+    return plots.finish(
         figure, "Acceptance by depth",
         f"Measured by the oracle at context {given.study['context_length']}; given that the depth "
         f"is reached.",
@@ -303,47 +297,6 @@ def _multiplier(config: ExperimentConfig, method: str, tau: float, variant: str)
     )
 
 
-def _panels(count: int, *, share: bool = False, width: float = 4.2) -> tuple[Figure, list[Axes]]:
-    columns = min(count, 2)
-    rows = -(-count // columns)
-    size = (width * columns if count > 1 else max(width, 5.2), 3.2 * rows + 0.9)
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=share)
-    panels = list(grid.flat)
-    for axes in panels[count:]:
-        axes.set_visible(False)
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, panels[:count]
-
-
-def _style(method: str, place: int) -> dict[str, Any]:
-    color = COLORS.get(method) or f"C{place}"
-    return {"label": method, "color": color, "linestyle": STYLES[place % len(STYLES)],
-            "marker": "o", "markersize": 3.5}  # fmt: skip
-
-
-def _multiplier_axes(axes: Axes, title: str) -> None:
-    axes.axhline(1, color="0.5", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda x, _: _short(x))
-    axes.set_ylim(bottom=0)
-    axes.set(title=title, xlabel="context length", ylabel="multiplier")
-
-
-def _legend(axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles, labels, fontsize=8, frameon=False)
-
-
-def _finish(figure: Figure, title: str, assumptions: str) -> Figure:
-    figure.suptitle(title, fontsize=11, x=0.02, ha="left")
-    width = int(figure.get_figwidth() * 17)
-    figure.supxlabel("\n".join(textwrap.wrap(assumptions, width)), fontsize=7, x=0.02, ha="left")
-    return figure
-
-
 def _roofline(config: ExperimentConfig) -> str:
     at = config.throughput
     return (f"Modeled, not measured: HOI {at.hoi:g} FLOPs per byte, {at.weight_bytes:g}-byte "
@@ -352,10 +305,6 @@ def _roofline(config: ExperimentConfig) -> str:
 
 def _variants(names: Sequence[str] | Mapping[str, str]) -> str:
     return " ".join(f"{name}: {VARIANTS[name]}." for name in names)
-
-
-def _short(n: int | float) -> str:
-    return f"{n / 1024:g}k" if n >= 1024 and n % 1024 == 0 else f"{n:g}"
 
 
 # --- command line ------------------------------------------------------------------------------
