@@ -161,14 +161,11 @@ def _serve(
             waited.append(found.first_token)
     finally:
         seconds = time.perf_counter() - seconds
-        first = (
-            ""
-            if not waited
-            else (
-                f"\ntime to first token: {statistics.median(waited):.3f} s (median of the requests), "
-                f"the first of all {server.first_token - compiled.began:.1f} s after the start"
-            )
-        )
+        first = ""
+        if waited:
+            began = server.first_token - compiled.began
+            first = (f"\ntime to first token: {statistics.median(waited):.3f} s (median of the "
+                     f"requests), the first of all {began:.1f} s after the start")  # fmt: skip
         s, by_depth = server.serving, {k: n for k, n in server.rounds.items() if n}
         print(
             f"{served} requests, {failed} failed; {tokens} tokens in {seconds:.2f} s, "
