@@ -188,7 +188,7 @@ TOGETHER = "all kinds at once"
 def target_along(kinds) -> oracle.TargetAlong:
     target, params = models.target()
     _, keys_values = target.bind(params).prefill(TEXTS[:, : CONTEXT - 1])
-    cache = tuple(full_cache(*kv, TEXTS.shape[1], target.compute) for kv in keys_values)
+    cache = tuple(full_cache(k, v, TEXTS.shape[1], target.compute) for k, v in keys_values)
     strategies = tuple(models.pair(kind).strategy for kind in kinds)
     return oracle.target_along(target, params, cache, TEXTS, CONTEXT, strategies, Sampling())
 
@@ -230,8 +230,8 @@ def experiment(name: str) -> schema.ExperimentConfig:
     """A config with MagicDec, and SnapKV of as many tokens, among its drafts."""
     config = files.load(ROOT / "configs" / f"{name}.py")
     drafts = dict(config.drafts)
-    given = drafts.setdefault("magicdec", MagicDecOptions())
-    drafts["snapkv"] = SnapKvOptions(budget=given.sink + given.window)
+    window, sink = drafts.setdefault("magicdec", MagicDecOptions()).kept()
+    drafts["snapkv"] = SnapKvOptions(budget=sink + window)
     return dataclasses.replace(config, drafts=tuple(drafts.items()))
 
 

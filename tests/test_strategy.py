@@ -26,7 +26,7 @@ def pass_of_the_target(p: Pair, tokens, context: int) -> TargetAlong:
         cache = empty_full(p.target.config, rows, length, p.target.compute)
     else:
         _, keys_values = p.target.bind(p.target_params).prefill(tokens[:, : context - 1])
-        cache = tuple(full_cache(*kv, length, p.target.compute) for kv in keys_values)
+        cache = tuple(full_cache(k, v, length, p.target.compute) for k, v in keys_values)
     return target_along(
         p.target, p.target_params, cache, tokens, context, (p.strategy,), Sampling()
     )
