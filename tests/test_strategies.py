@@ -23,7 +23,7 @@ from spire_jax.config.schema import (
 from spire_jax.costs.throughput import memory_bytes
 from spire_jax.drafting.strategy import Processed, Strategy
 from spire_jax.models.attention import Compute
-from spire_jax.models.caches import empty_full, full_cache
+from spire_jax.models.caches import SelectedCache, empty_full, full_cache
 from spire_jax.models.sampling import Sampling
 from spire_jax.models.transformer import Model, Params
 
@@ -148,8 +148,11 @@ def check_rows(draft: DraftOptions, target: ModelConfig, context: int) -> None:
     state, charged = begin(params, params_of(draft, strategy, params), tokens), []
     for of, view in zip(state, strategy.views, strict=True):
         held = np.asarray(of.held(lengths)).reshape(-1, of.size)[0]  # of a row, and of a head
+        seen = view.sees(query, held).sum()
+        if isinstance(of, SelectedCache):  # its budget is charged, which has the query in it
+            seen = min(seen, draft.kept()[0])
         beside = min(view.sink, view.sink + view.window - context) if view.window else 0
-        charged.append(view.sees(query, held).sum() + max(beside, 0))
+        charged.append(seen + max(beside, 0))
     assert draft.cost(target, context, K).rows == sum(charged) / len(charged)
 
 

@@ -60,7 +60,7 @@ class Capped(Transformer):
 
 DRAFTS = {
     "spire": SpireOptions(n_layers=1, window=8),
-    "vanilla": VanillaOptions(n_layers=2, window=0),
+    "vanilla": VanillaOptions(n_layers=1, window=0),
     "sparse": MagicDecOptions(window=9),
 }
 
