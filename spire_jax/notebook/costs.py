@@ -17,7 +17,7 @@ from spire_jax.costs.throughput import (
     tokens_per_s_per_chip,
 )
 from spire_jax.notebook.parts import image, panels
-from spire_jax.results.figures import COLORS
+from spire_jax.results.plots import COLORS
 
 
 def tau_at(tau: float, k: int, new_k: int) -> float:
