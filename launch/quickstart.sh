@@ -4,7 +4,8 @@
 #   bash launch/quickstart.sh [--config.train.steps=500 ...]
 #
 # Results go to $WORKDIR (runs/quickstart), as seen from this repository's root, where it runs.
-# Started again it goes on where it stopped.
+# Started again it goes on where it stopped. `.venv/bin/python -m launch.sample --workdir=...` puts a
+# finished run's table and picture into the README.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -44,7 +44,7 @@ def test_the_readme_is_short():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
-def test_the_readmes_strategy_writes_what_the_target_writes(quick_compilation, monkeypatch):
+def test_the_readmes_strategy_writes_what_the_target_writes(monkeypatch):
     monkeypatch.setattr(DRAFT_KINDS, "_found", dict(DRAFT_KINDS.items()))  # not for other tests
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
     exec(code, {"__name__": "mine"})
