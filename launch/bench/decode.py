@@ -41,7 +41,13 @@ from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfi
 from spire_jax.costs.hardware import describe
 from spire_jax.costs.throughput import round_cost
 from spire_jax.data.pipeline import cut_contexts
-from spire_jax.decoding import Weights, decode_rounds, generation_lengths, start
+from spire_jax.decoding import (
+    Weights,
+    decode_rounds,
+    generation_lengths,
+    mean_generation_length,
+    start,
+)
 from spire_jax.decoding.build import for_decoding, make_decoder
 from spire_jax.storage.metrics import write_whole
 from spire_jax.training.workdir import ERRORS, WorkDir
@@ -149,7 +155,7 @@ def record_of(
         counts: rounds in which 0 .. k drafted tokens were accepted.
     """
     emitted, rounds = generation_lengths(counts)
-    tau = emitted / rounds
+    tau = float(mean_generation_length(emitted, rounds))
     cost = round_cost(
         point.config(config, max(k, 1)), name, batch=point.batch, context=point.context,
         k=k or None, hoi=rates["flops_per_s"] / rates["bytes_per_s"], variant=VARIANT,

@@ -10,6 +10,7 @@ import numpy as np
 from spire_jax.config.files import command_line
 from spire_jax.config.schema import ExperimentConfig
 from spire_jax.data.tokenizer import Tokenizer
+from spire_jax.decoding import mean_generation_length
 from spire_jax.models.transformer import Params
 from spire_jax.serving.batching import Server, Serving
 from spire_jax.serving.command import arguments as flags_of_decoder
@@ -77,7 +78,7 @@ class Decoded:
     def tau(self) -> float:
         """Tokens per round over all answers, as the report counts them."""
         lengths = [n for answer in self.answers for n in answer.result.generation_lengths]
-        return sum(lengths) / max(len(lengths), 1)
+        return float(mean_generation_length(lengths, len(lengths)))
 
 
 def decode(

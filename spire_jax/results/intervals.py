@@ -1,4 +1,4 @@
-"""Bootstrap intervals of ratios of sums, over documents; differences are paired."""
+"""Bootstrap intervals of tau, a ratio of sums over documents; differences are paired."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import scipy.stats
 from jaxtyping import Float
+
+from spire_jax.decoding import mean_generation_length
 
 Interval = tuple[float, float] | None
 PerDocument = Float[np.ndarray, " documents"]
@@ -17,7 +19,7 @@ def ratio_interval(numerator: PerDocument, denominator: PerDocument, *, resample
     Both arrays hold one sum per document, so that contexts of one text stay together. None with
     a single document: it says nothing about the spread between documents.
     """
-    return _bootstrap((numerator, denominator), ratio, resamples)
+    return _bootstrap((numerator, denominator), mean_generation_length, resamples)
 
 
 def difference_interval(
@@ -30,13 +32,9 @@ def difference_interval(
     """
 
     def difference(an: Any, ad: Any, bn: Any, bd: Any, axis: int) -> Any:
-        return ratio(an, ad, axis) - ratio(bn, bd, axis)
+        return mean_generation_length(an, ad, axis) - mean_generation_length(bn, bd, axis)
 
     return _bootstrap((*a, *b), difference, resamples)
-
-
-def ratio(numerator: np.ndarray, denominator: np.ndarray, axis: int = -1) -> Any:
-    return numerator.sum(axis=axis) / denominator.sum(axis=axis)
 
 
 def _bootstrap(

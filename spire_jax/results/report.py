@@ -24,8 +24,9 @@ from spire_jax.config import schema
 from spire_jax.config.identity import made_with
 from spire_jax.config.values import to_dict
 from spire_jax.costs import throughput
+from spire_jax.decoding import mean_generation_length
 from spire_jax.results import report_page
-from spire_jax.results.intervals import Interval, difference_interval, ratio, ratio_interval
+from spire_jax.results.intervals import Interval, difference_interval, ratio_interval
 from spire_jax.results.records import (
     AUTOREGRESSIVE,
     EVALUATE_AGAIN,
@@ -137,7 +138,7 @@ def _acceptance(counts: Counts, k: int, resamples: int) -> dict[str, Any]:
     """Acceptance lengths (method.md section 4) and acceptance by depth of one context length."""
     depths = range(1, counts.rounds.shape[1] + 1)
     by_k = {d: (counts.lengths[:, d - 1], counts.rounds[:, d - 1]) for d in depths}
-    tau = {d: float(ratio(*pair)) for d, pair in by_k.items()}
+    tau = {d: float(mean_generation_length(*pair)) for d, pair in by_k.items()}
     interval = {d: _listed(ratio_interval(*p, resamples=resamples)) for d, p in by_k.items()}
     decoder = counts.decoder_lengths, counts.decoder_rounds
     decoded = bool(counts.decoder_rounds.sum())
@@ -149,7 +150,7 @@ def _acceptance(counts: Counts, k: int, resamples: int) -> dict[str, Any]:
     return {
         "tau": tau.get(k),
         "tau_ci95": interval.get(k),
-        "tau_decoder": float(ratio(*decoder)) if decoded else None,
+        "tau_decoder": float(mean_generation_length(*decoder)) if decoded else None,
         "tau_decoder_ci95": _listed(ratio_interval(*decoder, resamples=resamples))
         if decoded
         else None,
@@ -181,7 +182,7 @@ def _difference(
         return None
     interval = difference_interval(pairs[0], pairs[1], resamples=config.eval.bootstrap)
     return {
-        "difference": float(ratio(*pairs[0]) - ratio(*pairs[1])),
+        "difference": float(mean_generation_length(*pairs[0]) - mean_generation_length(*pairs[1])),
         "ci95": _listed(interval),
         "resolved": interval is not None and not interval[0] <= 0 <= interval[1],
         "source": source,

@@ -18,7 +18,7 @@ from spire_jax.config.schema import ConfigError, ExperimentConfig, oracle_depth
 from spire_jax.costs import throughput
 from spire_jax.costs.hardware import describe
 from spire_jax.data.pipeline import Context, Dataset
-from spire_jax.decoding import Weights
+from spire_jax.decoding import Weights, mean_generation_length
 from spire_jax.decoding.build import for_decoding
 from spire_jax.models.transformer import Params
 from spire_jax.results.evaluate import (
@@ -143,7 +143,7 @@ def smallest_effect(
             np.array([r["oracle"][key][k - 1] for r in records[name]])
             for key in ("lengths_by_k", "rounds_by_k")
         )
-        tau = float(lengths.sum()) / float(rounds.sum())
+        tau = float(mean_generation_length(lengths, rounds))
         terms.append((lengths - tau * rounds) / rounds.mean())
     spread = float(np.std(terms[0] - terms[1], ddof=1)) if len(terms[0]) > 1 else float("nan")
     n = config.study.contexts
@@ -160,10 +160,9 @@ def smallest_effect(
 def tau_by_depth(records: Sequence[Mapping[str, Any]]) -> list[float]:
     """tau for depth 1, 2, ... over all of a method's records."""
     lengths, rounds = (
-        np.sum([r["oracle"][key] for r in records], axis=0)
-        for key in ("lengths_by_k", "rounds_by_k")
+        [r["oracle"][key] for r in records] for key in ("lengths_by_k", "rounds_by_k")
     )
-    return (lengths / rounds).tolist()
+    return mean_generation_length(lengths, rounds, axis=0).tolist()
 
 
 def best_k(
@@ -218,4 +217,5 @@ def _decoded(
                               [contexts[i] for i in rows], rows, length, 0)  # fmt: skip
         counts += found[: len(dict.fromkeys(rows))].sum(axis=0)
     record = decoder_record(counts)
-    return {"tau_decoder": record["lengths"] / record["rounds"], **record}
+    tau = float(mean_generation_length(record["lengths"], record["rounds"]))
+    return {"tau_decoder": tau, **record}

@@ -16,7 +16,8 @@ import rich.markdown
 from spire_jax.config.schema import ExperimentConfig
 from spire_jax.config.variants import ABLATIONS, FULL_PAPER_TAU
 from spire_jax.costs import throughput
-from spire_jax.results.intervals import Interval, difference_interval, ratio, ratio_interval
+from spire_jax.decoding import mean_generation_length
+from spire_jax.results.intervals import Interval, difference_interval, ratio_interval
 from spire_jax.results.records import Counts, read_counts
 from spire_jax.results.study import best_k, deep_methods, study_config
 from spire_jax.storage.metrics import write_whole
@@ -78,12 +79,12 @@ def _method(counts: Counts, base: Counts, k: int, resamples: int) -> dict[str, A
     apart = difference_interval(pair, its, resamples=resamples)
     reached, accepted = counts.reached.sum(axis=0), counts.accepted.sum(axis=0)
     return {
-        "tau": float(ratio(*pair)),
+        "tau": float(mean_generation_length(*pair)),
         "tau_ci95": interval,
-        "difference": float(ratio(*pair) - ratio(*its)),
+        "difference": float(mean_generation_length(*pair) - mean_generation_length(*its)),
         "difference_ci95": apart,
         "resolved": _resolved(apart),
-        "tau_by_k": ratio(counts.lengths, counts.rounds, axis=0).tolist(),
+        "tau_by_k": mean_generation_length(counts.lengths, counts.rounds, axis=0).tolist(),
         "acceptance_by_depth": [float(a / r) for a, r in zip(accepted, reached, strict=True) if r],
         "documents": len(counts.documents),
         "contexts": len(counts.places),
@@ -96,7 +97,7 @@ def _tau_of(folder: Place, name: str, verification: str, k: int) -> float:
             for line in (folder / f"{name}.jsonl").read_text().splitlines()]  # fmt: skip
     lengths, rounds = (sum(row[key][k - 1] for row in rows)
                        for key in ("lengths_by_k", "rounds_by_k"))  # fmt: skip
-    return lengths / rounds
+    return float(mean_generation_length(lengths, rounds))
 
 
 def _resolved(interval: Interval) -> bool:

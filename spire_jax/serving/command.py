@@ -30,6 +30,7 @@ from rich.console import Console
 
 from spire_jax.config.files import command_line
 from spire_jax.config.schema import ConfigError, ExperimentConfig
+from spire_jax.decoding import mean_generation_length
 from spire_jax.serving.batching import Inbox, Server, Serving
 from spire_jax.serving.interactive import converse
 from spire_jax.serving.loading import Loaded, load_for_decoding
@@ -166,10 +167,11 @@ def _serve(
             began = server.first_token - compiled.began
             first = (f"\ntime to first token: {statistics.median(waited):.3f} s (median of the "
                      f"requests), the first of all {began:.1f} s after the start")  # fmt: skip
+        tau = mean_generation_length(emitted, rounds)
         s, by_depth = server.serving, {k: n for k, n in server.rounds.items() if n}
         print(
             f"{served} requests, {failed} failed; {tokens} tokens in {seconds:.2f} s, "
-            f"{tokens / max(seconds, 1e-9):.1f} tokens/s; tau {emitted / max(rounds, 1):.3f}; "
+            f"{tokens / max(seconds, 1e-9):.1f} tokens/s; tau {tau:.3f}; "
             f"rounds by depth {by_depth}{first}\n"
             f"batch {s.batch}, width {s.width}, chunk {s.chunk}; {server.compilations} programs "
             f"for serving, {compiled.count} compilations in all, {compiled.seconds:.1f} s",

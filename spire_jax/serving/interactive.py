@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from spire_jax.data.tokenizer import Tokenizer
+from spire_jax.decoding import mean_generation_length
 from spire_jax.serving.batching import Server
 from spire_jax.serving.outputs import Result
 from spire_jax.serving.requests import Defaults, Failure, Request, RequestError, request_of
@@ -73,7 +74,7 @@ def _answer(server: Server, request: Request, console: Console) -> Result | None
                 return None
             printer.end(found)
             seconds, rounds = time.perf_counter() - begin, len(found.generation_lengths)
-            tau = sum(found.generation_lengths) / max(rounds, 1)
+            tau = mean_generation_length(found.generation_lengths, rounds)
             speed = len(found.tokens) / max(found.decode, 1e-9)
             _say(
                 console,
