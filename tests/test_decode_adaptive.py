@@ -6,15 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_verification import CONFIG, EMITTED, Markov, V, chi_square, tables, transformed
+from test_verification import EMITTED, chains, check_joint_of_three, tables, transformed
 
-from spire_jax.decoding import Decoder, DecodeState, Weights
+from spire_jax.decoding import Decoder
 from spire_jax.decoding.rounds import speculation_round
 from spire_jax.drafting.vanilla import Vanilla
-from spire_jax.models.attention import Compute
-from spire_jax.models.caches import empty_full
 from spire_jax.models.sampling import Sampling
-from spire_jax.models.transformer import Model
 from spire_jax.serving.adaptive import MEMORY, DepthController
 
 DEPTHS = (1, 2, 4, 8)
@@ -100,20 +97,7 @@ def test_one_depth_is_no_choice():
 def test_output_follows_the_target_while_depths_change():
     """Each row's depth, 1 or 3, from its own last round: the joint of three tokens of a chain."""
     trials = 40_000
-    model = Model(Markov, CONFIG, Compute())
-    weights = Weights(*({"table": jnp.asarray(t, jnp.float32)} for t in tables()))
-    width = 1 + EMITTED + 3
-
-    def zeros(*shape, dtype=jnp.int32):
-        return jnp.zeros((trials, *shape), dtype)
-
-    state = DecodeState(
-        tokens=zeros(width), kinds=zeros(width, dtype=jnp.int8), lengths=zeros() + 1,
-        ends=zeros() + 1 + EMITTED, done=zeros(dtype=bool), rounds=zeros(), counts=zeros(4),
-        seeds=jax.vmap(jax.random.key)(jnp.arange(trials, dtype=jnp.uint32)),
-        target_cache=empty_full(CONFIG, trials, 1, Compute()),
-        draft_state=empty_full(CONFIG, trials, 1, Compute()),
-    )  # fmt: skip
+    model, weights, state = chains(trials, 3)
 
     @jax.jit
     def one_round(state, deep):
@@ -139,8 +123,5 @@ def test_output_follows_the_target_while_depths_change():
         deep = np.asarray(accepted) == 0  # as it should not be chosen: the more it is a test
         mixed += deep.any() and not deep.all()
     assert mixed >= 2
-    p = transformed(tables()[0], Sampling())
-    joint = p[0][:, None, None] * p[:, :, None] * p[None]
-    found = np.zeros((V, V, V), int)
-    np.add.at(found, tuple(np.asarray(state.tokens)[:, 1 : 1 + EMITTED].T), 1)
-    assert chi_square(found, joint) > 1e-4
+    tokens = np.asarray(state.tokens)[:, 1 : 1 + EMITTED]
+    check_joint_of_three(tokens, transformed(tables()[0], Sampling()))

@@ -1,4 +1,4 @@
-"""Planted bugs: each is caught by a check that passes without it.
+"""Planted bugs: each is caught by a test that passes without it.
 
 Losslessness sees bugs of sampling, verification and of the target's cache. It is blind to bugs of
 the draft's cache (catch-up, refresh, ring, sink, window, prefill), which only cost acceptance:
@@ -7,15 +7,14 @@ that training and the oracle use. Bugs are planted by monkeypatching; the produc
 """
 
 import dataclasses
-import functools
 
-import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import pytest
-from end_to_end.test_lossless import SMALL, chi_square, joint_of_three, sampled_joint
-from test_verification import decoded, tables, transformed
+import test_decode
+import test_decode_rounds
+import test_lossless
+import test_verification
 
 import spire_jax.decoding.rounds as decode
 import spire_jax.decoding.verification as verification
@@ -23,116 +22,54 @@ import spire_jax.drafting.spire as spire_drafting
 import spire_jax.drafting.strategy as drafting
 import spire_jax.drafting.vanilla as vanilla_drafting
 import spire_jax.models.masks as masks
-from spire_jax.drafting.spire import Spire, SpireDraft
+from spire_jax.drafting.spire import Spire
 from spire_jax.models.caches import LayerCache, RingCache
 from spire_jax.models.masks import EMPTY
-from spire_jax.models.sampling import Sampling, round_keys, sample, transformed_logits
+from spire_jax.models.sampling import Sampling, sample, transformed_logits
 from spire_jax.models.transformer import Transformer
 
 
-def forget_compiled() -> None:
-    """Trace anew: what was compiled before a patch does not have it."""
+def forget() -> None:
+    """Trace and decode anew: what was made before a patch does not have it."""
     for function in (decode.decode_rounds, decode._prefill):
         function.clear_cache()  # type: ignore[attr-defined]
+    for result in (test_decode.free, test_verification.decoded):
+        result.cache_clear()
 
 
-# --- the checks --------------------------------------------------------------------------------
+# --- the checks: tests of other files, which pass without a bug ----------------------------------
 
 
-def samples_follow_the_target(kind: str = "spire", temperature: float = 0.6) -> None:
-    """The joint of the first three sampled tokens, by chi-square against enumeration."""
-    pair = models.pair(kind, SMALL)
-    prompt = models.texts(1, 9, seed=3, n_tokens=SMALL.n_tokens)[0]
-    expected = joint_of_three(pair, prompt, Sampling(temperature))
-    counts, _ = sampled_joint(pair, pair.decoder(2, temperature), prompt, 4096, 4)
-    assert chi_square(counts, expected * counts.sum()) > 1e-4
+def samples_follow_the_target() -> None:
+    test_lossless.test_sampled_joint_equals_enumeration(*test_lossless.SAMPLED[0])
 
 
 def blocks_follow_the_target() -> None:
-    """The joint of three tokens of a Markov chain, blocks of two, 200,000 times."""
-    tokens, _ = decoded.__wrapped__(2, Sampling(), "block")
-    p, counts = transformed(tables()[0], Sampling()), np.zeros((16, 16, 16))
-    np.add.at(counts, tuple(tokens.T), 1)
-    joint = p[0][:, None, None] * p[:, :, None] * p[None]
-    assert chi_square(counts, joint * counts.sum()) > 1e-4
+    test_verification.test_output_follows_the_target_exactly("temperature 1", 2, "block")
 
 
-def drafts_follow_the_rollout(kind: str = "spire") -> None:
-    """Every q that a round drafts from is the rollout's at that depth, along 14 rounds."""
-    pair, k, rounds, width = models.pair(kind), 2, 14, 72
-    decoder = pair.decoder(k)
-    prompts = models.ragged((1, 2, 6, 9, 14, 20, 5, 12), seed=5)
-    state = decode.start(decoder, pair.weights, prompts, [50] * 8, range(8), width=width)
-    starts = np.arange(width - k)
-
-    @jax.jit
-    def propose(state):
-        positions = state.lengths - 1
-        last = decode._token(state.tokens, positions)
-        previous = decode._token(state.tokens, jnp.maximum(positions - 1, 0))
-        keys = round_keys(state.seeds, state.rounds)
-        proposal, _ = pair.strategy.propose(
-            pair.draft_params, state.draft_state, state.target_cache, previous, last, positions, k,
-            drafting.sampled(keys, decoder.sampling),
-        )  # fmt: skip
-        return proposal.tokens, proposal.q
-
-    @jax.jit
-    def teacher_forced(texts):
-        draft = pair.strategy.model.bind(pair.draft_params)
-        if not isinstance(draft, SpireDraft):
-            return jax.nn.softmax(draft.forward(texts)[0][:, starts[:, None] + np.arange(k)])
-        target = pair.target.bind(pair.target_params)
-        _, activations = target.forward(texts, pair.strategy.collect)
-        return jax.nn.softmax(draft.rollout(texts, activations, starts, k))
-
-    worst = 0.0
-    for _ in range(rounds):
-        drafts, q = propose(state)
-        lengths = np.asarray(state.lengths)
-        texts = np.array(state.tokens)
-        for row, length in enumerate(lengths):
-            texts[row, length : length + k] = drafts[row]
-        wanted = np.asarray(teacher_forced(texts))[np.arange(8), lengths - 1]
-        worst = max(worst, float(np.abs(wanted - np.asarray(jax.nn.softmax(q))).max()))
-        state = decode.decode_rounds(decoder, pair.weights, state, 1)
-    counts = np.asarray(state.counts).sum(axis=0)
-    assert counts.min() > 0, "no rejection at some depth: the check would miss it"
-    assert worst < 1e-4, f"q differs from the rollout's by {worst}"
+def drafts_follow_the_rollout() -> None:
+    test_decode_rounds.check_rounds("spire")
 
 
-def greedy_follows_the_target(kind: str = "spire") -> None:
-    """Greedy speculation equals autoregressive decoding."""
-    pair, prompts = models.pair(kind), models.ragged((1, 5, 9, 14), seed=2)
-    texts = []
-    for decoder in (pair.autoregressive(0.0), pair.decoder(3, 0.0)):
-        state = decode.generate(decoder, pair.weights, prompts, [24] * 4, range(4), width=48)
-        texts.append([np.asarray(state.tokens[i, : len(p) + 24]) for i, p in enumerate(prompts)])
-    assert all(np.array_equal(a, b) for a, b in zip(*texts, strict=True))
+def ring_drafts_follow_the_full_pass() -> None:
+    test_decode_rounds.check_rounds("ring")
 
 
-def self_draft_fills_every_round() -> None:
-    """The target as its own draft emits k + 1 tokens a round."""
-    pair, prompts = models.pair("self"), models.ragged((3, 9), seed=2)
-    state = decode.generate(pair.decoder(4, 0.0), pair.weights, prompts, [20] * 2, range(2))
-    assert np.asarray(state.rounds).tolist() == [4, 4]
+def greedy_follows_the_target() -> None:
+    test_lossless.test_greedy_equals_autoregressive("spire", test_lossless.FIRST["spire"])
+
+
+def the_target_accepts_itself() -> None:
+    test_lossless.test_dense_target_as_its_own_draft(4)
 
 
 def rows_stop_at_the_end_of_sequence() -> None:
-    """A row ends with its first end of sequence, wherever in a block that falls."""
-    pair, prompts = models.pair("self"), models.ragged((3, 9, 6, 4), seed=2)
-    free = decode.generate(pair.decoder(4, 0.0), pair.weights, prompts, [20] * 4, range(4))
-    output = np.asarray(free.tokens)[0, len(prompts[0]) :].tolist()
-    eos = output[6]  # in the middle of the first row's second block
-    state = decode.generate(pair.decoder(4, 0.0, eos), pair.weights, prompts, [20] * 4, range(4))
-    assert int(state.lengths[0]) == len(prompts[0]) + output.index(eos) + 1
+    test_decode.test_rows_end_with_the_first_end_of_sequence()
 
 
-def every_round_has_its_own_key() -> None:
-    """A request's round counter counts its rounds: a position's draws are never used again."""
-    pair, prompts = models.pair("spire"), models.ragged((3, 9), seed=2)
-    state = decode.generate(pair.decoder(2), pair.weights, prompts, [20] * 2, range(2))
-    assert np.array_equal(np.asarray(state.rounds), np.asarray(state.counts).sum(axis=1))
+def every_round_is_counted() -> None:
+    test_decode.test_a_round_counts_whole_even_if_the_budget_cuts_it()
 
 
 # --- the mutants -------------------------------------------------------------------------------
@@ -322,55 +259,36 @@ def target_writes_one_slot_late(patch):
     patch(Transformer, "extend", extend)
 
 
-rollout_of_ring = functools.partial(drafts_follow_the_rollout, "ring")
-MUTANTS = [
-    (block_residual_without_b, blocks_follow_the_target),
-    (block_kept_as_often_as_it_could_be, blocks_follow_the_target),
-    (key_shared_by_draft_and_residual, samples_follow_the_target),
-    (residual_from_p_alone, samples_follow_the_target),
-    (residual_turned_round, samples_follow_the_target),
-    (temperature_on_the_draft_only, samples_follow_the_target),
-    (sampled_from_another_q_than_reported, samples_follow_the_target),
-    (rejection_follows_the_inverse_ratio, samples_follow_the_target),
-    (missing_catch_up_entry, rollout_of_ring),
-    (ring_prefill_unordered, rollout_of_ring),
-    (refresh_skipped, drafts_follow_the_rollout),
-    (refresh_shifted_by_one, drafts_follow_the_rollout),
-    (ring_off_by_one, drafts_follow_the_rollout),
-    (sink_evicted, drafts_follow_the_rollout),
-    (window_counted_without_the_query, drafts_follow_the_rollout),
-    (stale_rejected_entry_visible, drafts_follow_the_rollout),
-    (draft_position_off_by_one, drafts_follow_the_rollout),
-    (prefill_one_token_short, drafts_follow_the_rollout),
-    (q_recomputed_in_bfloat16, drafts_follow_the_rollout),
-    (target_writes_one_slot_late, greedy_follows_the_target),
-    (bonus_token_skipped, self_draft_fills_every_round),
-    (end_of_sequence_ignored_in_a_block, rows_stop_at_the_end_of_sequence),
-    (round_counter_stands_still, every_round_has_its_own_key),
-]
-CHECKS = list(dict.fromkeys(check for _, check in MUTANTS))
-# In the full tier: a check that catches others of its kind has shown that it can.
-LATER = {residual_turned_round, rejection_follows_the_inverse_ratio, refresh_shifted_by_one,
-         ring_off_by_one, window_counted_without_the_query, draft_position_off_by_one,
-         prefill_one_token_short}  # fmt: skip
-
-
-def name_of(value) -> str:
-    return getattr(value, "__name__", "drafts_follow_the_rollout_ring")
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=name_of)
-def test_check_passes_without_a_bug(check):
-    forget_compiled()
-    check()
+# The first of each check in the fast tier, the others in the full one.
+CAUGHT: dict = {
+    blocks_follow_the_target: (block_residual_without_b, block_kept_as_often_as_it_could_be),
+    samples_follow_the_target: (
+        key_shared_by_draft_and_residual, residual_from_p_alone, residual_turned_round,
+        temperature_on_the_draft_only, sampled_from_another_q_than_reported,
+        rejection_follows_the_inverse_ratio,
+    ),
+    ring_drafts_follow_the_full_pass: (missing_catch_up_entry, ring_prefill_unordered),
+    drafts_follow_the_rollout: (
+        stale_rejected_entry_visible, refresh_skipped, refresh_shifted_by_one, ring_off_by_one,
+        sink_evicted, window_counted_without_the_query, draft_position_off_by_one,
+        prefill_one_token_short, q_recomputed_in_bfloat16,
+    ),
+    greedy_follows_the_target: (target_writes_one_slot_late,),
+    the_target_accepts_itself: (bonus_token_skipped,),
+    rows_stop_at_the_end_of_sequence: (end_of_sequence_ignored_in_a_block,),
+    every_round_is_counted: (round_counter_stands_still,),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "mutant,check",
-    [pytest.param(*of, marks=pytest.mark.slow if of[0] in LATER else ()) for of in MUTANTS],
-    ids=name_of,
+    "check,mutant",
+    [
+        pytest.param(check, mutant, id=mutant.__name__, marks=pytest.mark.slow if n else ())
+        for check, mutants in CAUGHT.items()
+        for n, mutant in enumerate(mutants)
+    ],
 )
-def test_mutant_is_caught(mutant, check, monkeypatch):
+def test_mutant_is_caught(check, mutant, monkeypatch):
     planted = []
 
     def patch(owner, name, value):
@@ -379,10 +297,10 @@ def test_mutant_is_caught(mutant, check, monkeypatch):
 
     mutant(patch)
     assert planted
-    forget_compiled()
+    forget()
     try:
         with pytest.raises(AssertionError):
             check()
     finally:
         monkeypatch.undo()
-        forget_compiled()
+        forget()

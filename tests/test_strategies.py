@@ -65,6 +65,12 @@ def params_of(options: DraftOptions, strategy: Strategy, target: Params) -> Para
     return models.init(strategy.model, 1) if isinstance(options, TrainedOptions) else target
 
 
+def pair_of(kind: str, options: dict, target: ModelConfig = models.TINY) -> models.Pair:
+    draft, (model, params) = draft_of(kind, options), models.target(target)
+    strategy = draft.strategy(target, Compute())
+    return models.Pair(model, params, strategy, params_of(draft, strategy, params))
+
+
 # --- bytes ---------------------------------------------------------------------------------------
 
 

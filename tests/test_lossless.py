@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
-from scipy import stats
+from test_strategies import CASES, named, pair_of
+from test_verification import SIGNIFICANCE, chi_square
 
 from spire_jax.config.schema import ExperimentConfig, TrainConfig
 from spire_jax.decoding import generate
@@ -29,7 +30,6 @@ from spire_jax.training.tasks import (
     teacher,
 )
 
-DRAFTS = ("spire", "spire_strict", "spire_plain", "spire_trimmed", "vanilla", "ring", "self")
 # From one token to beyond window + sink + k of every test (6 + 1 + 8).
 CONTEXTS = (1, 2, 5, 7, 8, 12, 16, 30)
 OUTPUT = 40  # wraps the ring several times
@@ -65,24 +65,10 @@ def check_greedy(prompt: np.ndarray, got: np.ndarray, wanted: np.ndarray) -> Non
     assert gap.max() <= 1e-3, f"token {gap.argmax()} is {gap.max()} below the target's argmax"
 
 
-ALL_DRAFTS = (*DRAFTS, "magicdec", "snapkv")
-GREEDY = [(kind, k, 8) for kind in ("spire", "vanilla") for k in (1, 3, 4, 8)]
-GREEDY += [(kind, 3, 8) for kind in ALL_DRAFTS[1:] if kind != "vanilla"]
-# Rows decoded alone compile a program of their own: one depth in the fast tier.
-GREEDY += [(kind, 3, 1) for kind in ("spire", "vanilla")]
-GREEDY_SLOW = [(kind, k, batch) for kind in ALL_DRAFTS for k in (1, 3, 4, 8) for batch in (1, 8)
-               if (kind, k, batch) not in GREEDY]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "kind,k,batch",
-    [*GREEDY, *(pytest.param(*case, marks=pytest.mark.slow) for case in GREEDY_SLOW)],
-)
-def test_greedy_equals_autoregressive(kind, k, batch):
+def check_kind(pair: models.Pair, k: int, batch: int = len(CONTEXTS)) -> None:
+    """Every prompt of a batch, or three of them alone."""
     prompts, wanted = greedy_reference()
-    pair = models.pair(kind)
-    chosen = range(len(prompts)) if batch == 8 else (0, 3, 7)
-    for begin in [0] if batch == 8 else chosen:
+    for begin in [0] if batch == len(prompts) else (0, 3, 7):
         rows = slice(begin, begin + batch)
         state = generate(
             pair.decoder(k, 0.0), pair.weights, prompts[rows], [OUTPUT] * batch, [1] * batch,
@@ -94,7 +80,32 @@ def test_greedy_equals_autoregressive(kind, k, batch):
             check_greedy(prompt, got, want)
 
 
-@pytest.mark.parametrize("k", [1, 4, pytest.param(8, marks=pytest.mark.slow)])
+# A kind's first options in the fast tier.
+FIRST = {kind: options for kind, options in reversed(CASES)}
+KINDS = [
+    pytest.param(*case, id=named(case), marks=() if FIRST[case[0]] is case[1] else pytest.mark.slow)
+    for case in CASES
+]
+
+
+@pytest.mark.parametrize("kind,options", KINDS)
+def test_greedy_equals_autoregressive(kind, options):
+    check_kind(pair_of(kind, options), 3)
+
+
+@pytest.mark.parametrize(
+    "kind,k,batch",
+    [("vanilla", 1, 8), ("spire", 8, 8),
+     *(pytest.param(kind, k, batch, marks=pytest.mark.slow)
+       for kind in ("spire", "vanilla", "ring", "self", "magicdec", "snapkv")
+       for k in (1, 3, 4, 8) for batch in (1, 8)
+       if (kind, k, batch) not in (("vanilla", 1, 8), ("spire", 8, 8)))],
+)  # fmt: skip
+def test_greedy_equals_autoregressive_at_every_depth(kind, k, batch):
+    check_kind(models.pair(kind), k, batch)
+
+
+@pytest.mark.parametrize("k", [4, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 8))])
 def test_dense_target_as_its_own_draft(k):
     """Every greedy draft is accepted but near-ties; sampled, more than 0.9999 of them."""
     pair, prompts = models.pair("self"), models.ragged(CONTEXTS)
@@ -116,7 +127,7 @@ def test_dense_target_as_its_own_draft(k):
 SMALL = dataclasses.replace(
     models.TINY, n_layers=2, d_model=16, d_ff=16, vocab_size=16, n_tokens=16, q_per_kv=1
 )
-ROWS, BATCHES = 8192, 5
+ROWS, BATCHES = 4096, 4
 
 
 def joint_of_three(pair, prompt: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -131,45 +142,30 @@ def joint_of_three(pair, prompt: np.ndarray, sampling: Sampling) -> np.ndarray:
     return first[:, None, None] * second[:, :, None] * third
 
 
-def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:
-    """p-value; cells expected fewer than 5 times are put together. Impossible cells stay empty."""
-    observed, expected = observed.ravel(), expected.ravel()
-    assert observed[expected == 0].sum() == 0, "a token of probability 0 was emitted"
-    rare = expected < 5
-    observed = np.append(observed[~rare], observed[rare].sum())
-    expected = np.append(expected[~rare], expected[rare].sum())
-    keep = expected > 0
-    observed, expected = observed[keep], expected[keep]
-    return stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue
-
-
-def sampled_joint(pair, decoder, prompt: np.ndarray, rows: int, batches: int):
+def sampled_joint(pair, decoder, prompt: np.ndarray):
     """Counts of the first three tokens over many requests that differ in their seed alone."""
     v = SMALL.n_tokens
     counts, accepted = np.zeros((v, v, v)), np.zeros(decoder.k + 1)
-    for batch in range(batches):
-        seeds = range(batch * rows, (batch + 1) * rows)
-        state = generate(decoder, pair.weights, [prompt] * rows, [3] * rows, seeds)
+    for batch in range(BATCHES):
+        seeds = range(batch * ROWS, (batch + 1) * ROWS)
+        state = generate(decoder, pair.weights, [prompt] * ROWS, [3] * ROWS, seeds)
         new = np.asarray(state.tokens)[:, len(prompt) : len(prompt) + 3]
         np.add.at(counts, tuple(new.T), 1)
         accepted += np.asarray(state.counts).sum(axis=0)
     return counts, accepted
 
 
+SAMPLED = [("spire", 0.6, {}), ("vanilla", 1.0, {"verification": "block", "top_p": 0.7})]
+SAMPLED_LATER = [
+    ("spire", 1.0, {}), ("spire", 1.0, {"top_k": 6}), ("spire", 0.6, {"top_k": 9, "top_p": 0.8}),
+    ("vanilla", 1.0, {"top_p": 0.7}), ("ring", 0.6, {}), ("magicdec", 1.0, {}),
+    ("snapkv", 1.0, {}), ("spire", 1.0, {"verification": "block"}),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "kind,temperature,options",
-    [
-        ("spire", 1.0, {}),
-        pytest.param("spire", 0.6, {}, marks=pytest.mark.slow),
-        pytest.param("spire", 1.0, {"top_k": 6}, marks=pytest.mark.slow),
-        ("spire", 0.6, {"top_k": 9, "top_p": 0.8}),
-        ("vanilla", 1.0, {"top_p": 0.7}),
-        ("ring", 0.6, {}),
-        ("spire", 1.0, {"verification": "block"}),
-        pytest.param(
-            "vanilla", 0.6, {"verification": "block", "top_p": 0.9}, marks=pytest.mark.slow
-        ),
-    ],
+    SAMPLED + [pytest.param(*case, marks=pytest.mark.slow) for case in SAMPLED_LATER],
 )
 def test_sampled_joint_equals_enumeration(kind, temperature, options):
     """The joint of the first three tokens, across rounds: k = 2 ends a round inside it."""
@@ -183,14 +179,14 @@ def check_joint(pair, temperature: float, verification: str = "token", **options
     decoder = dataclasses.replace(
         pair.decoder(2, temperature, **options), verification=verification
     )
-    counts, accepted = sampled_joint(pair, decoder, prompt, ROWS, BATCHES)
+    counts, accepted = sampled_joint(pair, decoder, prompt)
     share = accepted[1:].sum() / accepted.sum()
     assert 0.05 < share < 0.95, "a draft that agrees or disagrees always tests nothing"
-    expected = joint_of_three(pair, prompt, sampling) * ROWS * BATCHES
-    assert chi_square(counts, expected) > 1e-4
+    joint = joint_of_three(pair, prompt, sampling)
+    assert chi_square(counts, joint) > SIGNIFICANCE
     for position in range(3):
         others = tuple(i for i in range(3) if i != position)
-        assert chi_square(counts.sum(axis=others), expected.sum(axis=others)) > 1e-4
+        assert chi_square(counts.sum(axis=others), joint.sum(axis=others)) > SIGNIFICANCE
     return share
 
 
