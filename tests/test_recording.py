@@ -41,8 +41,6 @@ from spire_jax.training.tasks import (
     with_shared,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RECORDED = json.loads((pathlib.Path(__file__).parent / "recording.json").read_text())
 DIGITS = 1e-6  # relative; the recording itself moves by 5e-7 with the compiler's optimizations
 RATIOS = 1e-5  # of probabilities, by 4e-6

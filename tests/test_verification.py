@@ -41,8 +41,8 @@ class Markov(Transformer):
     def __init__(self, config: ModelConfig, compute: Compute, *, rngs: nnx.Rngs):
         self.table = nnx.Param(jnp.zeros((V, V)))
 
-    def extend(self, cache, tokens, positions, collect=()):
-        return self.table[...][tokens], (), cache
+    def extend(self, cache, tokens, positions, collect=(), *, logits_from=0):
+        return self.table[...][tokens[:, logits_from:]], (), cache
 
 
 def tables() -> tuple[np.ndarray, np.ndarray]:
