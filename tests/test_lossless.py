@@ -60,7 +60,9 @@ def check_greedy(prompt: np.ndarray, got: np.ndarray, wanted: np.ndarray) -> Non
         return
     model, params = models.target()
     text = np.concatenate([prompt, got]).astype(np.int32)
-    logits = np.asarray(model.bind(params).forward(text[None, :-1])[0][0, len(prompt) - 1 :])
+    logits = np.asarray(
+        model.bind(params).forward(jnp.asarray(text[None, :-1]))[0][0, len(prompt) - 1 :]
+    )
     gap = logits.max(axis=-1) - logits[np.arange(len(got)), got]
     assert gap.max() <= 1e-3, f"token {gap.argmax()} is {gap.max()} below the target's argmax"
 

@@ -45,10 +45,10 @@ from spire_jax.decoding import (
     Weights,
     decode_rounds,
     generation_lengths,
-    mean_generation_length,
     start,
 )
 from spire_jax.decoding.build import for_decoding, make_decoder
+from spire_jax.results.intervals import mean_generation_length
 from spire_jax.storage.metrics import write_whole
 from spire_jax.training.workdir import ERRORS, WorkDir
 

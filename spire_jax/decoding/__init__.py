@@ -14,7 +14,6 @@ from spire_jax.decoding.rounds import (
     finish,
     generate,
     generation_lengths,
-    mean_generation_length,
     speculation_round,
     start,
 )
@@ -22,5 +21,5 @@ from spire_jax.decoding.rounds import (
 __all__ = [
     "ACCEPTED", "BONUS", "CORRECTION", "PROMPT", "DecodeError", "DecodeState", "Decoder",
     "Weights", "decode_rounds", "finish", "generate", "generation_lengths",
-    "mean_generation_length", "speculation_round", "start",
+    "speculation_round", "start",
 ]  # fmt: skip

@@ -90,12 +90,6 @@ def generation_lengths(counts: Int[np.ndarray, "*rows k1"]) -> tuple[int, int]:
     return int((counts * np.arange(1, counts.shape[-1] + 1)).sum()), int(counts.sum())
 
 
-def mean_generation_length(emitted: Any, rounds: Any, axis: int | None = None) -> Any:
-    """`tau`: tokens emitted over rounds, each summed (method.md section 4); nan without a round."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.sum(emitted, axis=axis) / np.sum(rounds, axis=axis)
-
-
 # --- one round ---------------------------------------------------------------------------------
 
 

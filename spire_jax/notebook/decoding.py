@@ -10,8 +10,8 @@ import numpy as np
 from spire_jax.config.files import command_line
 from spire_jax.config.schema import ExperimentConfig
 from spire_jax.data.tokenizer import Tokenizer
-from spire_jax.decoding import mean_generation_length
 from spire_jax.models.transformer import Params
+from spire_jax.results.intervals import mean_generation_length
 from spire_jax.serving.batching import Server, Serving
 from spire_jax.serving.command import arguments as flags_of_decoder
 from spire_jax.serving.interactive import visible

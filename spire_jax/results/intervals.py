@@ -7,10 +7,14 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float
 
-from spire_jax.decoding import mean_generation_length
-
 Interval = tuple[float, float] | None
 PerDocument = Float[np.ndarray, " documents"]
+
+
+def mean_generation_length(emitted: Any, rounds: Any, axis: int | None = None) -> Any:
+    """`tau`: tokens emitted over rounds, each summed (method.md section 4); nan without a round."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.sum(emitted, axis=axis) / np.sum(rounds, axis=axis)
 
 
 def ratio_interval(numerator: PerDocument, denominator: PerDocument, *, resamples: int) -> Interval:

@@ -24,9 +24,13 @@ from spire_jax.config import schema
 from spire_jax.config.identity import made_with
 from spire_jax.config.values import to_dict
 from spire_jax.costs import throughput
-from spire_jax.decoding import mean_generation_length
 from spire_jax.results import report_page
-from spire_jax.results.intervals import Interval, difference_interval, ratio_interval
+from spire_jax.results.intervals import (
+    Interval,
+    difference_interval,
+    mean_generation_length,
+    ratio_interval,
+)
 from spire_jax.results.records import (
     AUTOREGRESSIVE,
     EVALUATE_AGAIN,

@@ -18,7 +18,7 @@ from spire_jax.config.schema import ConfigError, ExperimentConfig, oracle_depth
 from spire_jax.costs import throughput
 from spire_jax.costs.hardware import describe
 from spire_jax.data.pipeline import Context, Dataset
-from spire_jax.decoding import Weights, mean_generation_length
+from spire_jax.decoding import Weights
 from spire_jax.decoding.build import for_decoding
 from spire_jax.models.transformer import Params
 from spire_jax.results.evaluate import (
@@ -31,6 +31,7 @@ from spire_jax.results.evaluate import (
     sample_texts,
     target_pass,
 )
+from spire_jax.results.intervals import mean_generation_length
 from spire_jax.storage.metrics import Progress, write_whole
 from spire_jax.storage.paths import Place
 

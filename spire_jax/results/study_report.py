@@ -16,8 +16,12 @@ import rich.markdown
 from spire_jax.config.schema import ExperimentConfig
 from spire_jax.config.variants import ABLATIONS, FULL_PAPER_TAU
 from spire_jax.costs import throughput
-from spire_jax.decoding import mean_generation_length
-from spire_jax.results.intervals import Interval, difference_interval, ratio_interval
+from spire_jax.results.intervals import (
+    Interval,
+    difference_interval,
+    mean_generation_length,
+    ratio_interval,
+)
 from spire_jax.results.records import Counts, read_counts
 from spire_jax.results.study import best_k, deep_methods, study_config
 from spire_jax.storage.metrics import write_whole

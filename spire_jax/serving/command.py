@@ -30,7 +30,7 @@ from rich.console import Console
 
 from spire_jax.config.files import command_line
 from spire_jax.config.schema import ConfigError, ExperimentConfig
-from spire_jax.decoding import mean_generation_length
+from spire_jax.results.intervals import mean_generation_length
 from spire_jax.serving.batching import Inbox, Server, Serving
 from spire_jax.serving.interactive import converse
 from spire_jax.serving.loading import Loaded, load_for_decoding

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from spire_jax.data.tokenizer import Tokenizer
-from spire_jax.decoding import mean_generation_length
+from spire_jax.results.intervals import mean_generation_length
 from spire_jax.serving.batching import Server
 from spire_jax.serving.outputs import Result
 from spire_jax.serving.requests import Defaults, Failure, Request, RequestError, request_of
