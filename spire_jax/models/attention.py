@@ -210,7 +210,7 @@ def merge_attention(parts):
     """One softmax over the keys of several `attention` results (out, log-sum-exp)."""
     if len(parts) == 1:
         return parts[0][0]
-    top = jnp.max(jnp.stack([lse for _, lse in parts]), axis=0)
+    top = functools.reduce(jnp.maximum, [lse for _, lse in parts])
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     weights = [jnp.exp(lse - top) for _, lse in parts]
     total = sum(weights)
