@@ -75,7 +75,7 @@ CHECK = """
 def answer(name):
     begin, said = time.monotonic(), ""
     try:
-        check_bucket(locate(f"gs://{name}/runs/a"), 6)
+        check_bucket(locate(f"gs://{name}/runs/a"), 2)
     except ConfigError as error:
         said = str(error)
     return said, time.monotonic() - begin
@@ -100,7 +100,7 @@ def test_a_bucket_is_tried_before_a_run():
         for how in ("silent", "dead"):
             setattr(served, how, True)
             said, seconds = ask("bucket")
-            assert "gs://bucket/runs/a: no answer in 6 s" in said and seconds < 15
+            assert "gs://bucket/runs/a: no answer in 2 s" in said and seconds < 15
 
 
 def test_what_is_written():

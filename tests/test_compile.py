@@ -112,12 +112,12 @@ def test_bad_input(capsys, monkeypatch):
 # --- with it -----------------------------------------------------------------------------------
 
 
-def spread(specs) -> list:
-    """Each spec on one of the chips in turn, every sixth in the fast tier; the rest is slow."""
+def spread(specs, every: int = 6) -> list:
+    """Each spec on all chips; one of `every` on one of them in the fast tier, the rest is slow."""
     chips, cases = list(CHIPS), []
     for i, spec in enumerate(specs):
         for j, chip in enumerate(chips):
-            fast = i % 6 == 0 and j == i // 6 % 4
+            fast = i % every == 0 and j == i // every % 4
             marks = () if fast else pytest.mark.slow
             cases.append(pytest.param(spec, chip, id=f"{spec.name}-{chip}", marks=marks))
     return cases
@@ -129,7 +129,7 @@ def test_decode_attention_compiles(libtpu, spec, chip):
     assert report.kernels == 1 and 0 < report.vmem < VMEM_LIMIT
 
 
-@pytest.mark.parametrize("spec, chip", spread(streaming_specs.PRODUCTION))
+@pytest.mark.parametrize("spec, chip", spread(streaming_specs.PRODUCTION, every=9))
 def test_streaming_attention_compiles(libtpu, spec, chip):
     report = compile_streaming(spec, chip, backward=True)
     # XLA may fuse what pads an operand into a kernel, in VMEM beside the kernel's own.
@@ -159,16 +159,21 @@ def small():
 @pytest.mark.parametrize(
     "name, n_kernels",
     [
-        # Two layers, forward and twice backward; one layer, four passes. A minute each.
-        pytest.param("target's train step", 2 * 3, marks=pytest.mark.slow),
-        pytest.param("spire's train step", 4 * 3, marks=pytest.mark.slow),
-        ("teacher's pass", 2),
         ("spire: prefill", 1),  # nothing needs what the last layer attends to
-        ("spire: prefill of a chunk", 0),
-        ("spire: draft step", 1),
-        ("spire: verify step", 2),
         ("spire: whole round", 1 + 2),  # the draft step is compiled once
-        ("autoregressive step", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                # Two layers, forward and twice backward; one layer, four passes. A minute each.
+                ("target's train step", 2 * 3),
+                ("spire's train step", 4 * 3),
+                ("teacher's pass", 2),
+                ("spire: prefill of a chunk", 0),
+                ("spire: draft step", 1),
+                ("spire: verify step", 2),
+                ("autoregressive step", 2),
+            )
+        ),
     ],
 )
 def test_steps_compile_with_the_kernels_inside(libtpu, small, name, n_kernels):

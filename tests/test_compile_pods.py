@@ -53,7 +53,7 @@ SAMPLING = {
     BLOCKS: ["decode.temperature=0.8", "decode.verification=block"],
     TRUNCATED: ["decode.top_k=5"],
 }
-ON_CPU = PLAIN, TRUNCATED  # greedy decoding is compiled for a TPU
+LATER = pytest.mark.slow
 ROUND = "spire: whole round"
 
 
@@ -87,11 +87,11 @@ def numbers(shape: str) -> int:
 # --- in the process of four devices ------------------------------------------------------------
 
 
-def main(path: str) -> None:
+def main(path: str, *names: str) -> None:
     found: dict = {"rounds": {}, "tokens": {}}
     mesh = make_mesh(MeshConfig(data=2, tensor=2))
     with jax.set_mesh(mesh):
-        for name in ON_CPU:
+        for name in names:
             program = dict(programs(small(*SAMPLING[name]), mesh))[ROUND]()
             text = program.function.lower(*program.arguments).compile().as_text()
             found["rounds"][name] = [vars(c) for c in collectives(text)]
@@ -120,11 +120,14 @@ def main(path: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
-    return many_devices.found_by(__file__, 4, tmp_path_factory.mktemp("pods"))
+def found(tmp_path_factory, request) -> dict:
+    names = SAMPLING if request.config.getoption("--full") else [PLAIN]
+    return many_devices.found_by(__file__, 4, tmp_path_factory.mktemp("pods"), *names)
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize(
+    "name", [PLAIN, *(pytest.param(x, marks=LATER) for x in (GREEDY, BLOCKS, TRUNCATED))]
+)
 def test_a_round_sends_neither_caches_nor_logits(found, name):
     """Also not what a row has just written; but truncation needs all logits in one place."""
     sends = [Collective(**c | {"shapes": tuple(c["shapes"])}) for c in found["rounds"][name]]
@@ -282,7 +285,7 @@ def test_a_step_that_fails_or_does_not_fit_does_not_end_the_report(monkeypatch, 
 # --- with the compiler -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [GREEDY, PLAIN, pytest.param(BLOCKS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [GREEDY, *(pytest.param(x, marks=LATER) for x in (PLAIN, BLOCKS))])
 def test_a_round_on_a_slice_sends_neither_caches_nor_logits(libtpu, name, tmp_path, capsys):
     """By the command: all steps' memory and collectives, as text and as a file."""
     path = tmp_path / "report.json"
@@ -332,4 +335,4 @@ def test_the_compiler_names_memory_that_is_too_much(libtpu):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -50,25 +50,25 @@ def test_sampled_decoding():
 
 
 @pytest.mark.parametrize(
-    "name, remat",
+    "name, remat, k",
     [
-        ("target", False),
-        ("spire", True),
+        ("target", True, 2),
+        ("spire", False, 2),
         *(
-            pytest.param(*case, marks=slow)
-            for case in (("target", True), ("spire", False), ("vanilla", False))
+            pytest.param(*case, 4, marks=slow)
+            for case in (("target", False), ("spire", True), ("vanilla", False))
         ),
     ],
 )
-def test_training(name, remat):
-    """Loss and gradients of a step, a rollout of every fourth token included."""
+def test_training(name, remat, k):
+    """Loss and gradients of a step, a rollout of every k-th token included."""
     sizes: dict = {"n_layers": 1, "window": WINDOW, "sink": SINK}
     drafts = (("spire", SpireOptions(**sizes)), ("vanilla", VanillaOptions(loss="hard", **sizes)))
     rows = jnp.asarray(texts(2, 25))
     batch = TrainBatch(rows[:, :-1], rows[:, 1:], jnp.ones((2, 24), bool))
     found = []
     for attention in ("xla", "interpret"):
-        train = TrainConfig(batch_size=2, seq_len=24, k=4, attention=attention, remat=remat)
+        train = TrainConfig(batch_size=2, seq_len=24, k=k, attention=attention, remat=remat)
         config = ExperimentConfig(target=WIDE, drafts=drafts, train=train)
         task = target_task(config) if name == "target" else draft_task(config, name)
         lesson = None

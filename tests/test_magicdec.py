@@ -30,7 +30,8 @@ def rollout(window: int, sink: int):
 
 
 @pytest.mark.parametrize(
-    "window, sink", [(6, 1), pytest.param(5, 2, marks=pytest.mark.slow), (4, 0)]
+    "window, sink",
+    [(6, 1), *(pytest.param(*of, marks=pytest.mark.slow) for of in ((5, 2), (4, 0)))],
 )
 def test_drafts_read_a_streaming_cache(window, sink):
     """Layer by layer and token by token: the cache holds layer inputs, its positions are 0, 1, ...
@@ -58,7 +59,7 @@ def test_drafts_read_a_streaming_cache(window, sink):
             logits.append(module.unembed(x)[:, 0])
         return jnp.stack(logits, axis=1)
 
-    for start in (0, 1, 3, window + sink - 1, window + sink, 13, T - K):
+    for start in (0, 3, window + sink - 1, window + sink, T - K):
         wanted = np.asarray(jax.jit(literal, static_argnums=0)(start))[..., VALID]
         np.testing.assert_allclose(found[:, start], wanted, atol=2e-5, err_msg=f"start {start}")
 

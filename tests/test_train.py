@@ -225,7 +225,7 @@ def test_one_pass_of_the_target_serves_all_drafts(target, mesh, tmp_path, monkey
 def test_accumulation_and_remat_change_nothing(name, target, mesh):
     """Micro-batches with different amounts of padding count by tokens, not by batch."""
     states, metrics = [], []
-    for values in ({}, {"accumulate": 4}, {"remat": True}):
+    for values in ({}, {"accumulate": 4, "remat": True}):
         config = experiment(**values)
         task = target_task(config) if name == "target" else draft_task(config, name)
         frozen = None if name == "target" else target[1]
@@ -240,12 +240,10 @@ def test_accumulation_and_remat_change_nothing(name, target, mesh):
             state, metric = train_step(task, config.train, optimizer, state, lesson, arrays(step))
         states.append(state["params"])
         metrics.append(metric)
-    for other in states[1:]:
-        for a, b in zip(jax.tree.leaves(states[0]), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(a, b, atol=2e-5)
-    for other in metrics[1:]:
-        for key in metrics[0]:
-            np.testing.assert_allclose(metrics[0][key], other[key], rtol=1e-4)
+    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    for key in metrics[0]:
+        np.testing.assert_allclose(metrics[0][key], metrics[1][key], rtol=1e-4)
 
 
 def test_weight_decay_spares_the_memory_mix_alone(target, mesh):

@@ -9,6 +9,17 @@ import pipelines
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One file makes the finished run; those that would wait for it come after those that need not.
+
+    xdist hands files out in this order.
+    """
+    needing = list(dict.fromkeys(
+        item.path for item in items if "finished" in getattr(item, "fixturenames", ())
+    ))  # fmt: skip
+    items.sort(key=lambda item: ("end_to_end" not in item.path.parts, item.path in needing[1:]))
+
+
 def made_once(tmp_path_factory, name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
     """A folder of all workers: the first to come makes it, the others wait."""
     base = tmp_path_factory.getbasetemp()
