@@ -267,7 +267,8 @@ def test_what_is_built_in_comes_along():
 PLUGIN = """
 import dataclasses
 from spire_jax.config.registry import DRAFT_KINDS, FAMILIES
-from spire_jax.config.schema import ModelConfig, TrainedOptions
+from spire_jax.config.drafts import TrainedOptions
+from spire_jax.config.schema import ModelConfig
 
 @DRAFT_KINDS.register("guess")
 @dataclasses.dataclass(frozen=True)

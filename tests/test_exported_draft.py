@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from models import TINY
 
+from spire_jax.config.drafts import TransformerOptions
 from spire_jax.config.registry import DRAFT_KINDS
-from spire_jax.config.schema import TransformerOptions
 from spire_jax.drafting.spire import SpireOptions
 from spire_jax.pretrained import PretrainedError, exported_draft
 from spire_jax.pretrained.exported_draft import export_draft, import_draft

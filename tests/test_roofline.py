@@ -7,7 +7,7 @@ import types
 import pytest
 from paper_numbers import PAPER_67M, TABLE, TAU
 
-from spire_jax.config import files, schema
+from spire_jax.config import drafts, files, schema
 from spire_jax.costs import roofline, throughput
 
 
@@ -130,7 +130,7 @@ _MUTANTS = {
 }
 
 
-# What drafting costs is the draft's own to say (config/schema.py), the paper's window throughput's.
+# What drafting costs is the draft's own to say (config/drafts.py), the paper's window throughput's.
 _OF_DRAFTS = {
     "no sink": ("lambda v: v.sink + min", "lambda v: min"),
     "window beyond the context": ("min(context, v.window)", "v.window"),
@@ -178,8 +178,8 @@ def test_the_numbers_catch_a_change_of_any_term(
         monkeypatch.setattr(roofline.Roofline, "round", changed.Roofline.round)
         monkeypatch.setattr(changed, "RoundCost", roofline.RoundCost)
     elif mutant in _OF_DRAFTS:
-        changed = _changed(schema, *_OF_DRAFTS[mutant], monkeypatch)
-        monkeypatch.setattr(schema.DraftOptions, "cost", changed.DraftOptions.cost)
+        changed = _changed(drafts, *_OF_DRAFTS[mutant], monkeypatch)
+        monkeypatch.setattr(drafts.DraftOptions, "cost", changed.DraftOptions.cost)
     else:
         changed = _changed(throughput, *_OF_THE_PAPER[mutant], monkeypatch)
         monkeypatch.setattr(throughput, "_draft", changed._draft)

@@ -9,16 +9,15 @@ import models
 import numpy as np
 import pytest
 
+from spire_jax.config.drafts import DraftOptions, TrainedOptions
 from spire_jax.config.registry import DRAFT_KINDS
 from spire_jax.config.schema import (
     ConfigError,
     DecodeConfig,
-    DraftOptions,
     EvalConfig,
     ExperimentConfig,
     ModelConfig,
     ThroughputConfig,
-    TrainedOptions,
 )
 from spire_jax.costs.throughput import memory_bytes
 from spire_jax.drafting.strategy import Processed, Strategy

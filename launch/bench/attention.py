@@ -19,8 +19,9 @@ import jax
 import numpy as np
 
 from launch.bench.timing import interleaved
+from spire_jax.config.drafts import TransformerOptions
 from spire_jax.config.files import command_line
-from spire_jax.config.schema import AUTOREGRESSIVE, ExperimentConfig, TransformerOptions
+from spire_jax.config.schema import AUTOREGRESSIVE, ExperimentConfig
 from spire_jax.costs.hardware import describe
 from spire_jax.data.pipeline import Batch
 from spire_jax.decoding import Weights, generate

@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 import ml_collections
 
 from spire_jax.config.checks import ConfigError
+from spire_jax.config.drafts import DraftOptions
 from spire_jax.config.registry import DRAFT_KINDS, FAMILIES, below
-from spire_jax.config.schema import DraftOptions, ExperimentConfig, ModelConfig
+from spire_jax.config.schema import ExperimentConfig, ModelConfig
 from spire_jax.config.validation import validate, with_vocabulary
 from spire_jax.config.values import Text, convert, known, section
 from spire_jax.config.variants import variants

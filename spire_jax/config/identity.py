@@ -11,8 +11,9 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from spire_jax.config.drafts import DraftOptions, TrainedOptions
 from spire_jax.config.readers import Reader
-from spire_jax.config.schema import DraftOptions, ExperimentConfig, TrainedOptions
+from spire_jax.config.schema import ExperimentConfig
 from spire_jax.config.values import to_dict
 
 

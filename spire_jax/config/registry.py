@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from spire_jax.config.checks import ConfigError
 
 if TYPE_CHECKING:
-    from spire_jax.config.schema import DraftOptions, ModelConfig
+    from spire_jax.config.drafts import DraftOptions
+    from spire_jax.config.schema import ModelConfig
 
 T = TypeVar("T")
 

@@ -8,8 +8,9 @@ import dataclasses
 from typing import Any
 
 from spire_jax.config.checks import ConfigError
+from spire_jax.config.drafts import DraftOptions
 from spire_jax.config.registry import DRAFT_KINDS
-from spire_jax.config.schema import DraftOptions, StudyConfig
+from spire_jax.config.schema import StudyConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from spire_jax.config.schema import DraftCost, ModelConfig, head_size, over_layers
+from spire_jax.config.drafts import DraftCost, over_layers
+from spire_jax.config.schema import ModelConfig, head_size
 
 # Each variant keeps what the one before it changed.
 VARIANTS: Mapping[str, str] = {

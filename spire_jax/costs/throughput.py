@@ -19,11 +19,11 @@ from typing import Any
 import rich.console
 import rich.table
 
+from spire_jax.config.drafts import DraftCost
 from spire_jax.config.files import command_line, exit_with_error
 from spire_jax.config.schema import (
     AUTOREGRESSIVE,
     ConfigError,
-    DraftCost,
     ExperimentConfig,
     ModelConfig,
     head_size,

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from spire_jax.config.checks import check, not_negative, positive
+from spire_jax.config.drafts import DraftOptions
 from spire_jax.config.registry import DRAFT_KINDS
-from spire_jax.config.schema import DraftOptions, ExperimentConfig, ModelConfig, oracle_depth
+from spire_jax.config.schema import ExperimentConfig, ModelConfig, oracle_depth
 from spire_jax.drafting.self_drafting import SelfDrafting, drafting_target
 from spire_jax.drafting.spire import SpireDraft, begin_windowed
 from spire_jax.models.attention import Attended, Compute, attention, unpacked

@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from spire_jax.config.checks import check, positive
+from spire_jax.config.drafts import DraftCost, DraftOptions, over_layers
 from spire_jax.config.registry import DRAFT_KINDS
-from spire_jax.config.schema import DraftCost, DraftOptions, ModelConfig, over_layers
+from spire_jax.config.schema import ModelConfig
 from spire_jax.drafting.magicdec import check_budget
 from spire_jax.drafting.self_drafting import SelfDrafting, drafting_target
 from spire_jax.models.attention import Compute, capped

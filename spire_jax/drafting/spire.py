@@ -19,9 +19,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from spire_jax.config.checks import check, choice, not_negative
+from spire_jax.config.drafts import TransformerOptions
 from spire_jax.config.readers import DRAFT, read_by
 from spire_jax.config.registry import DRAFT_KINDS
-from spire_jax.config.schema import ModelConfig, TransformerOptions
+from spire_jax.config.schema import ModelConfig
 from spire_jax.drafting.strategy import Processed, Strategy
 from spire_jax.models.attention import (
     Attended,

@@ -5,8 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from spire_jax.config.drafts import TransformerOptions
 from spire_jax.config.registry import DRAFT_KINDS
-from spire_jax.config.schema import TransformerOptions
 from spire_jax.drafting.strategy import Strategy
 from spire_jax.models.caches import empty_windowed, full_cache, ring_cache, ring_positions
 from spire_jax.models.sampling import probability_of

@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from spire_jax.config.checks import ConfigError
+from spire_jax.config.drafts import DraftOptions
 from spire_jax.config.registry import DRAFT_KINDS, FAMILIES, Registry
-from spire_jax.config.schema import DraftOptions, ModelConfig
+from spire_jax.config.schema import ModelConfig
 from spire_jax.config.values import section, to_dict
 from spire_jax.models.transformer import Params
 from spire_jax.pretrained import PretrainedError

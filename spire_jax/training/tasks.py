@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spire_jax.config.schema import ExperimentConfig, TrainedOptions, head_size
+from spire_jax.config.drafts import TrainedOptions
+from spire_jax.config.schema import ExperimentConfig, head_size
 from spire_jax.drafting.build import compute_for, strategy, target_model
 from spire_jax.drafting.learning import DraftLoss, Lesson, Loss, TrainBatch
 from spire_jax.drafting.strategy import Strategy

@@ -17,9 +17,10 @@ from flax import nnx
 from test_lossless import SMALL, check_joint
 
 from spire_jax.config.checks import not_negative, positive
+from spire_jax.config.drafts import DraftCost, TrainedOptions
 from spire_jax.config.readers import DRAFT, read_by
 from spire_jax.config.registry import DRAFT_KINDS, LOSSES
-from spire_jax.config.schema import DraftCost, ModelConfig, TrainedOptions
+from spire_jax.config.schema import ModelConfig
 from spire_jax.drafting.learning import DraftLoss
 from spire_jax.drafting.strategy import Strategy
 from spire_jax.models.attention import Compute

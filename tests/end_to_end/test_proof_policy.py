@@ -15,8 +15,9 @@ import test_strategies
 from test_lossless import SMALL, check_joint
 
 from spire_jax.config.checks import check, positive
+from spire_jax.config.drafts import DraftCost, DraftOptions
 from spire_jax.config.registry import DRAFT_KINDS
-from spire_jax.config.schema import ConfigError, DraftCost, DraftOptions
+from spire_jax.config.schema import ConfigError
 from spire_jax.drafting.self_drafting import SelfDrafting, drafting_target
 from spire_jax.export import export
 from spire_jax.models.attention import Compute
