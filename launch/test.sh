@@ -29,8 +29,17 @@ bin=.venv/bin
 
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-"$bin/mypy"
+
+# The types beside the tests, which leave a core idle at their end; what mypy says comes last.
+types="$(mktemp)"
+"$bin/mypy" >"$types" 2>&1 &
+mypy=$!
+trap 'kill "$mypy" 2>/dev/null || true; rm -f "$types"' EXIT
 
 # A file stays with one worker, so that what its tests share is made once; files come in the order
 # of their names, the long ones of end_to_end first.
-exec "$bin/python" -m pytest "${workers[@]}" --dist=loadfile --no-loadscope-reorder "$@"
+status=0
+"$bin/python" -m pytest "${workers[@]}" --dist=loadfile --no-loadscope-reorder "$@" || status=$?
+wait "$mypy" || status=$((status ? status : $?))
+cat "$types"
+exit "$status"

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-TOOLS = "bash sed cat rm mkdir find dirname sleep cp touch kill"
+TOOLS = "bash sed cat mktemp rm mkdir find dirname sleep cp touch kill"
 
 # Stands for every Python. It notes what it is asked to do; a file beside it, named after it with
 # ".is", says what it lacks or how pip ends.
@@ -329,27 +329,36 @@ def tools(place):
     for name in ("ruff", "mypy"):
         path = place.venv / "bin" / name
         path.write_text(
-            f'#!/bin/bash\necho "{name} $*" >>"$STUB_LOG"\n[[ "{name} $*" != "$STUB_FAILS"* ]]\n'
+            f'#!/bin/bash\necho "{name} $*" >>"$STUB_LOG"\necho "{name} says so"\n'
+            f'[[ "{name} $*" != "$STUB_FAILS"* ]]\n'
         )
         path.chmod(0o755)
 
 
-def test_linter_types_and_tests_in_turn(place):
+def test_linter_then_types_beside_the_tests(place):
     tools(place)
     result = place.run("launch/test.sh", "--full", "-k", "sink", STUB_FAILS="none", STUB_STATUS="5")
     assert result.returncode == 5
-    libtpu, *before, last = place.done()
+    libtpu, *linter, one, other = place.done()
     assert libtpu.startswith("pip libtpu==")
-    assert before == ["ruff check .", "ruff format --check .", "mypy "]
-    assert " pytest " in last
-    assert last.endswith(" --full -k sink")
+    assert linter == ["ruff check .", "ruff format --check ."]
+    types, tests = sorted((one, other))
+    assert types == "mypy " and " pytest " in tests and tests.endswith(" --full -k sink")
 
 
-@pytest.mark.parametrize("failing", ["ruff check", "ruff format", "mypy"])
-def test_what_fails_stops_the_rest(place, failing):
+@pytest.mark.parametrize("failing", ["ruff check", "ruff format"])
+def test_a_linter_that_fails_stops_the_rest(place, failing):
     tools(place)
     assert place.run("launch/test.sh", STUB_FAILS=failing).returncode == 1
     assert place.done()[-1].startswith(failing)
+
+
+def test_types_that_are_wrong_are_said_after_the_tests(place):
+    tools(place)
+    result = place.run("launch/test.sh", STUB_FAILS="mypy")
+    assert result.returncode == 1 and result.stdout.endswith("mypy says so\n")
+    assert any(" pytest " in line for line in place.done())
+    assert place.run("launch/test.sh", STUB_FAILS="mypy", STUB_STATUS="5").returncode == 5
 
 
 def test_the_tpu_compiler_is_set_up_once_and_tests_run_without_it(place):
@@ -357,7 +366,7 @@ def test_the_tpu_compiler_is_set_up_once_and_tests_run_without_it(place):
     tools(place)
     result = place.run("launch/test.sh", STUB_FAILS="none", STUB_PIP="fail")
     assert result.returncode == 0 and "tests that compile for TPUs are skipped" in result.stderr
-    assert [line for line in place.done() if line.startswith("run")][-1]
+    assert any(" pytest " in line for line in place.done())
     assert place.run("launch/setup/libtpu.sh").returncode == 0
     (installed,) = place.done()
     assert installed.startswith("pip libtpu==") and (place.venv / "libtpu").is_dir()
@@ -369,7 +378,7 @@ def test_ci_runs_the_fast_tier(place):
     tools(place)
     assert place.run(".ci/run", STUB_FAILS="none").returncode == 0
     workers = "-n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder"
-    assert place.done()[-1].endswith(f" pytest {workers}")
+    assert any(line.endswith(f" pytest {workers}") for line in place.done())
 
 
 def test_what_needs_a_newer_jax_runs_with_the_newest_python(place):
