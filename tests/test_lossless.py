@@ -213,7 +213,8 @@ def trained(task: Task, config: ExperimentConfig, params, frozen=None):
     return state["params"]
 
 
-@pytest.mark.parametrize("temperature", [1.0, pytest.param(0.6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampled_joint_of_a_trained_pair(temperature):
     """A target and a SPIRe draft trained by the product's own step."""
     assert check_joint(trained_pair(), temperature) > 0.5
