@@ -17,14 +17,13 @@ from spire_jax.data.tokenizer import ByteTokenizer
 from spire_jax.decoding import DecodeError, generate
 from spire_jax.models.sharding import make_mesh, replicated
 from spire_jax.serving.batching import PROGRAMS, Inbox, Server, Serving
-from spire_jax.serving.outputs import Result
-from spire_jax.serving.requests import Failure, Id, Request
+from spire_jax.serving.records import Failure, Id, Request, Result
 
-SMALL = dataclasses.replace(TINY, n_layers=2)
+SMALL = dataclasses.replace(TINY, n_layers=2, max_len=62)
 K, WIDTH = 2, 64
 SHAPES = Serving(batch=4, width=WIDTH, chunk=8)
 LENGTHS = (1, 2, 5, 8, 9, 20, 33, 16, 40, 7, 1, 25)
-BUDGETS = (20, 3, 11, 30, 7, 20, 21, 1, 9, 15, 30, 2)
+BUDGETS = (20, 3, 11, 30, 7, 20, 29, 1, 9, 15, 30, 2)  # the seventh goes to the model's limit
 
 
 class Letters(ByteTokenizer):
@@ -174,6 +173,35 @@ def test_a_stop_string_cuts_before_itself(size):
     assert across or size == 1
 
 
+def first_complete(text: str, stops) -> int:
+    """Where the text ends, letter by letter; -1: nowhere."""
+    for end in range(1, len(text) + 1):
+        ending = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            return min(ending)
+    return -1
+
+
+def test_the_stop_string_that_is_complete_first_wins():
+    """Also where a round brings the end of another that began before it."""
+    free, wanted, differing = served(one_server(), requests()), [], 0
+    for i, request in enumerate(requests()):
+        text, stops = free[i].text, ()
+        ends = [0, *np.cumsum(free[i].generation_lengths).tolist()]
+        for begin, end in itertools.pairwise(ends):
+            if end - begin == K + 1 and end <= len(text):
+                stops = (text[max(end - 5, 0) : end], text[end - 2])
+        differing += first_complete(text, stops) != text.find(stops[0]) if stops else 0
+        wanted.append(dataclasses.replace(request, stop=stops))
+    found = served(one_server(), wanted)
+    for i, request in enumerate(wanted):
+        cut = first_complete(free[i].text, request.stop)
+        assert found[i].text == free[i].text[: cut if cut >= 0 else None], f"request {i}"
+        assert found[i].tokens == free[i].tokens[: len(found[i].text)]
+        assert found[i].finish_reason == ("stop" if cut >= 0 else "length")
+    assert differing > 2
+
+
 # --- what cannot be served ---------------------------------------------------------------------
 
 
@@ -189,8 +217,7 @@ def test_failures_stand_beside_results():
         found[one.request.id if isinstance(one, Result) else one.id] = one
     assert len(found) == 6
     assert found["line"] == bad[0] and found["long"].line == 3
-    assert "prompt 1 + max_tokens 64 + k 2 = 67 goes beyond the 64 positions" in found["long"].error
-    assert "--width" in found["long"].error
+    assert "prompt 1 + max_tokens 64 = 65 goes beyond the model's" in found["long"].error
     assert "vocabulary of 21" in found["strange"].error
     for i in range(3):
         assert found[i].tokens == alone("spire")[i]
@@ -203,9 +230,13 @@ def test_the_models_context_is_a_limit():
     a_server.decoder = dataclasses.replace(p.decoder(K), target=narrow)
     a_server.serving = SHAPES
     request = requests()[5]
-    assert "= 42 goes beyond the model's context of 30" in a_server.check(request)
-    assert not a_server.check(dataclasses.replace(request, max_tokens=8))
-    assert a_server.check(dataclasses.replace(request, max_tokens=9))
+    assert "= 40 goes beyond the model's context of 30" in a_server.check(request)
+    assert not a_server.check(dataclasses.replace(request, max_tokens=10))
+    assert a_server.check(dataclasses.replace(request, max_tokens=11))
+    a_server.serving = dataclasses.replace(SHAPES, width=30)
+    error = a_server.check(dataclasses.replace(request, max_tokens=10))
+    assert "20 + max_tokens 10 + k 2 = 32 goes beyond the 30 positions" in error
+    assert "--width" in error
 
 
 def test_what_cannot_be_prefilled_in_chunks_is_refused():
@@ -314,12 +345,12 @@ def test_times_are_of_what_they_say():
 
 @pytest.mark.parametrize("kind", ["spire", pytest.param("ring", marks=pytest.mark.slow), *SLOW])
 def test_greedy_output_is_the_targets_whatever_the_depths(kind):
-    a_server = server(kind, depths=(1, 3), temperature=0.0)
+    a_server = server(kind, depths=(1, 3), temperature=0.0, width=WIDTH + 1)
     # All depths in turn: what the controller would choose depends on the clock.
     order = itertools.cycle((1, 3, 3, 1, 3, 1, 1))
     a_server.controller.choose = lambda: next(order)
-    found = served(a_server, requests(budgets=[min(b, 19) for b in BUDGETS]))
+    found = served(a_server, requests())
     expected = alone("spire", 0.0, 0)
     for i in range(len(LENGTHS)):
-        assert found[i].tokens == expected[i][:19], f"request {i}"
+        assert found[i].tokens == expected[i], f"request {i}"
     assert {k for r in found.values() for k in r.depths} == {1, 3}

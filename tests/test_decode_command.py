@@ -1,6 +1,7 @@
 """`python -m spire_jax.decode` as it is typed: what it prints, writes and returns."""
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
@@ -16,6 +17,7 @@ import pytest
 from models import TINY, pair
 from rich.console import Console
 
+from spire_jax.config.files import command_line
 from spire_jax.config.schema import (
     ConfigError,
     ExperimentConfig,
@@ -31,9 +33,9 @@ from spire_jax.models.sharding import MESH_AXES, make_mesh
 from spire_jax.serving import command, loading
 from spire_jax.serving.batching import Server, Serving
 from spire_jax.serving.interactive import Printer, converse, visible
-from spire_jax.serving.loading import Loaded, load_for_decoding, method_name
-from spire_jax.serving.outputs import Result
-from spire_jax.serving.requests import Defaults, Request
+from spire_jax.serving.loading import Loaded, for_method, load_for_decoding, method_name
+from spire_jax.serving.records import Request, Result
+from spire_jax.serving.requests import Defaults, derived_seed
 
 BYTES = dataclasses.replace(TINY, n_layers=2, vocab_size=264, n_tokens=257, max_len=120)
 LINES = [
@@ -51,15 +53,16 @@ def run(monkeypatch, tmp_path, capsys):
     def loaded(args, config):
         p = pair("spire", BYTES)
         mesh = make_mesh(config.mesh, jax.devices()[:1])
-        return Loaded(p.decoder(2), p.weights, ByteTokenizer(), mesh, ())
+        made_by = {"k": 2, "sampling": {"temperature": args.temperature}}
+        return Loaded(p.decoder(2), p.weights, ByteTokenizer(), mesh, (), made_by)
 
     monkeypatch.setattr(command, "load_for_decoding", loaded)
 
     def call(*argv: str, stdin: bytes | None = None, width: int | None = 120):
         if stdin is not None:
             monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=open_bytes(stdin)))
-        fixed = ("--config=configs/quickstart.py", f"--workdir={tmp_path}", "--batch-size=2",
-                 "--max-tokens=4", "--chunk=16")  # fmt: skip
+        fixed = ("--config=configs/quickstart.py", "--method=spire", f"--workdir={tmp_path}",
+                 "--batch-size=2", "--max-tokens=4", "--chunk=16")  # fmt: skip
         try:
             status: Any = command.main([*fixed, *([f"--width={width}"] if width else []), *argv])
         except SystemExit as end:
@@ -145,6 +148,73 @@ def test_what_cannot_be_started(run, argv, stdin, message):
 def test_an_empty_file(run, tmp_path):
     status, _, err = run(prompts(tmp_path, []))
     assert status == 2 and "is empty" in err
+
+
+def test_only_what_was_made_alike_is_resumed(run, tmp_path):
+    """From the same prompts by the same method, sampling and weights; nothing else is mixed in."""
+    out, lines = tmp_path / "out.jsonl", [{"prompt": "abc"}, {"prompt": "de"}]
+    assert run(prompts(tmp_path, lines), f"--out={out}")[0] == 0
+    before = out.read_bytes()
+    for more, of, message in (
+        (("--temperature=0.5",), lines, "sampling.temperature=None (now 0.5)"),
+        ((), [{"prompt": "new"}, *lines], "line 1 has the id 0, whose output in --out is of anoth"),
+        (("--seed=1",), lines, "another prompt, max_tokens, seed or stop"),
+        (("--max-tokens=5",), lines, "another prompt, max_tokens, seed or stop"),
+        (("--stop=x",), lines, "another prompt, max_tokens, seed or stop"),
+    ):
+        status, _, err = run(prompts(tmp_path, of), f"--out={out}", "--resume", *more)
+        assert status == 2 and message in err and out.read_bytes() == before, err
+    status, _, err = run(prompts(tmp_path, [*lines, {"prompt": "new"}]), f"--out={out}", "--resume")
+    assert status == 0 and "1 requests, 0 failed" in err and out.read_bytes().startswith(before)
+    # With ids a line may stand anywhere.
+    named = [{"prompt": "abc", "id": "a"}, {"prompt": "de", "id": "b"}]
+    out.unlink()
+    assert run(prompts(tmp_path, named[1:]), f"--out={out}")[0] == 0
+    assert "1 requests" in run(prompts(tmp_path, named), f"--out={out}", "--resume")[2]
+    first, second = map(json.loads, out.read_text().splitlines())
+    assert (first["id"], second["id"]) == ("b", "a") and first["made_by"]["k"] == 2
+
+
+def test_questions_of_several_turns(run, tmp_path):
+    """Each on top of the answer before: what plain prompts of the same tokens give."""
+    question = {"question_id": 81, "category": "writing", "turns": ["ab", "cd", "e"],
+                "reference": ["x", "y", "z"]}  # fmt: skip
+    status, [other, record], err = sorted_by_id(run(prompts(tmp_path, [question, LINES[0]])))
+    assert status == 0 and "2 requests, 0 failed; 17 tokens" in err
+    assert other["id"] == "a" and len(other["tokens"]) == 5
+    assert list(record)[:4] == ["id", "line", "category", "turns"]
+    assert (record["id"], record["line"], record["category"]) == (81, 1, "writing")
+    assert re.search(
+        r"^writing: tau \d\.\d+, of which \d\.\d+ tokens a round were kept$", err, re.M
+    )
+    read, seed = b"ab\n", derived_seed(0, "request/81")
+    for i, (answer, turn) in enumerate(zip(record["turns"], (b"cd", b"e", b""), strict=True)):
+        seed = derived_seed(seed, f"turn/{i}") if i else seed
+        _, [alone], _ = run(prompts(tmp_path, [{"tokens": list(read), "seed": seed}]))
+        assert answer["tokens"] == alone["tokens"] and answer["text"] == alone["text"]
+        assert answer["prompt_tokens"] == len(read) == alone["prompt_tokens"]
+        read = [*read, *answer["tokens"], *b"\n", *turn, *b"\n"]
+
+
+def test_a_turn_that_is_too_long_keeps_the_answers_before(run, tmp_path):
+    turns = {"turns": ["ab", "c" * 120]}
+    status, [record], err = run(prompts(tmp_path, [turns]))
+    assert status == 1 and "0 requests, 1 failed" in err
+    assert "turn 2: prompt 129 + max_tokens 4 = 133 goes beyond the model's" in record["error"]
+    assert len(record["turns"]) == 1 and len(record["turns"][0]["tokens"]) == 4
+
+
+def sorted_by_id(found):
+    status, records, err = found
+    return status, sorted(records, key=lambda r: str(r["id"]), reverse=True), err
+
+
+def test_what_was_cut_is_not_in_what_was_kept(run, tmp_path):
+    """tau counts what rounds accepted, whatever became of it; beside it is what became output."""
+    status, records, err = run(prompts(tmp_path, [{"prompt": "abc", "max_tokens": 1}] * 3))
+    emitted = sum(sum(r["generation_lengths"]) for r in records)
+    assert status == 0 and [r["tokens_per_round"] for r in records] == [1, 1, 1]
+    assert f"; tau {emitted / 3:.3f}, of which 1.000 tokens a round were kept; " in err
 
 
 def test_ctrl_c_keeps_what_is_finished(run, tmp_path, monkeypatch):
@@ -309,14 +379,14 @@ def test_methods_by_name_and_by_kind():
 def test_what_is_refused_before_anything_is_read(method, options, message):
     sampling = {"temperature": None, "top_k": None, "top_p": None} | options
     args = argparse.Namespace(
-        method=method, workdir="nowhere", draft=None, ignore_eos=False, **sampling
+        method=method, workdir="nowhere", draft=None, ignore_eos=False, out="-", **sampling
     )
     with pytest.raises(ConfigError, match=message):
         load_for_decoding(args, CONFIG)
 
 
 def test_an_exported_draft_is_the_method_whatever_its_kind(monkeypatch):
-    """And a study of a draft of the config is none of it."""
+    """And nothing of the config's drafts is of it."""
     found = []
 
     def checked(config, method):
@@ -329,10 +399,41 @@ def test_an_exported_draft_is_the_method_whatever_its_kind(monkeypatch):
     monkeypatch.setattr(loading, "method_name", checked)
     config = dataclasses.replace(CONFIG, study=StudyConfig(of="long", ablations=""))
     args = argparse.Namespace(method=None, workdir="nowhere", draft="folder", ignore_eos=False,
-                              temperature=None, top_k=None, top_p=None)  # fmt: skip
+                              temperature=None, top_k=None, top_p=None, out="-")  # fmt: skip
     with pytest.raises(ConfigError, match="enough"):
         load_for_decoding(args, config)
     assert found == [("exported", ["exported"])]
+
+
+SMALL = (  # the quickstart's drafts and rows do not fit it
+    "--config.target.d_model=64", "--config.target.d_head=16", "--config.target.max_len=100",
+    "--config.drafts.spire.d_head=8",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "method, more, message",
+    [
+        ("autoregressive", (), ""),
+        ("magicdec", ("--config.drafts.magicdec.window=3",), "window=3 must be above k = 4"),
+        ("magicdec", (), ""),
+        ("spire", (), "drafts.spire.d_head=8 differs from target.d_head=16"),
+        ("autoregressive", ("--config.decode.top_p=0",), "decode.top_p=0.0 must lie in"),
+    ],
+)
+def test_of_a_config_what_decoding_uses_is_checked(method, more, message):
+    """Neither the other drafts nor the rows that training and evaluation would read."""
+    argv = ["--config=configs/quickstart.py", "--workdir=nowhere", f"--method={method}"]
+    found = command_line(command.arguments(), [*argv, *SMALL, *more], decoding=True)
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+        config, name = for_method(*found)
+        assert config.target.max_len == 100 and name == method
+        assert [n for n, _ in config.drafts] == ([] if method == "autoregressive" else [method])
+
+
+def test_neither_a_target_nor_a_workdir():
+    with pytest.raises(ConfigError, match="give the --target that decodes"):
+        for_method(*command_line(command.arguments(), [], decoding=True))
 
 
 # --- interactive -------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from spire_jax.data.tokenizer import ByteTokenizer
-from spire_jax.serving.outputs import RequestError, Result, open_results
-from spire_jax.serving.requests import Defaults, Failure, Request, derived_seed, read_requests
+from spire_jax.serving.outputs import open_results
+from spire_jax.serving.prompts import RequestError
+from spire_jax.serving.records import Failure, Request, Result
+from spire_jax.serving.requests import Defaults, derived_seed, read_requests
 
 DEFAULTS = Defaults(max_tokens=9, seed=3, stop=("END",))
 
@@ -34,14 +36,15 @@ def test_what_it_does_not_say_follows_from_its_place():
     found = read(b'{"prompt": "a"}\n\n{"prompt": "b"}\n')
     assert [(r.id, r.line) for r in found] == [(0, 1), (1, 3)]
     assert [r.max_tokens for r in found] == [9, 9] and found[0].stop == ("END",)
-    assert [r.seed for r in found] == [derived_seed(3, 0), derived_seed(3, 1)]
-    assert len({derived_seed(s, i) for s in range(4) for i in range(50)}) == 200
+    assert [r.seed for r in found] == [derived_seed(3, "request/0"), derived_seed(3, "request/1")]
+    assert len({derived_seed(s, f"request/{i}") for s in range(4) for i in range(50)}) == 200
+    assert one(prompt="a", id="x").seed == derived_seed(3, "request/x")  # wherever it stands
 
 
 def test_null_is_as_good_as_absent():
     found = one(prompt="a", tokens=None, id=None, max_tokens=None, seed=None, stop=None)
     assert (found.id, found.max_tokens, found.stop) == (0, 9, ("END",))
-    assert found.seed == derived_seed(3, 0)
+    assert found.seed == derived_seed(3, "request/0")
 
 
 def test_a_byte_order_mark_is_no_text():
@@ -64,7 +67,7 @@ BAD = [
     (b'{"prompt": "\xff"}', "line 1 is not UTF-8: byte 12 is 0xff"),
     (b'["a"]', "line 1: not a JSON object"),
     (b'{"prompt": "a", "max_token": 3}', "unknown field 'max_token'; there are prompt, tokens"),
-    (b"{}", "give one of prompt, tokens and messages; found none"),
+    (b"{}", "give one of prompt, tokens, messages, turns; found none"),
     (b'{"prompt": "a", "tokens": [1]}', "found prompt and tokens"),
     (b'{"prompt": ""}', "the prompt is empty"),
     (b'{"prompt": 3}', "prompt=3 must be a string"),
@@ -85,7 +88,7 @@ BAD = [
     (b'{"messages": [{"role": "user", "content": "hi"}]}', "bytes has no chat template"),
     (b"[" * 100_000, "nested too deeply"),
     (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "line 1: .* value has 5000 digits"),
-    (b'{"prompt": null}', "give one of prompt, tokens and messages; found none"),
+    (b'{"prompt": null}', "give one of prompt, tokens, messages, turns; found none"),
     (b'\xef\xbb\xbf{"prompt": "\xff"}', "line 1 is not UTF-8: byte 12 is 0xff"),
 ]
 
@@ -192,14 +195,14 @@ def test_an_id_that_is_no_text_goes_to_stdout(monkeypatch, tmp_path):
 def test_resuming_goes_on_after_the_last_whole_line(tmp_path):
     path = tmp_path / "out.jsonl"
     with open_results(str(path), True) as results:  # nothing is there yet
-        assert results.done == frozenset()
+        assert results.written == {}
         results.write(result("a"))
         results.write(result(1))
     whole = path.read_bytes()
     for torn in (b'{"', b'{"id": "b", "te'):
         path.write_bytes(whole + torn)
         with open_results(str(path), True) as results:
-            assert results.done == {"a", 1}
+            assert set(results.written) == {"a", 1}
             results.write(result("b"))
         ids = [json.loads(line)["id"] for line in path.read_bytes().splitlines()]
         assert ids == ["a", 1, "b"]
@@ -212,4 +215,4 @@ def test_what_failed_is_not_done(tmp_path):
         results.write(Failure("x", "the id 'x' is that of line 1 too; rename one", 2))
         results.write(result("y"))
     with open_results(str(path), True) as results:
-        assert results.done == {"y"}
+        assert set(results.written) == {"y"}

@@ -66,7 +66,9 @@ def test_long_texts_are_not_decoded_again():
     assert max(decoded) <= 8
 
 
-def test_the_earliest_stop_string():
+def test_the_stop_string_that_is_complete_first():
+    assert first_stop("..abcdef..", ("abcdef", "c")) == 4
+    assert first_stop("..abc", ("c", "bc")) == 3  # of two that end together, all of both goes
     assert first_stop("a fox, a dog", ("dog", "fox")) == 2
     assert first_stop("a fox, a dog", ("dog", "fox"), 3) == 9
     assert first_stop("a fox", ("fox",), -7) == 2

@@ -25,8 +25,7 @@ from spire_jax.notebook.costs import tau_at, with_settings
 from spire_jax.notebook.curves import curves
 from spire_jax.notebook.decoding import Answer, Decoded, Round
 from spire_jax.serving.interactive import visible
-from spire_jax.serving.outputs import LENGTH, Result
-from spire_jax.serving.requests import Request
+from spire_jax.serving.records import LENGTH, Request, Result
 
 QUICK = "configs/quickstart.py"
 SMALL = ["target.d_model=16", "target.d_head=8", "target.d_ff=16", "drafts.vanilla.n_layers=1"]

@@ -52,7 +52,13 @@ class DraftOptions:
         raise NotImplementedError(f"{type(self).__name__} of kind {self.kind!r} has no strategy")
 
     def check(self, at: str, config: "ExperimentConfig") -> None:
-        """ConfigError, which names the key and the remedy; `at` is where the draft stands."""
+        """ConfigError for what cannot decode, with the key and the remedy.
+
+        `at` is where the draft stands.
+        """
+
+    def check_run(self, at: str, config: "ExperimentConfig") -> None:
+        """ConfigError for what cannot be trained or evaluated as the config says."""
 
     def model(self, target: "ModelConfig") -> "ModelConfig":
         """Its transformer: the target's conventions, and the draft's sizes."""
@@ -130,6 +136,8 @@ class TrainedOptions(DraftOptions):
         choice(f"{at}.loss", self.loss, LOSSES.names())
         not_negative(self, at, "seed steps peak_lr")
         check(0 <= self.omega <= 1, f"{at}.omega={self.omega} must lie in [0, 1]")
+
+    def check_run(self, at: str, config: "ExperimentConfig") -> None:
         train = config.train
         if k := self.rollout(train):
             own = f"{at}.k" if getattr(self, "k", 0) else "train.k"
@@ -182,10 +190,6 @@ class TransformerOptions(TrainedOptions):
         not_negative(self, at, "sink")
         check(self.window >= 0, f"{at}.window={self.window} is under 1; the window counts the "
                                 f"query itself (0 = dense)")  # fmt: skip
-        shortest = min(config.eval.context_lengths)
-        check(not self.window or self.sink <= shortest,
-              f"{at}.sink={self.sink} is longer than the shortest context "
-              f"(eval.context_lengths: {shortest})")  # fmt: skip
         check(0 <= self.head_tokens < target.n_tokens,
               f"{at}.head_tokens={self.head_tokens} must lie between 1 and the target's "
               f"{target.n_tokens} tokens, or be 0 (all of them)")  # fmt: skip
@@ -198,6 +202,13 @@ class TransformerOptions(TrainedOptions):
         if self.init == "pruned":
             sizes = "d_model n_kv_heads q_per_kv d_head d_ff"
             self.check_against(target, at, sizes, "is pruned from it")
+
+    def check_run(self, at: str, config: "ExperimentConfig") -> None:
+        super().check_run(at, config)
+        shortest = min(config.eval.context_lengths)
+        check(not self.window or self.sink <= shortest,
+              f"{at}.sink={self.sink} is longer than the shortest context "
+              f"(eval.context_lengths: {shortest})")  # fmt: skip
 
     def check_against(self, target: "ModelConfig", at: str, sizes: str, why: str) -> None:
         """ConfigError where it is deeper than the target, or has other `sizes` (words)."""

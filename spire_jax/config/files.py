@@ -12,7 +12,7 @@ import importlib.util
 import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
@@ -25,18 +25,17 @@ from spire_jax.config.validation import validate, with_vocabulary
 from spire_jax.config.values import Text, convert, known, section
 from spire_jax.config.variants import variants
 
+Check = Callable[[ExperimentConfig], None]  # raises ConfigError
 
-def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Read a config file, apply ``a.b=value`` overrides, validate; raises ConfigError."""
-    path = pathlib.Path(path)
-    if not path.is_file():
-        beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise ConfigError(f"config file {path} does not exist; there is {beside}")
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    values = _plain(module.get_config(), path)
+
+def load(
+    path: str | pathlib.Path | None, overrides: Sequence[str] = (), check: Check = validate
+) -> ExperimentConfig:
+    """Read a config file, apply ``a.b=value`` overrides, validate; raises ConfigError.
+
+    Without a file (None) there are the defaults.
+    """
+    values = {} if path is None else _values(pathlib.Path(path))
     drafts = list(_mapping(values.setdefault("drafts", {})))
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -46,10 +45,22 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ExperimentC
     for name, draft in _mapping(values["drafts"]).items():
         if "kind" not in draft:  # the command line makes a draft by naming its kind
             known(name, drafts, f"drafts.{name}")
-    return build(values)
+    return build(values, check)
 
 
-def build(values: Mapping[str, Any]) -> ExperimentConfig:
+def _values(path: pathlib.Path) -> dict[str, Any]:
+    """What a config file says."""
+    if not path.is_file():
+        beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise ConfigError(f"config file {path} does not exist; there is {beside}")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return _plain(module.get_config(), path)
+
+
+def build(values: Mapping[str, Any], check: Check = validate) -> ExperimentConfig:
     """Frozen, validated dataclasses from a mapping of what differs from the defaults."""
     values = dict(values)
     of = ExperimentConfig()
@@ -77,7 +88,7 @@ def build(values: Mapping[str, Any]) -> ExperimentConfig:
     if config.study.of in dict(config.drafts):  # what else it may be, `validate` refuses
         more = variants(config.study, config.draft(config.study.of))
         config = dataclasses.replace(config, variants=more)
-    validate(config)
+    check(config)
     return config
 
 
@@ -137,16 +148,19 @@ def with_pretrained(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def command_line(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, *, decoding: bool = False
 ) -> tuple[argparse.Namespace, ExperimentConfig]:
     """Parse a program's own flags, ``--config=FILE`` and ``--config.section.key=value``.
 
     `parser` holds the program's own flags; ``--config`` is added to it here. `argv` defaults to
     the process's arguments. A bad config or an unknown argument ends the process with
     ``error: ...`` on stderr and status 2.
+
+    For `decoding` there may be no file, a ``--target`` of the parser is the checkpoint's path, and
+    nothing is validated yet: what the chosen method uses is (`serving.loading.for_method`).
     """
-    parser.add_argument("--config", required=True, metavar="FILE", help="a file of configs/; "
-                        "change its values with --config.section.key=value")  # fmt: skip
+    parser.add_argument("--config", required=not decoding, metavar="FILE", help="a file of "
+                        "configs/; change its values with --config.section.key=value")  # fmt: skip
     args, rest = parser.parse_known_args(argv)
     prefix = "--config."
     for argument in rest:
@@ -156,10 +170,17 @@ def command_line(
                 f"unknown argument {argument!r}; config values are set as {prefix}{name}=value, "
                 f"and --help lists the flags"
             )
+    overrides = [argument.removeprefix(prefix) for argument in rest]
+    if decoding and args.target:
+        overrides.append(f"pretrained.path={args.target}")
     try:
-        return args, load(args.config, [argument.removeprefix(prefix) for argument in rest])
+        return args, load(args.config, overrides, _unchecked if decoding else validate)
     except ConfigError as error:
         exit_with_error(error)
+
+
+def _unchecked(config: ExperimentConfig) -> None:
+    """What is used is checked later."""
 
 
 def exit_with_error(error: Exception | str) -> NoReturn:

@@ -7,6 +7,7 @@ import pathlib
 
 from pallas_kernels.checks import GPU_HEAD_DIMS, MAX_TOKENS, unsupported_heads
 from spire_jax.config.checks import ConfigError, check, choice, not_negative, positive
+from spire_jax.config.drafts import DraftOptions
 from spire_jax.config.readers import STAGES
 from spire_jax.config.registry import below
 from spire_jax.config.schema import (
@@ -42,30 +43,20 @@ def tokenizer_size(tokenizer: str) -> int:
 
 def validate(config: ExperimentConfig) -> None:
     """Raise ConfigError for sizes that cannot work together, before anything is compiled."""
-    t, train, decode, ev = config.target, config.train, config.decode, config.eval
-    t.check("target", config)
+    validate_decoding(config)
+    t, train, ev = config.target, config.train, config.eval
     positive(train, "train", "steps batch_size seq_len k accumulate log_every attention_chunk")
     positive(train, "train", "checkpoint_every checkpoints_kept peak_lr")
-    positive(decode, "decode", "k rounds_per_call chunk chunks_per_round")
-    check(all(k >= 1 for k in decode.depths),
-          f"decode.depths={decode.depths} must all be 1 or more; () = decode.k alone")  # fmt: skip
     positive(ev, "eval", "contexts output_length batch_size bootstrap timing_repeats heldout_rows")
     not_negative(ev, "eval", "examples decoder_samples")
-    not_negative(decode, "decode", "temperature top_k")
     not_negative(config.data, "data", "workers")
     check(config.seed >= 0, f"seed={config.seed} is negative; use 0 or more")
-    check(math.isfinite(decode.temperature), f"decode.temperature={decode.temperature}: use a "
-                                             f"finite one, or 0 for greedy")  # fmt: skip
     heldout = config.data.heldout_percent
     check(0 < heldout < 100, f"data.heldout_percent={heldout} must lie between 1 and 99")
-    choice("decode.verification", decode.verification, "token block")
     choice("data.split", config.data.split, "file folder")
-    check(0 < decode.top_p <= 1, f"decode.top_p={decode.top_p} must lie in (0, 1]")
     check(0 <= train.warmup_fraction < 1,
           f"train.warmup_fraction={train.warmup_fraction} must lie in [0, 1)")  # fmt: skip
-    for key, dtype in (("train.dtype", train.dtype), ("decode.dtype", decode.dtype)):
-        check(dtype in ("float32", "bfloat16"), f"{key}={dtype!r}; use 'float32' or 'bfloat16'")
-    _validate_attention(config)
+    _validate_kernels("train", train.attention, train.dtype, config)
     check(train.batch_size % train.accumulate == 0,
           f"train.accumulate={train.accumulate} does not divide "
           f"train.batch_size={train.batch_size}")  # fmt: skip
@@ -73,7 +64,8 @@ def validate(config: ExperimentConfig) -> None:
     check(all(n >= 1 for n in ev.context_lengths), "eval.context_lengths must all be 1 or more")
     _validate_continuations(config)
     _validate_study(config)
-    _validate_drafts(config)
+    for at, draft in _drafts(config):
+        draft.check_run(at, config)
     _validate_throughput(config)
     longest = max(ev.context_lengths) + ev.output_length + oracle_depth(config)
     check(t.max_len == 0 or longest <= t.max_len,
@@ -81,35 +73,66 @@ def validate(config: ExperimentConfig) -> None:
           f"target.max_len={t.max_len}; shorten the context or the output")  # fmt: skip
     check(t.max_len == 0 or train.seq_len <= t.max_len,
           f"train.seq_len={train.seq_len} goes beyond target.max_len={t.max_len}")  # fmt: skip
+
+
+def validate_decoding(config: ExperimentConfig) -> None:
+    """Raise ConfigError for what decoding uses: the target, the drafts, `decode` and the mesh."""
+    decode = config.decode
+    config.target.check("target", config)
+    positive(decode, "decode", "k rounds_per_call chunk chunks_per_round")
+    check(all(k >= 1 for k in decode.depths),
+          f"decode.depths={decode.depths} must all be 1 or more; () = decode.k alone")  # fmt: skip
+    not_negative(decode, "decode", "temperature top_k")
+    check(math.isfinite(decode.temperature), f"decode.temperature={decode.temperature}: use a "
+                                             f"finite one, or 0 for greedy")  # fmt: skip
+    choice("decode.verification", decode.verification, "token block")
+    check(0 < decode.top_p <= 1, f"decode.top_p={decode.top_p} must lie in (0, 1]")
+    choice("decode.products", decode.products, "auto xla")
+    _validate_kernels("decode", decode.attention, decode.dtype, config)
     for axis, size in dataclasses.asdict(config.mesh).items():
         check(size == -1 or size >= 1, f"mesh.{axis}={size}; use 1 or more, or -1 for the rest")
     check(list(dataclasses.asdict(config.mesh).values()).count(-1) <= 1,
           "mesh: at most one axis can be -1")  # fmt: skip
+    for name, _ in config.drafts:
+        at = f"drafts.{name}"
+        check(name.replace("_", "").replace("-", "").isalnum(),
+              f"{at}: use letters, digits, _ and -")  # fmt: skip
+        check(name != AUTOREGRESSIVE, f"{at}: the name means decoding without a draft; rename it")
+        check(name not in STAGES, f"{at}: the name means a stage of the pipeline; rename it")
+    for at, draft in _drafts(config):
+        draft.check(at, config)
 
 
-def _validate_attention(config: ExperimentConfig) -> None:
+def _drafts(config: ExperimentConfig) -> list[tuple[str, DraftOptions]]:
+    """All drafts, with where they stand."""
+    return [
+        *((f"drafts.{name}", draft) for name, draft in config.drafts),
+        *((f"the study's {name}", draft) for name, draft in config.variants),
+    ]
+
+
+def _validate_kernels(section: str, asked: str, dtype: str, config: ExperimentConfig) -> None:
     """A kernel that is asked for by name must take every model's heads, and a round's tokens."""
-    choice("decode.products", config.decode.products, "auto xla")
+    key = f"{section}.attention"
+    check(dtype in ("float32", "bfloat16"),
+          f"{section}.dtype={dtype!r}; use 'float32' or 'bfloat16'")  # fmt: skip
+    choice(key, asked, "auto xla tpu interpret" + " gpu" * (section == "decode"))
+    if asked in ("auto", "xla"):
+        return
+    if asked == "gpu":
+        check(dtype == "bfloat16", f"{key}='gpu' takes decode.dtype='bfloat16'")
     models = [("target", config.target)]
-    models += [(f"drafts.{name}", draft.model(config.target))
-               for name, draft in config.drafts + config.variants]  # fmt: skip
-    for section, asked in (("train", config.train.attention), ("decode", config.decode.attention)):
-        key = f"{section}.attention"
-        choice(key, asked, "auto xla tpu interpret" + " gpu" * (section == "decode"))
-        if asked in ("auto", "xla"):
-            continue
-        if asked == "gpu":
-            check(config.decode.dtype == "bfloat16", f"{key}='gpu' takes decode.dtype='bfloat16'")
-        for name, model in models:
-            reason = unsupported_heads(model.d_head, model.q_per_kv)
-            check(not reason, f"{key}={asked!r}, {name}: {reason}; use 'auto' or 'xla'")
-            check(asked != "gpu" or model.d_head in GPU_HEAD_DIMS,
-                  f"{key}='gpu', {name}: head dimension {model.d_head}: the kernel takes "
-                  f"{', '.join(map(str, GPU_HEAD_DIMS))}")  # fmt: skip
-        deepest = max(config.decode.k, *config.decode.depths, 0)
-        check(section == "train" or deepest < MAX_TOKENS,
-              f"{key}={asked!r}: a round of decode.k={deepest} verifies more than the "
-              f"kernel's {MAX_TOKENS} tokens; use 'auto', 'xla' or a smaller k")  # fmt: skip
+    models += [(at, draft.model(config.target)) for at, draft in _drafts(config)]
+    for name, model in models:
+        reason = unsupported_heads(model.d_head, model.q_per_kv)
+        check(not reason, f"{key}={asked!r}, {name}: {reason}; use 'auto' or 'xla'")
+        check(asked != "gpu" or model.d_head in GPU_HEAD_DIMS,
+              f"{key}='gpu', {name}: head dimension {model.d_head}: the kernel takes "
+              f"{', '.join(map(str, GPU_HEAD_DIMS))}")  # fmt: skip
+    deepest = max(config.decode.k, *config.decode.depths, 0)
+    check(section == "train" or deepest < MAX_TOKENS,
+          f"{key}={asked!r}: a round of decode.k={deepest} verifies more than the "
+          f"kernel's {MAX_TOKENS} tokens; use 'auto', 'xla' or a smaller k")  # fmt: skip
 
 
 def _validate_continuations(config: ExperimentConfig) -> None:
@@ -129,19 +152,6 @@ def _validate_continuations(config: ExperimentConfig) -> None:
     check(not (at.rows and longest) or config.train.seq_len + 1 <= longest,
           f"continuations of train.seq_len + 1 = {config.train.seq_len + 1} tokens go beyond "
           f"target.max_len={longest}")  # fmt: skip
-
-
-def _validate_drafts(config: ExperimentConfig) -> None:
-    """Each draft's options check themselves; its name is free, but for what a name means here."""
-    for name, draft in config.drafts:
-        at = f"drafts.{name}"
-        check(name.replace("_", "").replace("-", "").isalnum(),
-              f"{at}: use letters, digits, _ and -")  # fmt: skip
-        check(name != AUTOREGRESSIVE, f"{at}: the name means decoding without a draft; rename it")
-        check(name not in STAGES, f"{at}: the name means a stage of the pipeline; rename it")
-        draft.check(at, config)
-    for name, draft in config.variants:
-        draft.check(f"the study's {name}", config)
 
 
 def _validate_study(config: ExperimentConfig) -> None:

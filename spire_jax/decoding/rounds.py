@@ -221,12 +221,12 @@ def start(
         prompts: token ids, at least one each.
         budgets: tokens to generate for each.
         seeds: each request's own random seed.
-        width: positions to make room for, prompts and budgets; 0 = what these need. A fixed
+        width: positions to make room for: prompt, budget and k; 0 = what these need. A fixed
             width keeps the compiled shapes the same from batch to batch.
 
     Raises:
         DecodeError: an empty prompt, a token outside the vocabulary, a budget under 1, or a
-            context + budget + k beyond the model or beyond `width`.
+            context + budget beyond the model, or with k beyond `width`.
     """
     config = decoder.target.config
     for row, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
@@ -236,13 +236,15 @@ def start(
             raise DecodeError(f"row {row}: the budget is {budget}; ask for at least one token")
         if not 0 <= int(np.min(prompt)) <= int(np.max(prompt)) < config.n_tokens:
             raise DecodeError(f"row {row}: a token is outside the vocabulary of {config.n_tokens}")
-        need = len(prompt) + budget + decoder.k
-        for limit, what in ((config.max_len, "the model's"), (width, "the decoder's")):
-            if limit and need > limit:
-                raise DecodeError(
-                    f"row {row}: context {len(prompt)} + budget {budget} + k {decoder.k} = {need} "
-                    f"goes beyond {what} {limit} positions; shorten one of them"
-                )
+        need = len(prompt) + budget
+        of = f"row {row}: context {len(prompt)} + budget {budget}"
+        # What is drafted beyond the end is never kept: it takes room in the caches alone.
+        if config.max_len and need > config.max_len:
+            raise DecodeError(f"{of} = {need} goes beyond the model's {config.max_len} positions; "
+                              f"shorten one of them")  # fmt: skip
+        if width and need + decoder.k > width:
+            raise DecodeError(f"{of} + k {decoder.k} = {need + decoder.k} goes beyond the "
+                              f"decoder's {width} positions; shorten one of them")  # fmt: skip
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     ends = lengths + np.array(budgets, np.int32)
     capacity = width or int(np.max(ends)) + decoder.k

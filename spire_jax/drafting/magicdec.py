@@ -34,22 +34,33 @@ class MagicDecOptions(DraftOptions):
     def check(self, at, config):
         positive(self, at, "window")
         not_negative(self, at, "sink")
-        k = max(oracle_depth(config), *config.decode.depths, 0)
+        self._check_depth(at, max(config.decode.k, *config.decode.depths, 0))
+        check_target(at, config)
+
+    def check_run(self, at, config):
+        self._check_depth(at, oracle_depth(config))
+        check_budget(at, self.sink + self.window, config)
+
+    def _check_depth(self, at: str, k: int) -> None:
         check(self.window > k,
               f"{at}.window={self.window} must be above k = {k}: the drafted tokens stay "
               f"visible")  # fmt: skip
-        check_budget(at, self.sink + self.window, config)
 
 
-def check_budget(at: str, budget: int, config: ExperimentConfig) -> None:
-    """ConfigError where the target as its own draft would keep everything, or more than it sees."""
-    longest, windows = max(config.eval.context_lengths), [v.window for v in config.target.views()]
-    check(budget <= longest,
-          f"{at}: a budget of {budget} tokens is larger than the longest context ({longest} of "
-          f"eval.context_lengths); lower it")  # fmt: skip
+def check_target(at: str, config: ExperimentConfig) -> None:
+    """ConfigError where the target has nothing to leave out as its own draft."""
+    windows = [v.window for v in config.target.views()]
     check(not all(windows),
           f"{at}: the target has a window of its own in every layer ({max(windows)} at most); its "
           f"own cache is as small")  # fmt: skip
+
+
+def check_budget(at: str, budget: int, config: ExperimentConfig) -> None:
+    """ConfigError where the target as its own draft would leave nothing out in an evaluation."""
+    longest = max(config.eval.context_lengths)
+    check(budget <= longest,
+          f"{at}: a budget of {budget} tokens is larger than the longest context ({longest} of "
+          f"eval.context_lengths); lower it")  # fmt: skip
 
 
 class StreamingDraft(SpireDraft):

@@ -16,7 +16,7 @@ from spire_jax.config.checks import check, positive
 from spire_jax.config.drafts import DraftCost, DraftOptions, over_layers
 from spire_jax.config.registry import DRAFT_KINDS
 from spire_jax.config.schema import ModelConfig
-from spire_jax.drafting.magicdec import check_budget
+from spire_jax.drafting.magicdec import check_budget, check_target
 from spire_jax.drafting.self_drafting import SelfDrafting, drafting_target
 from spire_jax.models.attention import Compute, capped
 from spire_jax.models.caches import SelectedCache, allocated
@@ -58,6 +58,9 @@ class SnapKvOptions(DraftOptions):
         check(self.budget > self.observed,
               f"{at}.budget={self.budget}: the last {self.observed} tokens ({at}.observed) are "
               f"kept anyway; keep more")  # fmt: skip
+        check_target(at, config)
+
+    def check_run(self, at, config):
         check_budget(at, self.budget, config)
 
 

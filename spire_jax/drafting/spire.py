@@ -77,13 +77,17 @@ class SpireOptions(TransformerOptions):
 
     def check(self, at, config):
         super().check(at, config)
-        why, train = "reads the target's activations", config.train
+        why = "reads the target's activations"
         self.check_against(config.target, at, "d_model", why)
         choice(f"{at}.memory", self.memory, "layers final embedding")
         check(0 < self.memory_init < 1,
               f"{at}.memory_init={self.memory_init} must lie in (0, 1)")  # fmt: skip
         not_negative(self, at, "k")
-        check(train.seq_len > self.sink, f"{at}.sink={self.sink} fills train.seq_len")
+
+    def check_run(self, at, config):
+        super().check_run(at, config)
+        seq_len = config.train.seq_len
+        check(seq_len > self.sink, f"{at}.sink={self.sink} fills train.seq_len")
 
 
 # Keys and values of what was read of a text, a part of it or all.

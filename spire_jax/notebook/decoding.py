@@ -16,8 +16,9 @@ from spire_jax.serving.batching import Server, Serving
 from spire_jax.serving.command import arguments as flags_of_decoder
 from spire_jax.serving.interactive import visible
 from spire_jax.serving.loading import load_for_decoding
-from spire_jax.serving.outputs import Result, acceptance
-from spire_jax.serving.requests import Defaults, Failure, Request, RequestError, request_of
+from spire_jax.serving.prompts import RequestError
+from spire_jax.serving.records import Failure, Request, Result, acceptance
+from spire_jax.serving.requests import Defaults, request_of
 from spire_jax.serving.text import TextStream
 
 KINDS = {
@@ -89,7 +90,9 @@ def decode(
     `arguments` are --config, --workdir and --config.section.key=value. RequestError for prompts
     that cannot be served; ConfigError where weights are missing.
     """
-    args, config = command_line(flags_of_decoder(), [*arguments, f"--method={method}"])
+    args, config = command_line(
+        flags_of_decoder(), [*arguments, f"--method={method}"], decoding=True
+    )
     loaded = load_for_decoding(args, config)
     defaults = Defaults(max_tokens)
     requests = [

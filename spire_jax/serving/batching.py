@@ -8,6 +8,7 @@ own prompt and seed, the decoder and the shapes (batch, width, chunk), never on 
 neighbours.
 """
 
+import collections
 import dataclasses
 import queue
 import threading
@@ -22,8 +23,8 @@ from spire_jax.data.tokenizer import Tokenizer
 from spire_jax.decoding import slots
 from spire_jax.decoding.rounds import DecodeError, Decoder, DecodeState, Weights
 from spire_jax.serving.adaptive import DepthController
-from spire_jax.serving.outputs import EOS, LENGTH, STOP, Result
-from spire_jax.serving.requests import Failure, Request
+from spire_jax.serving.records import EOS, LENGTH, STOP, Failure, Request, Result, refused
+from spire_jax.serving.requests import next_turn
 from spire_jax.serving.text import TextStream, first_stop, tokens_of_text
 
 PROGRAMS = (slots.empty_slots, slots.admit, slots.prefill_chunk, slots.serve_rounds)
@@ -110,23 +111,29 @@ class Server:
         self._slots = [None] * self.serving.batch
         self._halted[:] = True  # what an earlier call left behind
         take = source.take if isinstance(source, Inbox) else _taker(iter(source))
+        turns: collections.deque[Any] = collections.deque()  # that follow an answer
         more = True
-        while more or any(self._slots):
-            while more and None in self._slots:
-                found = take(not any(self._slots))
+        while more or turns or any(self._slots):
+            while (more or turns) and None in self._slots:
+                found = turns.popleft() if turns else take(not any(self._slots))
                 if found is None:
                     break
                 if found is END:
                     more = False
-                    break
+                    continue
                 item, received = found
                 error = self.check(item) if isinstance(item, Request) else ""
                 if isinstance(item, Failure) or error:
-                    yield item if isinstance(item, Failure) else Failure(item.id, error, item.line)
+                    yield item if isinstance(item, Failure) else refused(item, error)
                     continue
                 self._admit(item, received)
             clean = not self._prefill()
-            yield from self._rounds(clean, watch)
+            for result in self._rounds(clean, watch):
+                following = next_turn(result, self.tokenizer)
+                if following is None:
+                    yield result
+                else:
+                    turns.append((following, time.perf_counter()))
 
     def reset(self) -> None:
         """Slots as they were at first: after an interruption in the middle of a call."""
@@ -141,13 +148,15 @@ class Server:
         length = len(request.tokens)
         if not 0 <= int(request.tokens.min()) <= int(request.tokens.max()) < model.n_tokens:
             return f"a token is outside the model's vocabulary of {model.n_tokens}"
-        need = length + request.max_tokens + k
-        of = f"prompt {length} + max_tokens {request.max_tokens} + k {k} = {need}"
+        need = length + request.max_tokens
+        of = f"prompt {length} + max_tokens {request.max_tokens}"
+        # What is drafted beyond the end is never kept: it takes room in a row alone.
         if model.max_len and need > model.max_len:
-            return f"{of} goes beyond the model's context of {model.max_len}; shorten one of them"
-        if need > self.serving.width:
-            return (f"{of} goes beyond the {self.serving.width} positions of a row; shorten one "
-                    f"of them, or raise --width")  # fmt: skip
+            return (f"{of} = {need} goes beyond the model's context of {model.max_len}; shorten "
+                    f"one of them")  # fmt: skip
+        if need + k > self.serving.width:
+            return (f"{of} + k {k} = {need + k} goes beyond the {self.serving.width} positions of "
+                    f"a row; shorten one of them, or raise --width")  # fmt: skip
         return ""
 
     # --- between rounds ------------------------------------------------------------------------
@@ -241,24 +250,26 @@ class Server:
                 break
             slot.first = slot.first or time.perf_counter()
             self.first_token = self.first_token or slot.first
-            slot.tokens += tokens[:emitted]
             slot.lengths.append(accepted + 1)
             slot.depths.append(k)
             if watch:
                 watch(slot.request, tokens[:emitted], accepted, k)
-            if slot.stream:
-                piece = slot.stream.feed(
-                    [t for t in tokens[:emitted] if t not in self.decoder.ends]
-                )
-                longest = max(map(len, slot.request.stop))
-                slot.text, begin = slot.text + piece, len(slot.text) - longest
-                if first_stop(slot.text, slot.request.stop, begin) >= 0:
+            # One by one, so that no end depends on how many tokens a round brings.
+            for token in tokens[:emitted]:
+                slot.tokens.append(token)
+                if token in self.decoder.ends:
+                    return EOS
+                if slot.stream and self._stopped(slot, slot.stream.feed([token])):
                     return STOP
-            if tokens[emitted - 1] in self.decoder.ends:
-                return EOS
-            if len(slot.tokens) >= slot.request.max_tokens:
-                return LENGTH
+                if len(slot.tokens) >= slot.request.max_tokens:
+                    return LENGTH
         return ""
+
+    def _stopped(self, slot: _Slot, piece: str) -> bool:
+        """Whether a stop string is complete with a piece of text."""
+        longest = max(map(len, slot.request.stop))
+        slot.text, begin = slot.text + piece, len(slot.text) - longest
+        return first_stop(slot.text, slot.request.stop, begin) >= 0
 
     def _result(self, slot: _Slot, reason: str, now: float) -> Result:
         decode, request = self.tokenizer.decode, slot.request
@@ -276,14 +287,11 @@ class Server:
     # --- at the start --------------------------------------------------------------------------
 
     def _check_sizes(self) -> None:
-        s, model = self.serving, self.decoder.target.config
+        s = self.serving
         for name in ("batch", "width", "chunk", "chunk_rows", "chunks_per_round",
                      "rounds_per_call"):  # fmt: skip
             if getattr(s, name) < 1:
                 raise DecodeError(f"{name}={getattr(s, name)}: use 1 or more")
-        if model.max_len and s.width > model.max_len:
-            raise DecodeError(f"width={s.width} goes beyond the model's context of "
-                              f"{model.max_len}; lower it")  # fmt: skip
 
     def _warm_up(self) -> DecodeState:
         """Empty slots, after every program has run once without doing anything."""

@@ -1,20 +1,25 @@
-"""Decode prompts with a trained target and one of its drafts.
+"""Decode prompts with a target and a draft of it: trained ones, pretrained, or exported.
 
     python -m spire_jax.decode --config=configs/quickstart.py --workdir=runs/quickstart \\
         --method=spire --prompts=prompts.jsonl --out=outputs.jsonl
     echo "def main():" | python -m spire_jax.decode ... --method=spire --prompts=- --out=-
-    python -m spire_jax.decode --config=... --workdir=... --method=spire --interactive
-    python -m spire_jax.decode --config=configs/smollm2_135m.py --draft=FOLDER --interactive
+    python -m spire_jax.decode --target=CHECKPOINT --draft=FOLDER --interactive
 
-A line of a JSONL file has one of prompt (text), tokens (ids) and messages (for a chat model), and
-may have id, max_tokens, seed and stop. Each request's output is a JSON line, written when it is
-finished. A seed reproduces a request's output whatever the other requests are, for the same
-method, k and shapes (batch, width and chunk: they are printed). With decode.depths it does not:
-depths are chosen by the clock. Status: 0, 1 if a request failed, 2 if nothing could be served.
+A line of a JSONL file has one of prompt (text), tokens (ids), messages (for a chat model) and turns
+(questions, each asked on top of the answer before), and may have id (or question_id), category,
+max_tokens, seed and stop. Each request's output is a JSON line, written when it is finished. A seed
+reproduces a request's output whatever the other requests are, for the same method, k and shapes
+(batch, width and chunk: they are printed). With decode.depths it does not: depths are chosen by the
+clock. Status: 0, 1 if a request failed, 2 if nothing could be served.
+
+In the summary tau is the mean of accepted + 1 over all rounds; beside it is what of it was kept:
+output tokens a round, without what a budget, an end of sequence or a stop string cut off.
 """
 
 import argparse
+import collections
 import contextlib
+import dataclasses
 import logging
 import os
 import pathlib
@@ -33,16 +38,11 @@ from spire_jax.config.schema import ConfigError, ExperimentConfig
 from spire_jax.results.intervals import mean_generation_length
 from spire_jax.serving.batching import Inbox, Server, Serving
 from spire_jax.serving.interactive import converse
-from spire_jax.serving.loading import Loaded, load_for_decoding
+from spire_jax.serving.loading import Loaded, for_method, load_for_decoding
 from spire_jax.serving.outputs import Results, open_results
-from spire_jax.serving.requests import (
-    FORMATS,
-    Defaults,
-    Failure,
-    Request,
-    RequestError,
-    read_requests,
-)
+from spire_jax.serving.prompts import RequestError
+from spire_jax.serving.records import Failure, Request, Result
+from spire_jax.serving.requests import FORMATS, Defaults, positions, read_requests
 from spire_jax.training.workdir import ERRORS
 
 WIDTH = 2048  # positions of a row where the requests are not known beforehand
@@ -56,16 +56,22 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m spire_jax.decode", None, __doc__,
                                      formatter_class=raw)  # fmt: skip
     add = parser.add_argument
-    add("--workdir", help="where the weights are; not needed for a pretrained target by itself, or "
-        "with a --draft")  # fmt: skip
+    add(
+        "--target",
+        metavar="PATH",
+        help="a pretrained target, by itself (no config is needed) or "
+        "in place of the config's: a GGUF file, or a folder with config.json and safetensors",
+    )
+    add("--workdir", help="where target or draft were trained; not needed for a pretrained target "
+        "by itself, or with a --draft")  # fmt: skip
     add("--draft", metavar="FOLDER", help="a draft that python -m spire_jax.export has written")
     add("--method", help="a draft's name, or its kind where that is plain; or autoregressive; "
-        "by default the --draft, without one the config's only draft")  # fmt: skip
+        "by default the --draft, without one the config's only draft, if it has any")  # fmt: skip
     add("--prompts", metavar="FILE", help="prompts; - reads stdin")
     add("--format", choices=FORMATS, help="jsonl (also where the name ends so), text (all of it "
         "one prompt; otherwise), or lines (one prompt a line)")  # fmt: skip
     add("--out", default="-", metavar="FILE", help="JSON lines; - writes to stdout")
-    add("--resume", action="store_true", help="append to --out, leave out the ids served in it")
+    add("--resume", action="store_true", help="append to --out what is not served in it")
     add(
         "--interactive", action="store_true", help="prompts from the keyboard, answers as they come"
     )
@@ -86,7 +92,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, config = command_line(arguments(), argv)
+    args, config = command_line(arguments(), argv, decoding=True)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     compiled = _CompileClock()
     try:
@@ -106,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, config: ExperimentConfig, compiled: "_CompileClock") -> int:
     _check(args)
+    for_method(args, config)  # before anything is opened
     defaults = Defaults(args.max_tokens, args.seed, tuple(args.stop))
     if args.interactive:
         loaded = load_for_decoding(args, config)
@@ -118,18 +125,15 @@ def _run(args: argparse.Namespace, config: ExperimentConfig, compiled: "_Compile
         loaded = load_for_decoding(args, config)
         source = read_requests(lines, form, loaded.tokenizer, defaults)
 
-        def left(items: Iterable[Request | Failure]) -> Iterable[Request | Failure]:
-            # What failed may have the id of what was served (and be told that it has).
-            return (i for i in items if isinstance(i, Failure) or i.id not in results.done)
-
+        results.made_by(loaded.made_by)
         requests: list[Request | Failure] | Inbox
         if args.prompts == "-" and form != "text":
-            requests, width = Inbox(left(source)), args.width or WIDTH
+            requests, width = Inbox(results.left(source)), args.width or WIDTH
         else:
             everything = list(source)
             # Of those that are done too: outputs depend on the width.
             width = args.width or _needed(everything, loaded, args.max_tokens)
-            requests = list(left(everything))
+            requests = list(results.left(everything))
             if not everything:
                 raise RequestError(f"--prompts={args.prompts} holds no prompt")
             if not requests:
@@ -146,7 +150,8 @@ def _serve(
     compiled: "_CompileClock",
 ) -> int:  # fmt: skip
     """Serve, write, sum up on stderr; the command's status."""
-    served = failed = tokens = emitted = rounds = 0
+    served = failed = 0
+    total, categories = _Tally(), collections.defaultdict[str, _Tally](_Tally)
     waited: list[float] = []
     seconds = time.perf_counter()
     try:
@@ -156,10 +161,12 @@ def _serve(
                 failed += 1
                 print(f"error: {found.error}", file=sys.stderr)
                 continue
-            served, tokens = served + 1, tokens + len(found.tokens)
-            emitted += sum(found.generation_lengths)
-            rounds += len(found.generation_lengths)
-            waited.append(found.first_token)
+            served += 1
+            waited.append(found.every[0].first_token)
+            for result in found.every:
+                total.add(result)
+                if found.request.category:
+                    categories[found.request.category].add(result)
     finally:
         seconds = time.perf_counter() - seconds
         first = ""
@@ -167,19 +174,39 @@ def _serve(
             began = server.first_token - compiled.began
             first = (f"\ntime to first token: {statistics.median(waited):.3f} s (median of the "
                      f"requests), the first of all {began:.1f} s after the start")  # fmt: skip
-        tau = mean_generation_length(emitted, rounds)
+        for name, tally in sorted(categories.items()):
+            print(f"{name}: {tally}", file=sys.stderr)
         s, by_depth = server.serving, {k: n for k, n in server.rounds.items() if n}
         print(
-            f"{served} requests, {failed} failed; {tokens} tokens in {seconds:.2f} s, "
-            f"{tokens / max(seconds, 1e-9):.1f} tokens/s; tau {tau:.3f}; "
+            f"{served} requests, {failed} failed; {total.tokens} tokens in {seconds:.2f} s, "
+            f"{total.tokens / max(seconds, 1e-9):.1f} tokens/s; {total}; "
             f"rounds by depth {by_depth}{first}\n"
             f"batch {s.batch}, width {s.width}, chunk {s.chunk}; {server.compilations} programs "
             f"for serving, {compiled.count} compilations in all, {compiled.seconds:.1f} s",
             file=sys.stderr,
         )
-    if not served and not failed and not results.done:
+    if not served and not failed and not results.written:
         raise RequestError("stdin held no prompt")
     return 1 if failed else 0
+
+
+@dataclasses.dataclass
+class _Tally:
+    """Rounds, what they accepted, and what of it became output."""
+
+    rounds: int = 0
+    emitted: int = 0  # accepted + 1, round by round
+    tokens: int = 0
+
+    def add(self, result: Result) -> None:
+        self.rounds += len(result.generation_lengths)
+        self.emitted += sum(result.generation_lengths)
+        self.tokens += len(result.tokens)
+
+    def __str__(self) -> str:
+        kept = mean_generation_length(self.tokens, self.rounds)
+        return (f"tau {mean_generation_length(self.emitted, self.rounds):.3f}, of which "
+                f"{kept:.3f} tokens a round were kept")  # fmt: skip
 
 
 def _server(
@@ -187,7 +214,8 @@ def _server(
 ) -> Server:
     """A server of `--batch-size` slots; without one, of as many from `least` as the mesh allows."""
     decode, model = config.decode, loaded.decoder.target.config
-    width = min(width, model.max_len) if model.max_len else width
+    deepest = max(loaded.decoder.k, *loaded.depths, 0)
+    width = min(width, model.max_len + deepest) if model.max_len else width
     chunk_rows = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
     batch = args.batch_size or -(-least // chunk_rows) * chunk_rows
     if batch % chunk_rows:
@@ -205,11 +233,11 @@ def _needed(requests: Sequence[Request | Failure], loaded: Loaded, max_tokens: i
     Those that no model's context limits are not to be had for the asking: a line whose own
     max_tokens goes beyond `WIDTH`, and beyond the longest prompt with `max_tokens`, fails alone.
     """
-    k = max(loaded.decoder.k, *loaded.depths, 0)
-    asked = [(len(r.tokens), r.max_tokens) for r in requests if isinstance(r, Request)]
-    longest = max((length for length, _ in asked), default=0)
-    most = loaded.decoder.target.config.max_len or _stepped(max(WIDTH, longest + max_tokens + k))
-    needs = [length + more + k for length, more in asked]
+    k, model = max(loaded.decoder.k, *loaded.depths, 0), loaded.decoder.target.config
+    asked = [r for r in requests if isinstance(r, Request)]
+    longest = max((len(r.tokens) for r in asked), default=0)
+    most = model.max_len + k if model.max_len else _stepped(max(WIDTH, longest + max_tokens + k))
+    needs = [positions(r, loaded.tokenizer) + k for r in asked]
     return _stepped(max([n for n in needs if n <= most], default=1))
 
 

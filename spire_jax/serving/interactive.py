@@ -9,8 +9,9 @@ from rich.text import Text
 from spire_jax.data.tokenizer import Tokenizer
 from spire_jax.results.intervals import mean_generation_length
 from spire_jax.serving.batching import Server
-from spire_jax.serving.outputs import Result
-from spire_jax.serving.requests import Defaults, Failure, Request, RequestError, request_of
+from spire_jax.serving.prompts import RequestError, has_chat
+from spire_jax.serving.records import Failure, Request, Result
+from spire_jax.serving.requests import Defaults, request_of
 from spire_jax.serving.text import TextStream, first_stop
 
 NEW = "/new"  # typed for an empty conversation
@@ -32,7 +33,7 @@ def converse(
     if server.decoder.strategy is not None:
         console.print(legend, soft_wrap=True)
     messages: list[dict[str, str]] = []
-    chat, index = hasattr(server.tokenizer, "chat"), 0
+    chat, index = has_chat(server.tokenizer), 0
     while True:
         try:
             typed = ask("> ")
@@ -79,7 +80,8 @@ def _answer(server: Server, request: Request, console: Console) -> Result | None
             _say(
                 console,
                 f"\n[{len(found.tokens)} tokens in {seconds:.2f} s, {speed:.1f} tokens/s, "
-                f"tau {tau:.2f}, {found.finish_reason}]",
+                f"tau {tau:.2f}, {len(found.tokens) / max(rounds, 1):.2f} kept a round, "
+                f"{found.finish_reason}]",
                 "dim",
             )
             return found

@@ -2,13 +2,15 @@
 
 import argparse
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig, StudyConfig
-from spire_jax.config.validation import validate
+from spire_jax.config.validation import validate_decoding
+from spire_jax.config.values import to_dict
 from spire_jax.data.tokenizer import Tokenizer, make_tokenizer
 from spire_jax.decoding.build import for_decoding, make_decoder
 from spire_jax.decoding.rounds import Decoder, Weights
@@ -17,7 +19,7 @@ from spire_jax.models.transformer import Params
 from spire_jax.pretrained.checkpoint import open_checkpoint
 from spire_jax.pretrained.exported_draft import ExportedDraft, import_draft
 from spire_jax.training.tasks import draft_task, target_task, with_shared
-from spire_jax.training.workdir import WorkDir
+from spire_jax.training.workdir import WorkDir, params_sha256
 
 EXPORTED = "exported"  # what the draft of --draft is called
 
@@ -30,11 +32,13 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
     mesh: Mesh
     depths: tuple[int, ...]  # to choose k among; () = the decoder's alone
+    made_by: Mapping[str, Any] = {}  # what decides what it makes of a prompt; {} = not asked for
 
 
-def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loaded:
-    """The method `args.method` of `config`, its weights from a work directory, or a pretrained
-    target's from its checkpoint and a draft's from where it was exported to.
+def for_method(
+    args: argparse.Namespace, config: ExperimentConfig
+) -> tuple[ExperimentConfig, str | None]:
+    """What the command's options leave of a config, and the method; None: that of `args.draft`.
 
     Args:
         args: with `workdir` and `draft`, None where not given; `method`, None for the exported
@@ -42,24 +46,48 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
             `top_p`, None where the config's are used.
 
     Raises:
-        ConfigError: an unknown method, values that do not fit, stages that are not trained.
+        ConfigError: an unknown method, or values of what decoding uses that cannot work.
+    """
+    given = {name: value for name in ("temperature", "top_k", "top_p")
+             if (value := getattr(args, name)) is not None}  # fmt: skip
+    config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, **given))
+    if args.workdir is None and not config.pretrained.path:
+        raise ConfigError(
+            "give the --target that decodes, a GGUF file or a folder with config.json and "
+            "safetensors; or the --workdir where it was trained"
+        )
+    if args.draft is not None and args.method != AUTOREGRESSIVE:
+        config = _only(config, ())
+        validate_decoding(config)
+        return config, None
+    name = method_name(config, args.method)
+    config = _only(config, () if name == AUTOREGRESSIVE else (name,))
+    _check_method(config, name)
+    if name in config.trained and args.workdir is None:
+        raise ConfigError(f"--method={name}: give the --workdir where it was trained, or --draft, "
+                          f"the folder it was exported to")  # fmt: skip
+    return config, name
+
+
+def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loaded:
+    """The method `args.method` of `config`, its weights from a work directory, or a pretrained
+    target's from its checkpoint and a draft's from where it was exported to.
+
+    Args:
+        args: as of `for_method`; with an `out` that is a file, `Loaded.made_by` is asked for.
+
+    Raises:
+        ConfigError: as `for_method`; stages that are not trained.
         CheckpointError: weights made from another config.
         PretrainedError: a draft that was exported for another target.
     """
-    config = with_options(args, config)
-    if args.workdir is None and not config.pretrained.path:
-        raise ConfigError("--workdir is missing: where the target was trained")
-    if args.draft is None:
-        name = _method(config, args)
-        of_target, exported = _Target(config, args.workdir), None
-    else:
-        # The study is of a draft of the config.
-        config = dataclasses.replace(config, drafts=(), variants=(), study=StudyConfig())
-        of_target = _Target(config, args.workdir)
+    config, name = for_method(args, config)
+    of_target, exported = _Target(config, args.workdir), None
+    if name is None:
         exported = import_draft(args.draft, of_target.sha256)
         config = dataclasses.replace(config, drafts=((EXPORTED, exported.draft),))
-        validate(config)
-        name = _method(config, args)
+        name = method_name(config, args.method or EXPORTED)
+        _check_method(config, name)
     tokenizer = make_tokenizer(config.data.tokenizer)
     eos = () if args.ignore_eos else getattr(tokenizer, "eos", (tokenizer.separator,))
     decoder = dataclasses.replace(make_decoder(config, name), eos=tuple(eos))
@@ -67,23 +95,48 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
     if name in config.trained:
         drafts[name] = (of_target.draft(name, target) if exported is None
                         else _placed(exported, config, name, target, of_target.mesh))  # fmt: skip
-    target, drafts = for_decoding(config, target, drafts)
     depths = config.decode.depths if decoder.strategy is not None else ()
-    return Loaded(decoder, Weights(target, drafts.get(name)), tokenizer, of_target.mesh, depths)
+    made_by = {}
+    if args.out != "-":
+        made_by = _made_by(config, name, decoder, depths, of_target.sha256, drafts.get(name))
+    target, drafts = for_decoding(config, target, drafts)
+    weights = Weights(target, drafts.get(name))
+    return Loaded(decoder, weights, tokenizer, of_target.mesh, depths, made_by)
 
 
-def _method(config: ExperimentConfig, args: argparse.Namespace) -> str:
-    """The method that is asked for; ConfigError, before anything is read, where it cannot work."""
-    name = method_name(config, args.method or (EXPORTED if args.draft is not None else None))
+def _only(config: ExperimentConfig, names: Collection[str]) -> ExperimentConfig:
+    """The config with these drafts alone: the others decode nothing."""
+    drafts, variants = (tuple((name, draft) for name, draft in of if name in names)
+                        for of in (config.drafts, config.variants))  # fmt: skip
+    return dataclasses.replace(config, drafts=drafts, variants=variants, study=StudyConfig())
+
+
+def _check_method(config: ExperimentConfig, name: str) -> None:
+    """ConfigError, before anything is read, for a method that cannot decode here."""
+    validate_decoding(config)
     if name != AUTOREGRESSIVE and config.draft(name).whole_prompt:
         raise ConfigError(
             f"--method={name}: a draft of kind {config.draft(name).kind!r} selects over a whole "
             f"prompt at once, and here prompts are read in chunks; use another method"
         )
-    if name in config.trained and args.workdir is None and args.draft is None:
-        raise ConfigError(f"--method={name}: give the --workdir where it was trained, or --draft, "
-                          f"the folder it was exported to")  # fmt: skip
-    return name
+
+
+def _made_by(
+    config: ExperimentConfig, name: str, decoder: Decoder, depths: Sequence[int],
+    target_sha256: str, draft: Params,
+) -> dict[str, Any]:  # fmt: skip
+    """What decides what comes of a prompt, but for shapes, by which rounding alone differs."""
+    decode = config.decode
+    return {
+        "method": name if name == AUTOREGRESSIVE else to_dict(config.draft(name)),
+        "k": list(depths) or decoder.k,
+        "verification": decode.verification,
+        "sampling": dataclasses.asdict(decoder.sampling),
+        "ends": list(decoder.ends),
+        "dtype": decode.dtype,
+        "target": target_sha256[:16],
+        "draft": params_sha256(draft)[:16] if draft is not None else None,
+    }
 
 
 def _placed(
@@ -125,21 +178,15 @@ class _Target:
         return self.workdir.draft(name, target)
 
 
-def with_options(args: argparse.Namespace, config: ExperimentConfig) -> ExperimentConfig:
-    """The config with the command's own sampling options in it; ConfigError."""
-    given = {name: value for name in ("temperature", "top_k", "top_p")
-             if (value := getattr(args, name)) is not None}  # fmt: skip
-    config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, **given))
-    validate(config)
-    return config
-
-
 def method_name(config: ExperimentConfig, method: str | None) -> str:
     """A draft's name: by itself, by the kind of the config's only such draft, or as the only one.
 
-    Or `AUTOREGRESSIVE`. ConfigError for what is neither, or not plain.
+    Or `AUTOREGRESSIVE`, also where there are no drafts. ConfigError for what is neither, or not
+    plain.
     """
     names = [name for name, _ in config.drafts + config.variants]
+    if not names and method is None:
+        return AUTOREGRESSIVE
     if method in (AUTOREGRESSIVE, *names):
         return method
     alike = [name for name, draft in config.drafts if method in (None, draft.kind)]

@@ -1,79 +1,69 @@
-"""What comes back for a request, as a record and as lines of a file."""
+"""Where results go: lines of a file, which another run can go on with."""
 
 import contextlib
-import dataclasses
 import io
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-import numpy as np
+from spire_jax.config.identity import differences
+from spire_jax.serving.prompts import RequestError
+from spire_jax.serving.records import Failure, Id, Request, Result
 
-from spire_jax.serving.requests import Failure, Id, Request, RequestError
-
-EOS, STOP, LENGTH = "eos", "stop", "length"  # why a request ended
 BEGIN = b'{"id": '  # of every line
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A request that was served."""
-
-    request: Request
-    tokens: list[int]  # emitted, without an end of sequence and what a stop string cut off
-    text: str
-    generation_lengths: list[int]  # round by round: accepted + 1, even where the end cut it
-    depths: list[int]  # drafted tokens, round by round
-    finish_reason: str
-    queued: float  # seconds from when it was read to when it got a slot
-    prefill: float  # ... to its first round
-    decode: float  # ... to its end
-    first_token: float = 0.0  # seconds from when it was read to its first token
-
-    def record(self) -> dict[str, Any]:
-        """The output line."""
-        return {
-            "id": self.request.id,
-            "line": self.request.line,
-            "prompt_tokens": len(self.request.tokens),
-            "text": self.text,
-            "tokens": self.tokens,
-            "finish_reason": self.finish_reason,
-            "generation_lengths": self.generation_lengths,
-            "acceptance": acceptance(self.generation_lengths, self.depths),
-            "timing": {
-                "queued": round(self.queued, 6),
-                "prefill": round(self.prefill, 6),
-                "decode": round(self.decode, 6),
-                "first_token": round(self.first_token, 6),
-                "tokens_per_s": round(len(self.tokens) / max(self.decode, 1e-9), 3),
-            },
-        }
-
-
-def acceptance(generation_lengths: list[int], depths: list[int]) -> dict[str, Any]:
-    """Accepted and drafted tokens, and the share accepted at each depth of those that got there."""
-    accepted, drafted = np.array(generation_lengths) - 1, np.array(depths)
-    shares = []
-    for depth in range(1, max(depths, default=0) + 1):
-        tried = int(np.sum((drafted >= depth) & (accepted >= depth - 1)))
-        passed = int(np.sum(accepted >= depth))
-        shares.append(round(passed / tried, 6) if tried else None)
-    return {"accepted": int(accepted.sum()), "drafted": int(drafted.sum()), "by_depth": shares}
-
-
 class Results:
-    """Where output lines go, each written and flushed as its request ends."""
+    """Where output lines go, each written and flushed as its request ends.
 
-    def __init__(self, file: TextIO | io.TextIOBase, done: frozenset[Id] = frozenset()):
-        self.done = done  # ids that a run before this one has served
-        self._file = file
+    Args:
+        written: what a run before this one has served: by id, what was asked for.
+        earlier: what its lines were made by.
+        stamped: whether lines say what was asked for and what made them, for a run after this one.
+    """
+
+    def __init__(
+        self,
+        file: TextIO | io.TextIOBase,
+        written: Mapping[Id, str] = {},
+        earlier: Sequence[Mapping[str, Any]] = (),
+        stamped: bool = False,
+    ):
+        self.written = written
+        self._file, self._earlier, self._stamped = file, earlier, stamped
+        self._made_by: Mapping[str, Any] = {}
+
+    def made_by(self, values: Mapping[str, Any]) -> None:
+        """Say what is going to decode; RequestError where what is written was made otherwise."""
+        self._made_by = values
+        for before in self._earlier:
+            if before != values:
+                raise RequestError(
+                    f"--resume: what --out holds was made with {differences(before, values)}; go "
+                    f"on with the same, or name another file"
+                )
+
+    def left(self, items: Iterable[Request | Failure]) -> Iterator[Request | Failure]:
+        """Those that are not written yet; RequestError for one that is, and asks something else."""
+        for item in items:
+            # What failed may have the id of what was served (and be told that it has).
+            if isinstance(item, Failure) or item.id not in self.written:
+                yield item
+            elif self.written[item.id] != item.asked:
+                raise RequestError(
+                    f"--resume: line {item.line} has the id {item.id!r}, whose output in --out is "
+                    f"of another prompt, max_tokens, seed or stop; name another file, or give each "
+                    f"prompt an id of its own (without one it is the line's place)"
+                )
 
     def write(self, result: Result | Failure) -> None:
         """Append one line."""
-        self._file.write(json.dumps(result.record(), ensure_ascii=False) + "\n")
+        record = result.record()
+        if isinstance(result, Result) and self._stamped:
+            record |= {"asked": result.request.asked, "made_by": self._made_by}
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
 
 
@@ -94,22 +84,29 @@ def open_results(path: str, resume: bool) -> Iterator[Results]:
     # An empty one is what a start that failed has left.
     if not resume and file.exists() and not (file.is_file() and not file.stat().st_size):
         raise RequestError(f"--out={path} exists; name another file, or go on with --resume")
-    done = _written(file) if file.exists() else frozenset()
+    written, made_by = _written(file) if file.exists() else ({}, [])
     with file.open("a", encoding="utf-8", errors="backslashreplace") as opened:
-        yield Results(opened, done)
+        yield Results(opened, written, made_by, stamped=True)
 
 
-def _written(file: pathlib.Path) -> frozenset[Id]:
-    """Ids that the whole lines of a file have served; what failed is to be tried again."""
+def _written(file: pathlib.Path) -> tuple[dict[Id, str], list[dict[str, Any]]]:
+    """What the whole lines of a file have served, and what they were made by.
+
+    What failed is to be tried again.
+    """
     content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     lines, torn = whole.splitlines(), content[len(whole) :]
-    ids: set[Id] = set()
+    served: dict[Id, str] = {}
+    made_by: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            if "error" not in record:
-                ids.add(record["id"])
+            if "error" in record:
+                continue
+            served[record["id"]] = record["asked"]
+            if record["made_by"] not in made_by:
+                made_by.append(record["made_by"])
         except (ValueError, KeyError, TypeError):
             raise _not_ours(file, number) from None
     # A few bytes may begin a line of ours only where others of ours stand before them.
@@ -118,7 +115,7 @@ def _written(file: pathlib.Path) -> frozenset[Id]:
     if torn:
         with file.open("r+b") as opened:
             opened.truncate(len(whole))
-    return frozenset(ids)
+    return served, made_by
 
 
 def _not_ours(file: pathlib.Path, number: int) -> RequestError:

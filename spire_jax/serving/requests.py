@@ -1,8 +1,10 @@
 """What people ask for: prompts from JSON lines, text or a stream, each checked by itself.
 
-A JSON line has one of `prompt` (text), `tokens` (ids) and `messages` (for a tokenizer with a chat
-template), and may have `id`, `max_tokens`, `seed` and `stop`; null is as good as absent. What is
-wrong with one line is its own failure; the others are served.
+A JSON line has one of `prompt` (text), `tokens` (ids), `messages` (for a tokenizer with a chat
+template) and `turns` (questions, each asked on top of the answer before: the form of MT-Bench and
+Spec-Bench). It may have `id` (or `question_id`), `category`, `max_tokens`, `seed` and `stop`; null
+is as good as absent, and a `reference` answer is left alone. What is wrong with one line is its own
+failure; the others are served.
 """
 
 import dataclasses
@@ -11,18 +13,13 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int
-
+from spire_jax.config.identity import digest
 from spire_jax.data.tokenizer import Tokenizer
+from spire_jax.serving.prompts import PROMPTS, RequestError, encode, encode_turns
+from spire_jax.serving.records import Failure, Id, Request, Result, refused
 
 FORMATS = ("jsonl", "text", "lines")
-FIELDS = ("prompt", "tokens", "messages", "id", "max_tokens", "seed", "stop")
-Id = str | int
-
-
-class RequestError(ValueError):
-    """A request that cannot be served; the message names what is wrong with it."""
+FIELDS = (*PROMPTS, "id", "question_id", "category", "max_tokens", "seed", "stop", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,33 +27,8 @@ class Defaults:
     """What a request does not say itself."""
 
     max_tokens: int = 128
-    seed: int = 0  # each request's own is derived from it and the request's index
+    seed: int = 0  # each request's own is derived from it and the request's id
     stop: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One prompt to be continued."""
-
-    id: Id
-    tokens: Int[np.ndarray, " n"]
-    max_tokens: int
-    seed: int
-    stop: tuple[str, ...] = ()
-    line: int = 0  # of the prompt file, from 1; 0 = there is none
-
-
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """A request that was not served, and why."""
-
-    id: Id
-    error: str
-    line: int = 0
-
-    def record(self) -> dict[str, Any]:
-        """The output line."""
-        return {"id": self.id, "line": self.line, "error": self.error}
 
 
 def read_requests(
@@ -93,23 +65,58 @@ def request_of(
     if unknown := sorted(set(values) - set(FIELDS)):
         raise RequestError(f"unknown field {unknown[0]!r}; there are {', '.join(FIELDS)}")
     values = {name: value for name, value in values.items() if value is not None}
-    given = [name for name in FIELDS[:3] if name in values]
+    given = [name for name in PROMPTS if name in values]
     if len(given) != 1:
         found = " and ".join(given) or "none"
-        raise RequestError(f"give one of prompt, tokens and messages; found {found}")
+        raise RequestError(f"give one of {', '.join(PROMPTS)}; found {found}")
+    name = _id(values, index)
     max_tokens = _integer(values, "max_tokens", defaults.max_tokens, 1, 2**31)
-    seed = _integer(values, "seed", derived_seed(defaults.seed, index), 0, 2**32)
+    seed = _integer(values, "seed", derived_seed(defaults.seed, f"request/{name}"), 0, 2**32)
     stop = values.get("stop", defaults.stop)
     stop = (stop,) if isinstance(stop, str) else stop
     if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
         raise RequestError(f"stop={stop!r} must be a string or a list of strings, none empty")
-    tokens = _tokens(given[0], values[given[0]], tokenizer)
-    return Request(values.get("id", index), tokens, max_tokens, seed, tuple(stop), line)
+    category = values.get("category", "")
+    if not isinstance(category, str):
+        raise RequestError(f"category={category!r} must be a string")
+    tokens = encode(given[0], values[given[0]], tokenizer)
+    turns = tuple(values.get("turns", ()))
+    asked = digest([tokens.tolist(), turns, max_tokens, seed, stop])
+    return Request(name, tokens, max_tokens, seed, tuple(stop), line, category, turns, (), asked)
 
 
-def derived_seed(seed: int, index: int) -> int:
-    """A request's own seed, from that of the run and its place in the prompt file."""
-    return zlib.crc32(f"{seed}/request/{index}".encode())
+def next_turn(result: Result, tokenizer: Tokenizer) -> Request | Failure | None:
+    """What is to be asked once a turn is answered; None after the last."""
+    request = result.request
+    answers = (*request.answers, result)
+    if len(answers) >= len(request.turns):
+        return None
+    try:
+        tokens = encode_turns(request.turns[: len(answers) + 1],
+                              [(a.tokens, a.text) for a in answers], tokenizer)  # fmt: skip
+    except RequestError as error:
+        return refused(dataclasses.replace(request, answers=answers), str(error))
+    seed = derived_seed(request.seed, f"turn/{len(answers)}")
+    return dataclasses.replace(request, tokens=tokens, seed=seed, answers=answers)
+
+
+def positions(request: Request, tokenizer: Tokenizer) -> int:
+    """Positions that a request takes, prompt and output; of several turns, all of them.
+
+    As if answers, read as text, took no more tokens than they were written in.
+    """
+    if not request.turns:
+        return len(request.tokens) + request.max_tokens
+    try:
+        prompt = encode_turns(request.turns, [((), "")] * (len(request.turns) - 1), tokenizer)
+    except RequestError:  # a template that wants more of an answer
+        prompt = request.tokens
+    return len(prompt) + request.max_tokens * len(request.turns)
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """A seed for one of many, from that of all and what the one is called."""
+    return zlib.crc32(f"{seed}/{name}".encode())
 
 
 def _read(line, number, index, form, tokenizer, defaults) -> Request | Failure:
@@ -136,10 +143,11 @@ def _read(line, number, index, form, tokenizer, defaults) -> Request | Failure:
 
 
 def _id(values: dict[str, Any], index: int) -> Id:
-    found = index if values.get("id") is None else values["id"]
-    if isinstance(found, bool) or not isinstance(found, str | int):
-        raise RequestError(f"id={found!r} must be a string or a whole number")
-    return found
+    found = [values[name] for name in ("id", "question_id") if values.get(name) is not None]
+    for value in found:
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise RequestError(f"id={value!r} must be a string or a whole number")
+    return found[0] if found else index
 
 
 def _integer(values: dict[str, Any], name: str, default: int, least: int, end: int) -> int:
@@ -147,45 +155,3 @@ def _integer(values: dict[str, Any], name: str, default: int, least: int, end: i
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < end:
         raise RequestError(f"{name}={value!r} must be a whole number from {least} to {end - 1}")
     return value
-
-
-def _tokens(kind: str, value: Any, tokenizer: Tokenizer) -> Int[np.ndarray, " n"]:
-    if kind == "tokens":
-        good = isinstance(value, list) and all(type(t) is int for t in value)
-        if not good or not all(0 <= t < tokenizer.n_tokens for t in value):
-            raise RequestError(f"tokens must be a list of ids below {tokenizer.n_tokens}")
-        tokens = np.array(value, np.int32)
-    elif kind == "messages":
-        tokens = _chat(value, tokenizer)
-    else:
-        if not isinstance(value, str):
-            raise RequestError(f"prompt={value!r} must be a string")
-        tokens = encode_prompt(value, tokenizer)
-    if not len(tokens):
-        raise RequestError("the prompt is empty; give at least one token")
-    return tokens
-
-
-def encode_prompt(text: str, tokenizer: Tokenizer) -> Int[np.ndarray, " n"]:
-    """Ids of a plain prompt, after the tokenizer's own first token where it wants one."""
-    try:
-        return getattr(tokenizer, "encode_prompt", tokenizer.encode)(text)
-    except ValueError:
-        raise RequestError("the prompt has half a surrogate pair, which no text has") from None
-
-
-def _chat(messages: Any, tokenizer: Tokenizer) -> Int[np.ndarray, " n"]:
-    """`tokenizer.chat(messages)`: ids of a conversation up to where the answer begins."""
-    chat = getattr(tokenizer, "chat", None)
-    if chat is None:
-        raise RequestError(f"messages: the tokenizer {tokenizer.name} has no chat template; give "
-                           f"prompt or tokens")  # fmt: skip
-    good = isinstance(messages, list) and messages
-    if not good or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
-    ):
-        raise RequestError('messages must be a list of {"role": ..., "content": ...}')
-    try:
-        return chat(messages)
-    except ValueError as error:  # PretrainedError: the template refuses them
-        raise RequestError(f"messages: {error}") from None

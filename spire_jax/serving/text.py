@@ -56,9 +56,13 @@ class TextStream:
 
 
 def first_stop(text: str, stops: Sequence[str], begin: int = 0) -> int:
-    """Where the earliest stop string at or after `begin` starts; -1 if there is none."""
-    found = [at for stop in stops if (at := text.find(stop, max(begin, 0))) >= 0]
-    return min(found, default=-1)
+    """Where the stop string that is complete first starts, of those from `begin`; -1: none is.
+
+    So what follows never changes it, however much text comes at once. Of several that are complete
+    with the same character the longest counts.
+    """
+    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop, max(begin, 0))) >= 0]
+    return min(found, default=(0, -1))[1]
 
 
 def tokens_of_text(tokens: Sequence[int], text: str, decode: Decode) -> int:

@@ -105,11 +105,7 @@ class WorkDir:
         """The hash of the target's weights: of its checkpoint, or of what was trained here."""
         if self.pretrained is not None:
             return self.pretrained.cached_sha256(cache_folder(self.folder))
-        content = hashlib.sha256()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.target()):
-            content.update(jax.tree_util.keystr(path).encode())
-            content.update(np.ascontiguousarray(leaf).tobytes())
-        return content.hexdigest()
+        return params_sha256(self.target())
 
     def written_rows(self) -> WrittenRows | None:
         """The target's continuations, where the config asks for them."""
@@ -144,3 +140,12 @@ class WorkDir:
 
     def _stamp(self, stage: Stage) -> Place:
         return self.place(stage) / "identity.json"
+
+
+def params_sha256(params: Params) -> str:
+    """A hash of parameters: their names and their bytes."""
+    content = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        content.update(jax.tree_util.keystr(path).encode())
+        content.update(np.ascontiguousarray(leaf).tobytes())
+    return content.hexdigest()

@@ -82,15 +82,16 @@ def config_of(flags):
 
 
 def outputs(flags, tmp_path, name, *more):
-    """Records by id of decoding three prompts greedily."""
+    """Answers by id of decoding three prompts, and a question and what follows it, greedily."""
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / f"{name}.jsonl"
     lines = [{"prompt": "def x if y"}, {"messages": [{"role": "user", "content": "class self"}]},
-             {"prompt": "while"}]  # fmt: skip
+             {"prompt": "while"}, {"turns": ["class self", "if x"]}]  # fmt: skip
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = [*flags, f"--prompts={prompts}", f"--out={out}", "--temperature=0", "--chunk=8",
                  "--max-tokens=12", "--batch-size=2", "--width=64", *more]  # fmt: skip
     assert command.main(arguments) == 0
-    return {r["id"]: r for r in map(json.loads, out.read_text().splitlines())}
+    records = map(json.loads, out.read_text().splitlines())
+    return {(r["id"], i): turn for r in records for i, turn in enumerate(r.get("turns", [r]))}
 
 
 def test_the_report_compares_every_method(workdir):
@@ -142,12 +143,17 @@ def test_what_nothing_is_trained_for_is_not_exported(flags, workdir, tmp_path, c
     assert not out.exists()
 
 
-@pytest.mark.parametrize("source", ["workdir", "exported"])
-def test_prompts_are_decoded_as_the_target_writes(source, workdir, exported, flags, tmp_path):
+@pytest.mark.parametrize("source", ["workdir", "exported", "without a config"])
+def test_prompts_are_decoded_as_the_target_writes(
+    source, workdir, exported, flags, checkpoint, tmp_path
+):
     """With the draft, from either place, and without: the same texts, greedily."""
+    flags = [f"--target={checkpoint}"] if source == "without a config" else flags
     alone = outputs(flags, tmp_path, "alone", "--method=autoregressive")
     where = f"--workdir={workdir}" if source == "workdir" else f"--draft={exported}"
     drafted = outputs(flags, tmp_path, "drafted", "--method=spire", where)
+    second = alone[3, 1]["prompt_tokens"]  # on top of the question, its answer and what ends both
+    assert second > alone[3, 0]["prompt_tokens"] + len(alone[3, 0]["tokens"]) and len(alone) == 5
     assert {i: r["tokens"] for i, r in drafted.items()} == {
         i: r["tokens"] for i, r in alone.items()
     }
@@ -162,7 +168,7 @@ def test_prompts_are_decoded_as_the_target_writes(source, workdir, exported, fla
         (["--config.target.d_model=32"], "target.d_model=32, but the checkpoint"),
         (["--config.pretrained.path=nowhere.gguf"], "nowhere.gguf does not exist"),
         (["--config.pretrained.path=", "--config.drafts.spire.head_tokens=0"],
-         "--workdir is missing"),
+         "give the --target that decodes"),
     ],
 )  # fmt: skip
 def test_bad_requests_say_what_to_do(more, message, flags, capsys, tmp_path):
