@@ -31,6 +31,7 @@ if "TESTS_PROGRAMS" not in os.environ:  # the first process; the others inherit
 # Packages before the hook, under which what they import would be compiled from its source.
 import flax.nnx  # noqa: F401
 import grain  # noqa: F401
+import hypothesis
 import jax
 import jax.experimental.pallas.mosaic_gpu
 import jaxtyping
@@ -59,6 +60,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    full = config.getoption("--full")
+    hypothesis.settings.register_profile(
+        "tests", max_examples=1000 if full else 50, derandomize=not full, deadline=None,
+        database=None, suppress_health_check=list(hypothesis.HealthCheck), print_blob=True,
+    )  # fmt: skip
+    hypothesis.settings.load_profile("tests")
     # XLA's older code generator compiles in 3/5 of the time; jax 0.11 has it no more.
     flag = "--xla_cpu_use_fusion_emitters=false"
     flags = os.environ.get("XLA_FLAGS", "")
