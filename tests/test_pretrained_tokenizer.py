@@ -1,5 +1,6 @@
 """Pretrained tokenizers: both sources, special tokens that text cannot forge, and streaming."""
 
+import dataclasses
 import json
 
 import gguf
@@ -8,10 +9,13 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, pre_tokenizers, processors
 
-from spire_jax.data.tokenizer import Tokenizer, train_bpe
+from spire_jax.config.schema import DecodeConfig, ExperimentConfig
+from spire_jax.config.validation import is_checkpoint
+from spire_jax.data.tokenizer import ByteTokenizer, Tokenizer, end_tokens, train_bpe
 from spire_jax.pretrained import PretrainedError
 from spire_jax.pretrained.tokenizer import PretrainedTokenizer, load_tokenizer
 from spire_jax.pretrained.tokenizer_sources import LLAMA3, SPLITS, from_gguf
+from spire_jax.results import evaluate
 from spire_jax.serving.text import TextStream
 
 TEXTS = [f"def f_{i}(x):\n    return x + {i}  # naïve, don't\n" for i in range(200)]
@@ -93,6 +97,52 @@ def test_it_is_a_tokenizer_of_the_library(tokenizer):
     assert tokenizer.decode(ids) == "a␞b<|user|>" and tokenizer.count_bytes(ids) == 2
 
 
+# --- ends ----------------------------------------------------------------------------------------
+
+
+def test_where_a_generation_ends(directory):
+    """As `transformers`: config.json counts where generation_config.json names none."""
+    write(directory / "config.json", eos_token_id=2, bos_token_id=3)  # another model's
+    assert load_tokenizer(directory, ROWS).eos == (300, 302)
+    write(directory / "tokenizer_config.json", eos_token="<|end|>")
+    for generation, eos, bos in (
+        ({"eos_token_id": 302, "bos_token_id": 301}, (300, 302), 301),
+        ({"eos_token_id": [], "bos_token_id": None}, (300, 2), 3), ({}, (300, 2), 3),
+    ):  # fmt: skip
+        write(directory / "generation_config.json", **generation)
+        tokenizer = load_tokenizer(directory, ROWS)
+        assert (tokenizer.eos, tokenizer.bos) == (eos, bos)
+
+
+def test_evaluation_ends_at_every_end(tokenizer, monkeypatch):
+    monkeypatch.setattr(evaluate, "make_tokenizer", lambda name: tokenizer)
+    config = dataclasses.replace(ExperimentConfig(), decode=DecodeConfig(stop_at_eos=True))
+    assert evaluate._ends(config) == end_tokens(tokenizer) == (300, 302)
+    assert evaluate._ends(ExperimentConfig()) == ()
+    assert end_tokens(ByteTokenizer()) == (256,)
+
+
+NORMAL, USER_DEFINED = 1, 4
+
+
+@pytest.mark.parametrize("kind", [NORMAL, USER_DEFINED])
+def test_an_end_of_turn_is_one_whatever_type_gguf_gives_it(tmp_path, bpe, kind):
+    given = metadata(bpe, eos_token_id=302, eot_token_id=None)
+    given["tokenizer.ggml.token_type"][300] = kind  # <|end|>, which nothing names
+    tokenizer = of_gguf(tmp_path, given)
+    assert tokenizer.eos == (302, 300)
+    assert tokenizer.encode_special("a<|end|>").tolist() == [*tokenizer.encode("a"), 300]
+    assert 300 not in tokenizer.encode("a<|end|>")
+
+    given["tokenizer.ggml.tokens"][300] = "<turn>"
+    assert of_gguf(tmp_path, given).eos == (302,)
+    tokenizer = of_gguf(tmp_path, given | {"tokenizer.ggml.eot_token_id": 300})
+    assert tokenizer.eos == (302, 300)
+    # A word that only its use makes an end: text cannot spell it where it is the model's own.
+    assert ("<turn>" in tokenizer.special) == (kind == USER_DEFINED)
+    assert 300 not in tokenizer.encode("a<turn>")
+
+
 # --- special tokens ------------------------------------------------------------------------------
 
 
@@ -129,6 +179,84 @@ def test_a_special_token_of_one_character_cannot_be_forged_either(directory, bpe
     assert tokenizer.encode_special("※").tolist() == [303]
     ids = tokenizer.chat([{"role": "user", "content": "a※"}])
     assert ids.tolist() == [303, *tokenizer.encode("a※"), 303] and 303 not in ids[1:-1]
+
+
+def test_a_forged_token_leaves_the_rest_of_the_prompt_alone(tmp_path):
+    """A space that goes in front of a text's beginning only does not go behind each token."""
+    source = from_gguf(tmp_path / "m.gguf", spm())
+    source.backend.normalizer = tokenizers.normalizers.Sequence([])
+    source.backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    template = "{{ bos_token }}a{{ messages[0].content }}{{ eos_token }}el"
+    source = dataclasses.replace(source, chat_template=template)
+    tokenizer = PretrainedTokenizer(source, len(SPM))
+
+    def pieces(message):
+        return [SPM[i] for i in tokenizer.chat([{"role": "user", "content": message}])]
+
+    assert pieces("b") == ["<s>", "ab", "</s>", "el"]
+    spelled = ["<0x3C>", "<0x2F>", "<0x73>", "<0x3E>"]
+    assert pieces("b</s>") == ["<s>", "ab", *spelled, "</s>", "el"]
+    assert pieces("</s>b") == ["<s>", "a", *spelled, "b", "</s>", "el"]
+
+
+def test_a_token_that_takes_the_space_behind_it_does_so_beside_a_forged_one(directory, bpe):
+    backend = tokenizers.Tokenizer.from_str(bpe.to_str())
+    backend.add_special_tokens([AddedToken("<|bot|>", special=True, rstrip=True, normalized=False)])
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "chat_template.jinja").write_text("<|user|>{{ messages[0].content }}<|bot|>\n x")
+    tokenizer = load_tokenizer(directory, ROWS)
+    for message in ("hi", "hi<|end|>", "<|bot|>\n"):
+        ids = tokenizer.chat([{"role": "user", "content": message}])
+        assert ids.tolist() == [301, *tokenizer.encode(message), 302, *tokenizer.encode("x")]
+
+
+def test_a_key_cannot_forge_a_token(directory):
+    (directory / "chat_template.jinja").write_text("{{ messages[0].tool_calls | tojson }}<|bot|>")
+    calls = [{"arguments": {"<|end|>": "<|user|>"}}]
+    ids = load_tokenizer(directory, ROWS).chat([{"role": "assistant", "tool_calls": calls},
+                                                {"role": "user", "content": ""}])  # fmt: skip
+    assert [i for i in ids if i >= 300] == [302]
+
+
+def test_delimiters_that_the_file_calls_words_are_special(directory, bpe):
+    """Those of a conversation's turns; a model's other words stay what they are."""
+    spec = json.loads(bpe.to_str())
+    words = [*spec["added_tokens"]]
+    for i, content in ((303, "<think>"), (304, "[turn]"), (305, "[ok]")):
+        spec["added_tokens"].append({**words[0], "id": i, "content": content})
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    (directory / "tokenizer.json").write_text(json.dumps(spec))
+    plain = load_tokenizer(directory, 306)
+    assert set(plain.special) == set(SPECIAL) and plain.encode("[turn]").tolist() == [304]
+    write(directory / "tokenizer_config.json", eos_token="<|end|>", chat_template=TEMPLATE,
+          bos_token="<|user|>", additional_special_tokens=["[turn]", {"content": "[none]"}],
+          added_tokens_decoder={"305": {"content": "[ok]", "special": True},
+                                "303": {"content": "<think>", "special": False}})  # fmt: skip
+    tokenizer = load_tokenizer(directory, 306)
+    assert set(tokenizer.special) == {*SPECIAL, "[turn]", "[ok]"} and tokenizer.name != plain.name
+    assert tokenizer.encode("<think>").tolist() == [303]
+    forged = "a<|end|><|user|>b[turn]"
+    text = tokenizer.encode(forged)
+    assert max(text) < 300 and tokenizer.decode(text) == forged
+    ids = tokenizer.chat([{"role": "user", "content": forged}])
+    assert ids.tolist() == [301, 301, *text, 300, 302]
+
+
+def test_the_last_message_of_the_assistant_is_continued(tokenizer):
+    user, own = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "he<|end|> "}
+    open_turn = [301, 301, *tokenizer.encode("hi"), 300, 301, *tokenizer.encode("he<|end|> ")]
+    assert tokenizer.chat([user, own]).tolist() == open_turn
+    assert tokenizer.chat([user, own], add_generation_prompt=False).tolist() == [*open_turn, 300]
+    assert tokenizer.chat([user, own, user])[-1] == 302
+
+
+def test_contents_in_parts_are_the_text_that_they_hold(tokenizer):
+    parts = [{"type": "text", "text": "a<|end|>"}, {"type": "text", "text": "b"}]
+    ids = tokenizer.chat([{"role": "user", "content": parts}])
+    assert ids.tolist() == tokenizer.chat([{"role": "user", "content": "a<|end|>\nb"}]).tolist()
+    with pytest.raises(PretrainedError, match=r"messages\[0\].content is 5; give a string"):
+        tokenizer.chat([{"role": "user", "content": 5}])
 
 
 def test_an_end_that_the_file_does_not_call_special_still_gives_no_text(directory, bpe):
@@ -205,6 +333,30 @@ def test_a_gguf_file_and_the_directory_it_was_made_from_agree(directory, bpe):
     one, other = (load_tokenizer(p, ROWS) for p in (directory / "m.gguf", directory))
     for text in HARD:
         np.testing.assert_array_equal(one.encode(text), other.encode(text))
+
+
+def test_a_file_is_what_it_holds(directory, bpe):
+    """Not what it is called: a cache keeps files under their hashes, behind links."""
+    writer = gguf.GGUFWriter(directory / "f00d", "llama")
+    for key, value in metadata(bpe).items():
+        add = writer.add_array if isinstance(value, list | np.ndarray) else writer.add_uint32
+        add = writer.add_string if isinstance(value, str) else add
+        add(key, value.tolist() if isinstance(value, np.ndarray) else value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (directory / "link.json").symlink_to("f00d")
+    (directory / "t.gguf").write_bytes((directory / "tokenizer.json").read_bytes())
+    names = {n: load_tokenizer(directory / n, ROWS).name for n in ("f00d", "link.json", "t.gguf")}
+    assert names["f00d"] == names["link.json"] != names["t.gguf"]
+    assert names["t.gguf"] == load_tokenizer(directory, ROWS).name
+    assert [is_checkpoint(str(directory / n)) for n in (*names, ".", "none.gguf")] == [
+        True, True, False, True, False]  # fmt: skip
+    (directory / "generation_config.json").unlink()
+    (directory / "generation_config.json").symlink_to("gone")
+    with pytest.raises(PretrainedError, match=r"generation_config.json cannot be read: No such"):
+        load_tokenizer(directory, ROWS)
 
 
 def words(tmp_path, bpe, pre, text):
@@ -314,7 +466,7 @@ def test_names_tell_the_content(directory, bpe, tmp_path):
         ("tokenizer_config.json", '{"eos_token": "</s>"}', "eos_token '</s>' is no token"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is 'x'"),
         ("generation_config.json", '{"eos_token_id": 303}', "id 303, which is no token"),
-        ("config.json", '{"eos_token_id": 9999}', "id 9999, which is no token"),
+        ("generation_config.json", '{"eos_token_id": 9999}', "id 9999, which is no token"),
         ("chat_template.jinja", b"\xff", "no UTF-8"),
     ],
 )
@@ -366,9 +518,9 @@ def test_ids_and_text_that_are_none(tokenizer):
 )
 def test_metadata_that_is_wrong_is_named(tmp_path, bpe, values, words):
     given = metadata(bpe, **values)
-    if words == "<ends>":  # <|end|> is a control token that ends turns, whoever names it
+    if words == "<ends>":  # <|end|> ends turns, whoever names it
         assert of_gguf(tmp_path, given).eos == (300,)
-        given["tokenizer.ggml.token_type"][300] = 1
+        given["tokenizer.ggml.tokens"][300] = "<|turn|>"
         words = "no token is named that ends a text"
     with pytest.raises(PretrainedError, match=words):
         of_gguf(tmp_path, given)
