@@ -7,7 +7,13 @@ import time
 import pytest
 
 from spire_jax.pretrained import PretrainedError, chat
-from spire_jax.pretrained.chat import choose_template, render, render_unfinished, text_messages
+from spire_jax.pretrained.chat import (
+    choose_template,
+    render,
+    render_messages,
+    render_unfinished,
+    text_messages,
+)
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -124,6 +130,26 @@ def test_contents_that_are_no_text_are_named(content, words):
         text_messages([{"role": "user"}])
 
 
+GUARD = (
+    "{% for m in messages %}{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
+    "{{ m.role }}: {{ part.text | trim }};{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        (GUARD, "system: Be brief.;user: 1 < 2 & 'é' 😀?;"),
+        (CHATML.replace("message.content | trim", "message.content[:4]"),
+         "<|im_start|>system\nBe b<|im_end|>\n<|im_start|>user\n1 < <|im_end|>\n"),
+        ("{{ messages[0].content + '!' }}", "Be brief.!"),
+    ],
+)  # fmt: skip
+def test_a_template_of_parts_is_given_parts(template, text):
+    """Where strings say nothing to it, and only there."""
+    assert render_messages(template, MESSAGES, add_generation_prompt=False) == text
+
+
 KEPT = CHATML.replace(" | trim", "")
 
 
@@ -140,6 +166,7 @@ def test_a_message_is_left_open(template, content, shown):
     begin = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>assistant\n"
     messages = [MESSAGES[0], {"role": "assistant", "content": content}]
     assert render_unfinished(template, messages) == begin + shown
+    assert render_unfinished(GUARD, messages).endswith(f"assistant: {content.strip()}")
 
 
 def test_a_message_that_cannot_be_left_open():

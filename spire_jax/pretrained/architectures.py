@@ -31,7 +31,8 @@ ROPE_TYPES = tuple(_ROPE_KEYS)  # the scalings of rotary positions that are supp
 # one always): a file with another is a model of theirs under one of our names.
 _FOREIGN: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling",
-                     "logit_scale", "scale_emb", "partial_rotary_factor", "rotary_pct"), (1,)),
+                     "logit_scale", "scale_emb", "partial_rotary_factor", "rotary_pct",
+                     "rope_condense_ratio"), (1,)),
     **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "scale_depth",
                      "no_rope_layers", "no_rope_layer_interval", "attention_chunk_size"), ()),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "alibi",

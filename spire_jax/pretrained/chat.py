@@ -88,8 +88,25 @@ def unused_marks(count: int, *values: Any) -> list[str]:
     return found
 
 
+def render_messages(template: str, messages: Sequence[Mapping[str, Any]], **extra: Any) -> str:
+    """`render` of `text_messages`, in parts for a template that looks for texts in nothing else.
+
+    Such a one (Llama Guard 3's) finds nothing in a string and says nothing.
+    """
+    text = render(template, messages, **extra)
+    last = messages[-1]["content"].strip() if messages else ""
+    if last in text:
+        return text
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    try:
+        again = render(template, parts, **extra)
+    except PretrainedError:
+        return text
+    return again if last in again and str(parts[-1]["content"]) not in again else text
+
+
 def render_unfinished(template: str, messages: Sequence[Mapping[str, Any]], **extra: Any) -> str:
-    """`render` up to the end of the last message, for the model to go on with it.
+    """`render_messages` up to the end of the last one, for the model to go on with it.
 
     As `transformers` with `continue_final_message`: white space at the message's end is kept
     where the template keeps it. PretrainedError for a message that cannot be continued.
@@ -98,7 +115,7 @@ def render_unfinished(template: str, messages: Sequence[Mapping[str, Any]], **ex
     (mark,) = unused_marks(1, template, messages, extra)
     content = last["content"]
     marked = {**last, "content": content + mark + _SPACE}
-    text = render(template, [*before, marked], add_generation_prompt=False, **extra)
+    text = render_messages(template, [*before, marked], add_generation_prompt=False, **extra)
     begin, found, rest = text.rpartition(mark)
     if not found or last.get("tool_calls"):
         raise PretrainedError(

@@ -62,7 +62,7 @@ class Checkpoint:
         for name, heads in sorted({(s.tensor, s.interleaved) for s in self.sources.values()}):
             tensor = self.weights.tensors[name]
             content.update(f"\n{name} {tensor.dtype} {tensor.shape} {heads}\n".encode())
-            content.update(self.weights.stored(name))
+            content.update(self.weights.stored(name).data)
         return content.hexdigest()
 
     def cached_sha256(self, cache_dir: str | os.PathLike[str]) -> str:

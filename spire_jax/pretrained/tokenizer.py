@@ -17,7 +17,12 @@ from jaxtyping import Int
 from tokenizers import AddedToken
 
 from spire_jax.pretrained import PretrainedError
-from spire_jax.pretrained.chat import render, render_unfinished, text_messages, unused_marks
+from spire_jax.pretrained.chat import (
+    render_messages,
+    render_unfinished,
+    text_messages,
+    unused_marks,
+)
 from spire_jax.pretrained.token_bytes import token_bytes
 from spire_jax.pretrained.tokenizer_sources import Description, describe, refusals
 
@@ -46,7 +51,7 @@ class PretrainedTokenizer:
         self.chat_template, self._names = source.chat_template, dict(source.names)
         added = source.backend.get_added_tokens_decoder()
         self.special: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
-        self._marked_ids: dict[str, tuple[tokenizers.Tokenizer, dict[int, int]]] = {}
+        self._of_mark: dict[str, tuple[tokenizers.Tokenizer, dict[int | None, int]]] = {}
         with refusals(source.path):
             self._check()
         self.separator = self.eos[0]
@@ -125,7 +130,7 @@ class PretrainedTokenizer:
         """The conversation as text by the model's own template.
 
         `add_generation_prompt`: up to where the assistant writes, which is the end of the last
-        message where that is its own. Errors as of `chat.text_messages` and `chat.render`.
+        message where that is its own. Errors as of `chat.text_messages` and `chat.render_messages`.
         """
         if self.chat_template is None:
             raise PretrainedError(
@@ -135,8 +140,8 @@ class PretrainedTokenizer:
         messages, extra = text_messages(messages), self._names | extra
         if add_generation_prompt and messages and messages[-1].get("role") == "assistant":
             return render_unfinished(self.chat_template, messages, **extra)
-        return render(self.chat_template, messages, add_generation_prompt=add_generation_prompt,
-                      **extra)  # fmt: skip
+        return render_messages(self.chat_template, messages,
+                               add_generation_prompt=add_generation_prompt, **extra)  # fmt: skip
 
     def chat(
         self,
@@ -170,7 +175,7 @@ class PretrainedTokenizer:
 
         In one piece: what a special token does to the text around it, it does here too.
         """
-        if mark not in self._marked_ids:
+        if mark not in self._of_mark:
             backend = tokenizers.Tokenizer.from_str(self._plain.to_str())
             backend.encode_special_tokens = True
             backend.add_tokens([
@@ -179,8 +184,8 @@ class PretrainedTokenizer:
                 for token in backend.get_added_tokens_decoder().values() if token.special
             ])  # fmt: skip
             ids = {backend.token_to_id(mark + t): i for t, i in self.special.items()}
-            self._marked_ids[mark] = backend, ids
-        backend, ids = self._marked_ids[mark]
+            self._of_mark[mark] = backend, ids
+        backend, ids = self._of_mark[mark]
         encoding = backend.encode(_checked(text), add_special_tokens=False)
         return np.array([ids.get(i, i) for i in encoding.ids], np.int32)
 
