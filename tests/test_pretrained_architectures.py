@@ -197,7 +197,7 @@ PARTS = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
 CONTRADICTING: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA_32_1B, dict(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
      "rope_scaling=.*: rope_parameters, its newer name, says something else"),
-    (LLAMA_32_1B, dict(rope_parameters={**ROPE3, "rope_theta": 1e4}),
+    (LLAMA_32_1B, dict(rope_parameters={**ROPE3, "rope_theta": 1e4}, rope_scaling=ROPE3),
      "rope_theta=500000.0: elsewhere in the file it is 10000.0; remove the one"),
     (LLAMA_32_1B, dict(rope_scaling={**ROPE3, "type": "linear"}),
      "type='linear': rope_type, its newer name, is 'llama3'; remove one"),

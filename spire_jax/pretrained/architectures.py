@@ -228,9 +228,10 @@ def _rope(at: _Values, max_len: int) -> dict[str, Any]:
 def _agreed(places: list[_Values], key: str, read: Callable[[_Values], Any]) -> Any:
     """The value of a key that may stand in several places; None where it is in none of them."""
     found = [read(at) for at in places if at.get(key) is not None]
-    if any(value != found[0] for value in found):
-        places[0].refuse(key, found[0], f"elsewhere in the file it is {found[-1]}; remove the one "
-                         f"that is not the model's")  # fmt: skip
+    for other in found:
+        if other != found[0]:
+            places[0].refuse(key, found[0], f"elsewhere in the file it is {other}; remove the one "
+                             f"that is not the model's")  # fmt: skip
     return found[0] if found else None
 
 
