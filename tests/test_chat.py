@@ -7,7 +7,13 @@ import time
 import pytest
 
 from spire_jax.pretrained import PretrainedError, chat
-from spire_jax.pretrained.chat import choose_template, render
+from spire_jax.pretrained.chat import (
+    choose_template,
+    render,
+    render_messages,
+    render_unfinished,
+    text_messages,
+)
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -91,6 +97,84 @@ def test_no_file_is_opened_even_outside_the_sandbox():
         [sys.executable, "-c", code, script], input="", capture_output=True, text=True
     )
     assert "Too many open files" in run.stderr
+
+
+def test_contents_become_strings():
+    """Parts in lines, as vLLM and llama.cpp give them to a template; a call's null as nothing."""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    messages = [{"role": "user", "content": parts}, {"role": "user", "content": "c"}, call]
+    assert text_messages(messages) == [
+        {"role": "user", "content": "a\nb"}, {"role": "user", "content": "c"},
+        {**call, "content": ""},
+    ]  # fmt: skip
+    assert messages[0]["content"] is parts
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (5, r"messages\[1\].content is 5; give a string, or a list of text parts"),
+        (None, r"messages\[1\].content is None; give a string"),
+        ({"type": "text", "text": "a"}, "content is {'type': 'text'"),
+        (["a"], r"messages\[1\].content\[0\] is 'a'; the model reads text alone"),
+        ([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}],
+         r"messages\[1\].content\[1\] is of type 'image_url'; the model reads text alone"),
+        ([{"type": "text", "text": None}], r"content\[0\] is {'type': 'text', 'text': None}"),
+    ],
+)  # fmt: skip
+def test_contents_that_are_no_text_are_named(content, words):
+    with pytest.raises(PretrainedError, match=words):
+        text_messages([MESSAGES[0], {"role": "user", "content": content}])
+    with pytest.raises(PretrainedError, match=r"messages\[0\].content is None"):
+        text_messages([{"role": "user"}])
+
+
+GUARD = (
+    "{% for m in messages %}{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
+    "{{ m.role }}: {{ part.text | trim }};{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        (GUARD, "system: Be brief.;user: 1 < 2 & 'é' 😀?;"),
+        (CHATML.replace("message.content | trim", "message.content[:4]"),
+         "<|im_start|>system\nBe b<|im_end|>\n<|im_start|>user\n1 < <|im_end|>\n"),
+        ("{{ messages[0].content + '!' }}", "Be brief.!"),
+    ],
+)  # fmt: skip
+def test_a_template_of_parts_is_given_parts(template, text):
+    """Where strings say nothing to it, and only there."""
+    assert render_messages(template, MESSAGES, add_generation_prompt=False) == text
+
+
+KEPT = CHATML.replace(" | trim", "")
+
+
+@pytest.mark.parametrize(
+    "template, content, shown",
+    [
+        (CHATML, "So, ", "So,"), (KEPT, "So, ", "So, "), (CHATML, " So", "So"), (KEPT, "", ""),
+        (CHATML, "", ""), (CHATML, "\n", ""), (KEPT, "\n", "\n"), (CHATML, "<|x|>", "<|x|>"),
+        # Shown twice: up to the end of the second.
+        (CHATML + "{{ messages[1].content }}", "So", "So<|im_end|>\nSo"),
+    ],
+)  # fmt: skip
+def test_a_message_is_left_open(template, content, shown):
+    begin = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>assistant\n"
+    messages = [MESSAGES[0], {"role": "assistant", "content": content}]
+    assert render_unfinished(template, messages) == begin + shown
+    assert render_unfinished(GUARD, messages).endswith(f"assistant: {content.strip()}")
+
+
+def test_a_message_that_cannot_be_left_open():
+    own = {"role": "assistant", "content": "So"}
+    with pytest.raises(PretrainedError, match="the chat template does not show it; end with"):
+        render_unfinished("{{ messages[0].content }}", [*MESSAGES, own])
+    with pytest.raises(PretrainedError, match="it calls tools; add what they answer"):
+        render_unfinished(CHATML, [*MESSAGES, {**own, "tool_calls": [{}]}])
 
 
 def test_the_plain_one_of_several_templates():

@@ -69,7 +69,7 @@ def test_readable(tmp_path):
     """The file names for the reader what the draft is, and its tensors what they are."""
     folder = export(tmp_path / "draft")
     config = json.loads((folder / "config.json").read_text())
-    assert config["format"] == 1 and config["target_sha256"] == SHA
+    assert config["format"] == 2 and config["target_sha256"] == SHA
     assert config["draft"]["window"] == 6 and config["model"]["d_ff"] == 24
     content = (folder / "model.safetensors").read_bytes()
     names = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -139,7 +139,7 @@ def test_another_target(tmp_path):
 
 
 CONFIGS = {
-    "format": (lambda c: c.update(format=2), "format=2, and this version reads 1"),
+    "format": (lambda c: c.update(format=1), "format=1, and this version reads 2"),
     "no format": (lambda c: c.pop("format"), "format=None, .* it is no exported draft"),
     "a key": (lambda c: c.update(more=1), "unknown key more; .* update, or export"),
     "no key": (lambda c: c.pop("leaves"), "leaves missing; export the draft again"),

@@ -77,11 +77,36 @@ def test_newer_and_older_files():
     plain = model(newer, rope_parameters={"rope_type": "default", "rope_theta": 7.0})
     assert (plain.rope_base, plain.rope_scaling) == (7.0, 1.0)
 
-    old = {k: v for k, v in MISTRAL.items() if k not in ("num_key_value_heads", "rope_theta",
-                                                         "tie_word_embeddings")}  # fmt: skip
-    llama1 = model(old, model_type="llama", num_key_value_heads=None)
+    old = {k: v for k, v in MISTRAL.items() if k not in (
+        "num_key_value_heads", "rope_theta", "tie_word_embeddings", "sliding_window")}  # fmt: skip
+    llama1 = model(old, model_type="llama", num_key_value_heads=None,
+                   architectures=["LLaMAForCausalLM"])  # fmt: skip
     assert (llama1.n_kv_heads, llama1.q_per_kv, llama1.rope_base) == (32, 1, 10000.0)
-    assert (llama1.tied, llama1.window) == (False, 0)  # a window is Mistral's and Qwen's alone
+    assert (llama1.tied, llama1.window) == (False, 0)
+
+
+ROPE3 = {**LLAMA_32_1B["rope_scaling"], "rope_theta": 500000.0}
+NO_ROPE: dict[str, Any] = {"rope_scaling": None, "rope_theta": None}
+# Fields in both generations, or given beside what they do not contradict.
+AGREEING: list[dict[str, Any]] = [
+    dict(rope_parameters=ROPE3),
+    dict(rope_parameters=ROPE3, rope_theta=None),
+    dict(rope_parameters=ROPE3, rope_scaling={}),
+    dict(rope_parameters={**ROPE3, "type": "llama3", "attention_factor": None}, rope_scaling=None),
+    dict(rope_parameters={}),
+    dict(NO_ROPE, rope_parameters={k: v for k, v in ROPE3.items() if "original" not in k},
+         original_max_position_embeddings=8192),
+    dict(original_max_position_embeddings=8192),
+    dict(torch_dtype="float16", dtype="bfloat16", transformers_version="9", my_notes={"a": 1}),
+    dict(logits_scaling=1.0, num_experts=0, attn_logit_softcapping=None, no_rope_layers=None),
+    dict(sliding_window=None), dict(sliding_window=4096, use_sliding_window=False),
+    dict(sliding_window=131072), dict(layer_types=["full_attention"] * 16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", AGREEING)
+def test_names_of_two_generations_agree(changes):
+    assert model(LLAMA_32_1B, **changes) == LLAMA_32_1B_MODEL
 
 
 def test_padding():
@@ -168,7 +193,34 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("config, changes, message", REFUSED)
+PARTS = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+CONTRADICTING: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (LLAMA_32_1B, dict(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+     "rope_scaling=.*: rope_parameters, its newer name, says something else"),
+    (LLAMA_32_1B, dict(rope_parameters={**ROPE3, "rope_theta": 1e4}, rope_scaling=ROPE3),
+     "rope_theta=500000.0: elsewhere in the file it is 10000.0; remove the one"),
+    (LLAMA_32_1B, dict(rope_scaling={**ROPE3, "type": "linear"}),
+     "type='linear': rope_type, its newer name, is 'llama3'; remove one"),
+    (LLAMA_32_1B, dict(original_max_position_embeddings=4096), "=4096: elsewhere .* it is 8192"),
+    (LLAMA_32_1B, dict(NO_ROPE, rope_parameters=PARTS), "full_attention=.* 'default' have no such"),
+    (MISTRAL, dict(rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 9}), "beta_fast=9"),
+    (LLAMA_32_1B, dict(sliding_window=4096), "sliding_window=4096: .* say null if not"),
+    (LLAMA_32_1B, dict(layer_types=[SLIDING] * 16), "supported are full_attention in all layers"),
+    (MISTRAL, dict(use_sliding_window=False), "sliding_window=4096: .* not plain whether"),
+    (MISTRAL, dict(layer_types=[FULL] * 32), "supported are full_attention in all layers"),
+    (MISTRAL, dict(model_type="llama", sliding_window=None),
+     r"architectures=\['MistralForCausalLM'\]: .* of model_type='llama' that is LlamaForCausalLM"),
+    (LLAMA_32_1B, dict(hidden_activation="gelu"), "hidden_activation='gelu': only silu"),
+    (LLAMA_32_1B, dict(compression_config={"format": "int"}), "compression_config=.* use the unq"),
+    (LLAMA_32_1B, dict(embedding_multiplier=12.0), "embedding_multiplier=12.0: .* another arch"),
+    (LLAMA_32_1B, dict(attention_multiplier=1.0), "attention_multiplier=1.0: .* another arch"),
+    (LLAMA_32_1B, dict(no_rope_layers=[1, 0]), r"no_rope_layers=\[1, 0\]: .* another arch"),
+    (QWEN3, dict(num_experts=128), "num_experts=128: it is another architecture's"),
+    (QWEN3, dict(final_logit_softcapping=30.0), "final_logit_softcapping=30.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config, changes, message", REFUSED + CONTRADICTING)
 def test_refused(config, changes, message):
     with pytest.raises(PretrainedError, match=rf"config.json: .*{message}"):
         model(config, **changes)
@@ -190,6 +242,18 @@ def test_gguf_sizes(tmp_path):
     assert (found.d_head, found.q_per_kv, found.norm_eps, found.rope_base) == (32, 2, 1e-5, 500.0)
     kind, found = opened(tmp_path, "mistral")
     assert (kind, found.window, found.tied) == ("llama", 5, False)
+
+
+def test_a_factor_without_a_type(tmp_path):
+    """Linear, as llama.cpp reads it; beside the tensor of another scaling it is refused."""
+    linear = opened(tmp_path, "linear")
+    factor = {"llama.rope.scaling.factor": 4.0}
+    assert opened(tmp_path, **factor) == linear and linear[1].rope_scaling == 4.0
+    for kind, scaling in (("none", 1.0), ("linear", 4.0)):
+        found = opened(tmp_path, **factor, **{"llama.rope.scaling.type": kind})[1]
+        assert found.rope_scaling == scaling
+    with pytest.raises(PretrainedError, match=r"factor=4.0: .* scaled by rope_freqs.weight too"):
+        opened(tmp_path, "llama3", **factor)
 
 
 @pytest.mark.parametrize("length", [8192, 64])
@@ -233,6 +297,9 @@ REFUSED_GGUF: list[tuple[dict[str, Any], str]] = [
     ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type='yarn': supported are none, linear"),
     ({"llama.rope.scaling.type": "linear"}, "rope.scaling.factor=None"),
     ({"llama.rope.scale_linear": 4.0}, "use rope.scaling.type"),
+    ({"llama.attention.scale": 0.1}, "attention.scale=0.1: it is another architecture's"),
+    ({"llama.logit_scale": 8.0}, "logit_scale=8.0: it is another architecture's"),
+    ({"llama.attention.causal": False}, "attention.causal=False"),
     ({"llama.rope.dimension_count": 8}, "another size than the heads' 16 is not supported"),
     ({"llama.attention.value_length": 32}, "another size than the heads' 16"),
     ({"llama.attention.head_count": np.array([4, 4])}, r"head_count=array.* must be an int"),

@@ -212,7 +212,7 @@ def test_memory(gguf, tmp_path, monkeypatch):
 
 
 def test_hash(tmp_path, monkeypatch):
-    """Of contents, not of names; kept until a file changes."""
+    """Of the function, not of names and notes; kept until a file changes."""
     config, tensors = tiny("llama3")
     here = write_safetensors(tmp_path / "here", config, tensors, shards=2)
     there = write_safetensors(tmp_path / "there", config, tensors, shards=2)
@@ -223,15 +223,24 @@ def test_hash(tmp_path, monkeypatch):
         text = text.replace(old, new)
         (there / f"model-{old}-00002.safetensors").rename(there / f"model-{new}-00002.safetensors")
     index.write_text(text)
-    assert open_checkpoint(here).sha256 == open_checkpoint(there).sha256
+    same = open_checkpoint(here).sha256
+    assert open_checkpoint(there).sha256 == same
+    write_safetensors(tmp_path / "whole", config, tensors)
+    for notes in ({"transformers_version": "9.0"}, {"max_position_embeddings": 64}):
+        (there / "config.json").write_text(json.dumps({**config, **notes}))
+        assert open_checkpoint(there).sha256 == open_checkpoint(tmp_path / "whole").sha256 == same
+    write_safetensors(there, config, tensors, dtype="float16")
+    assert open_checkpoint(there).sha256 != same
 
     cache = tmp_path / "cache"
     first = open_checkpoint(here).cached_sha256(cache)
     assert first == open_checkpoint(here).sha256
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.hashlib, "file_digest", None)
+        patch.setattr(SafetensorsFiles, "stored", None)
         assert open_checkpoint(here).cached_sha256(cache) == first
-    for damaged in ("{", "[]", "{}"):
+    kept = json.loads(next(cache.iterdir()).read_text())
+    of_files = json.dumps({"files": kept["files"], "sha256": "of the files"})  # once kept so
+    for damaged in ("{", "[]", "{}", of_files):
         next(cache.iterdir()).write_text(damaged)
         assert open_checkpoint(here).cached_sha256(cache) == first
     tensors["model.norm.weight"][3] += 1
@@ -241,8 +250,46 @@ def test_hash(tmp_path, monkeypatch):
     (here / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-6}))
     assert open_checkpoint(here).cached_sha256(cache) not in (first, other)
 
-    gguf = write_gguf(tmp_path / "m.gguf", config, tensors)
-    assert open_checkpoint(gguf).sha256 == checkpoint.hashlib.sha256(gguf.read_bytes()).hexdigest()
+    first = open_checkpoint(write_gguf(tmp_path / "m.gguf", config, tensors)).sha256
+    named = write_gguf(tmp_path / "named.gguf", config, tensors, more=lambda w: w.add_name("x"))
+    assert open_checkpoint(named).sha256 == first
+    tensors["model.norm.weight"][3] += 1
+    assert open_checkpoint(write_gguf(named, config, tensors)).sha256 != first
+
+
+def test_a_cache_of_links(tmp_path):
+    """Hugging Face's: snapshots are links to blobs, which have no suffix."""
+    config, tensors = tiny("llama")
+    plain = open_checkpoint(write_safetensors(tmp_path / "plain", config, tensors))
+    blobs, snapshot = tmp_path / "models--x/blobs", tmp_path / "models--x/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate(plain.files):
+        (blobs / f"{i}f").write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}f")
+    opened = open_checkpoint(snapshot)
+    assert opened.model == plain.model and opened.sha256 == plain.sha256
+    with pytest.raises(PretrainedError, match=r"no config.json; give the folder .*snapshots/abc"):
+        open_checkpoint(tmp_path / "models--x")
+    with pytest.raises(PretrainedError, match=r"1f is no GGUF file: .* give the directory, with c"):
+        open_checkpoint(blobs / "1f")
+    (blobs / "1f").unlink()
+    with pytest.raises(PretrainedError, match=r"snapshots/abc/model.safetensors does not exist"):
+        open_checkpoint(snapshot)
+
+
+def test_names_of_weights(tmp_path):
+    config, tensors = tiny("llama")
+    plain = open_checkpoint(write_safetensors(tmp_path, config, tensors))
+    before = plain.sha256
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    assert open_checkpoint(tmp_path).sha256 == before
+    write_gguf(tmp_path / "x" / "blob", config, tensors)
+    assert open_checkpoint(tmp_path / "x" / "blob").model == plain.model
+    (tmp_path / "weights.safetensors").unlink()
+    write_gguf(tmp_path / "m.gguf", config, tensors)
+    with pytest.raises(PretrainedError, match=r"no safetensors; give the file m.gguf itself"):
+        open_checkpoint(tmp_path)
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -48,6 +48,7 @@ from spire_jax.decoding import (
     start,
 )
 from spire_jax.decoding.build import for_decoding, make_decoder
+from spire_jax.pretrained.gguf_file import is_gguf
 from spire_jax.results.intervals import mean_generation_length
 from spire_jax.storage.metrics import write_whole
 from spire_jax.training.workdir import ERRORS, WorkDir
@@ -259,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench_decode"))
     args, config = command_line(parser, argv)
     try:
-        if args.peers and not (PEERS_PYTHON.exists() and config.pretrained.path.endswith(".gguf")):
+        if args.peers and not (PEERS_PYTHON.exists() and is_gguf(config.pretrained.path)):
             raise ConfigError("--peers needs a GGUF target (pretrained.path) and an environment "
                               "that bash launch/bench/peers.sh makes; use that")  # fmt: skip
         run(args, config)

@@ -22,7 +22,7 @@ from spire_jax.config.schema import (
 def is_checkpoint(tokenizer: str) -> bool:
     """Whether `data.tokenizer` names a pretrained checkpoint, whose tokenizer it means."""
     path = pathlib.Path(tokenizer)
-    return path.suffix == ".gguf" or path.is_dir()
+    return path.is_dir() or below("pretrained.gguf_file").is_gguf(path)
 
 
 def tokenizer_size(tokenizer: str) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Integer
 
 from spire_jax.data.corpus import Corpus, DataError, Document
+from spire_jax.data.tokenizer import end_tokens
 
 # Grain reads 500 batches ahead unless told otherwise: half a gigabyte at 128 rows of 1024, and no
 # shorter a wait for the next one.
@@ -164,8 +165,7 @@ def most_frequent(
     if written is not None:
         used = np.arange(written.tokens.shape[1]) < written.lengths[:, None]
         counts += np.bincount(written.tokens[used], minlength=n_tokens)
-    ends = getattr(corpus.tokenizer, "eos", (corpus.tokenizer.separator,))
-    counts[list(ends)] = counts.sum() + 1
+    counts[list(end_tokens(corpus.tokenizer))] = counts.sum() + 1
     return np.sort(np.argsort(-counts, kind="stable")[:n]).astype(np.int32)
 
 

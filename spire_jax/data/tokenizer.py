@@ -41,6 +41,11 @@ class Tokenizer(Protocol):
         ...
 
 
+def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """All ids that end a text or a turn, the separator first: a chat model's are several."""
+    return tuple(getattr(tokenizer, "eos", (tokenizer.separator,)))
+
+
 class ByteTokenizer:
     """Bytes 0 .. 255 and a document separator, 256."""
 

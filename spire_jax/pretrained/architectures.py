@@ -2,13 +2,15 @@
 
 Two dialects, Hugging Face's config.json and GGUF's metadata. Whatever changes the function that
 is computed and that ModelConfig cannot express is refused by name; what only concerns training
-(dropout, initializers) is not looked at. Meanings follow `transformers` 5.23.
+(dropout, initializers) or storing (dtype: tensors say theirs) is not looked at. Of a field with an
+older and a newer name either will do, and two that differ are refused: engines disagree on which
+of them counts. Meanings follow `transformers` 5.23.
 """
 
 import dataclasses
 import pathlib
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -18,10 +20,33 @@ from spire_jax.models.layers import rope_frequencies
 from spire_jax.pretrained import PretrainedError
 from spire_jax.pretrained.gguf_file import GgufFile
 
-ROPE_TYPES = ("default", "linear", "llama3")  # the scalings of rotary positions that are supported
 MAX_SIZE = 1 << 24  # beyond any model's sizes, so that products of a lie stay within 64 bits
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, in `layer_types`
 WINDOW = 4096  # where a window is used and its size is absent (null means none)
+# Keys beside the type and the base, by the type of scaling.
+_ROPE_KEYS = {"default": (), "linear": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor")}  # fmt: skip
+ROPE_TYPES = tuple(_ROPE_KEYS)  # the scalings of rotary positions that are supported
+# What other architectures compute and these do not, and the values that change nothing (null is
+# one always): a file with another is a model of theirs under one of our names.
+_FOREIGN: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling",
+                     "logit_scale", "scale_emb", "partial_rotary_factor", "rotary_pct",
+                     "rope_condense_ratio"), (1,)),
+    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "scale_depth",
+                     "no_rope_layers", "no_rope_layer_interval", "attention_chunk_size"), ()),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "alibi",
+                     "use_parallel_residual", "use_bidirectional_attention",
+                     "is_encoder_decoder"), (0,)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (0, 1)),
+}  # fmt: skip
+_FOREIGN_GGUF: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("attention.scale", "attn_logit_softcapping", "final_logit_softcapping",
+                     "attention.clamp_kqv", "attention.max_alibi_bias"), (0,)),
+    **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale",
+                     "rope.scaling.attn_factor"), (0, 1)),
+    "attention.causal": (True,), "use_parallel_residual": (False,),
+}  # fmt: skip
 _LLAMA3_FACTORS, _LLAMA3_LENGTH = (1.0, 4.0), 8192  # low and high, and original length, in all
 
 
@@ -76,6 +101,11 @@ class _Values:
         if value is not None and not (isinstance(value, str | int | float) and value in allowed):
             self.refuse(key, value, why)
 
+    def none_of(self, foreign: Mapping[str, tuple[Any, ...]]) -> None:
+        """Refuse the keys of other architectures, but for values that change nothing."""
+        for key, neutral in foreign.items():
+            self.only(key, *neutral, why="it is another architecture's, and not supported")
+
     def flag(self, key: str) -> bool:
         """A truth value that is false where absent."""
         value = self.get(key, False)
@@ -114,16 +144,20 @@ def from_config_json(config: Mapping[str, Any], path: pathlib.Path) -> tuple[str
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         at.refuse("model_type", kind, f"supported are {', '.join(FAMILIES)}")
-    classes = at.get("architectures", [])
-    if not isinstance(classes, list) or not all(str(c).endswith("ForCausalLM") for c in classes):
-        at.refuse("architectures", classes, "only causal language models (...ForCausalLM)")
-    at.only("hidden_act", "silu", "swish", why="only silu is supported")
+    classes, wanted = at.get("architectures", []), f"{kind.capitalize()}ForCausalLM"
+    # Without case: the first Llamas are LLaMAForCausalLM.
+    if not isinstance(classes, list) or {str(c).lower() for c in classes} - {wanted.lower()}:
+        at.refuse("architectures", classes, f"only causal language models; of model_type={kind!r} "
+                  f"that is {wanted}")  # fmt: skip
+    for key in ("hidden_act", "hidden_activation"):
+        at.only(key, "silu", "swish", why="only silu is supported")
+    at.none_of(_FOREIGN)
     at.only("attention_bias", False, why="biases of the attention's output are not supported; "
             "those of q, k and v are Qwen2's")  # fmt: skip
     at.only("mlp_bias", False, why="biases in the MLP are not supported")
-    if at.get("quantization_config"):
-        at.refuse("quantization_config", at.get("quantization_config"),
-                  "use the unquantized model, or a GGUF")  # fmt: skip
+    for key in ("quantization_config", "compression_config"):
+        if at.get(key):
+            at.refuse(key, at.get(key), "use the unquantized model, or a GGUF")
     width, heads = at.size("hidden_size"), at.size("num_attention_heads")
     if at.get("head_dim") is None and width % heads and kind != "qwen3":
         at.refuse("hidden_size", width, f"not a multiple of {heads} heads, and no head_dim")
@@ -142,7 +176,7 @@ def from_config_json(config: Mapping[str, Any], path: pathlib.Path) -> tuple[str
         d_head=at.size("head_dim", 128 if kind == "qwen3" else width // heads),
         d_ff=at.size("intermediate_size"),
         max_len=max_len,
-        window=_window(at, kind, layers),
+        window=_window(at, kind, layers, max_len),
         tied=at.flag("tie_word_embeddings"),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
@@ -152,49 +186,75 @@ def from_config_json(config: Mapping[str, Any], path: pathlib.Path) -> tuple[str
     return kind, model
 
 
-def _window(at: _Values, kind: str, layers: int) -> int:
+def _window(at: _Values, kind: str, layers: int, max_len: int) -> int:
     """Keys that a query sees, itself included (in `transformers` k > q - sliding_window)."""
-    if kind == "llama":
-        return 0
-    used = kind == "mistral" or at.flag("use_sliding_window")
-    absent = "sliding_window" not in at.values
-    window = at.size("sliding_window", WINDOW if absent else 0, least=0) if used else 0
-    full = 0 if kind == "mistral" else min(at.size("max_window_layers", 28, least=0), layers)
-    kinds = [FULL] * full + [SLIDING] * (layers - full) if window else [FULL] * layers
-    kinds = at.get("layer_types", kinds)
-    if kinds == [FULL] * layers:
-        return 0
-    if kinds != [SLIDING] * layers or not window:
+    absent, stated = "sliding_window" not in at.values, at.get("use_sliding_window")
+    window = at.size("sliding_window", WINDOW if absent and kind != "llama" else 0, least=0)
+    qwen = kind.startswith("qwen")
+    # Only Qwen's is switched on and off; elsewhere engines do not agree what the file says.
+    unclear = {"llama": stated is not False, "mistral": stated is False}.get(kind, False)
+    if unclear and 0 < window < max_len:
+        at.refuse("sliding_window", window, f"with model_type={kind!r} and use_sliding_window="
+                  f"{stated} it is not plain whether it counts; say null if not, else "
+                  f"model_type='mistral' and no use_sliding_window")  # fmt: skip
+    if not (at.flag("use_sliding_window") if qwen else kind == "mistral"):
+        window = 0
+    full = min(at.size("max_window_layers", 28, least=0), layers) if qwen else 0
+    derived = [FULL] * full + [SLIDING] * (layers - full) if window else [FULL] * layers
+    alike = [[FULL] * layers] + [[SLIDING] * layers] * (window > 0)
+    kinds = at.get("layer_types", derived)
+    if kinds not in (alike if qwen else [derived]):
         at.refuse("layer_types", kinds, f"supported are {FULL} in all layers, or in all of them "
                   f"{SLIDING} of sliding_window positions (here {window})")  # fmt: skip
-    return window
+    return window if kinds == [SLIDING] * layers else 0
 
 
 def _rope(at: _Values, max_len: int) -> dict[str, Any]:
     """The fields of rotary positions; newer files have them in `rope_parameters`."""
-    scaling = at.get("rope_parameters") or at.get("rope_scaling") or {}
-    if not isinstance(scaling, Mapping):
-        at.refuse("rope_scaling", scaling, "it must be an object")
-    inner = _Values(scaling, at.path)
-    base = inner.positive("rope_theta", at.positive("rope_theta", 1e4))
-    for values in (at, inner):
-        values.only("partial_rotary_factor", 1, why="rotating a part of each head is not supported")
+    inner = []
+    for key in ("rope_parameters", "rope_scaling"):
+        if value := at.get(key):
+            if not isinstance(value, Mapping):
+                at.refuse(key, value, "it must be an object")
+            inner.append(_Values(value, at.path))
+    base = _agreed([at, *inner], "rope_theta", lambda v: v.positive("rope_theta")) or 1e4
+    found = [_rope_scaling(at, values, max_len) for values in inner]
+    if found[1:] and found[0] != found[1]:
+        at.refuse("rope_scaling", at.get("rope_scaling"), "rope_parameters, its newer name, says "
+                  "something else; remove the one that is not the model's")  # fmt: skip
+    return {"rope_base": base, **(found[0] if found else {})}
+
+
+def _agreed(places: list[_Values], key: str, read: Callable[[_Values], Any]) -> Any:
+    """The value of a key that may stand in several places; None where it is in none of them."""
+    found = [read(at) for at in places if at.get(key) is not None]
+    for other in found:
+        if other != found[0]:
+            places[0].refuse(key, found[0], f"elsewhere in the file it is {other}; remove the one "
+                             f"that is not the model's")  # fmt: skip
+    return found[0] if found else None
+
+
+def _rope_scaling(at: _Values, inner: _Values, max_len: int) -> dict[str, Any]:
     kind = inner.get("rope_type", inner.get("type", "default"))
     if kind not in ROPE_TYPES:
         at.refuse("rope_scaling", kind, f"supported are {', '.join(ROPE_TYPES)}")
+    inner.only("type", kind, why=f"rope_type, its newer name, is {kind!r}; remove one of them")
+    inner.only("partial_rotary_factor", 1, why="rotating a part of each head is not supported")
+    length = "original_max_position_embeddings"
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", length, *_ROPE_KEYS[kind]}
+    for key in sorted(inner.values.keys() - known):
+        inner.only(key, why=f"rotary positions of the type {kind!r} have no such value")
     if kind == "default":
-        return {"rope_base": base}
+        return {}
     factor = inner.positive("factor")
     if kind == "linear":
-        return {"rope_base": base, **linear_scaling(factor, max_len)}
-    low, high, length = (
-        inner.positive("low_freq_factor"),
-        inner.positive("high_freq_factor"),
-        inner.size("original_max_position_embeddings"),
-    )
+        return linear_scaling(factor, max_len)
+    low, high = inner.positive("low_freq_factor"), inner.positive("high_freq_factor")
     if high <= low:
         at.refuse("high_freq_factor", high, f"it must be above low_freq_factor={low}")
-    return {"rope_base": base, **_scaling(factor, low, high, length)}
+    original = _agreed([at, inner], length, lambda v: v.size(length)) or inner.size(length)
+    return _scaling(factor, low, high, original)
 
 
 def _scaling(factor: float, low: float, high: float, length: int) -> dict[str, Any]:
@@ -232,6 +292,7 @@ def from_gguf(file: GgufFile) -> tuple[str, ModelConfig]:
         )
     at = _Values(file.metadata, file.path, f"{kind}.")
     at.only("expert_count", 0, why="mixtures of experts are not supported")
+    at.none_of(_FOREIGN_GGUF)
     at.only("rope.scaling.type", "none", "linear",
             why="supported are none, linear, and, as rope_freqs.weight, Llama 3's")  # fmt: skip
     at.only("rope.scale_linear", 1, why="use rope.scaling.type and rope.scaling.factor")
@@ -248,10 +309,15 @@ def from_gguf(file: GgufFile) -> tuple[str, ModelConfig]:
         )
     base, max_len = at.positive("rope.freq_base", 1e4), at.size("context_length")
     scaling: dict[str, Any] = {}
-    if at.get("rope.scaling.type") == "linear":
-        scaling = linear_scaling(_shortest(at.positive("rope.scaling.factor")), max_len)
-    elif "rope_freqs.weight" in file.tensors:
+    if "rope_freqs.weight" in file.tensors:
         scaling = _recognise(file, base, d_head)
+    # A factor without a type is a linear one, to llama.cpp too.
+    factor = at.get("rope.scaling.factor")
+    if at.get("rope.scaling.type", "none" if factor is None else "linear") == "linear":
+        if scaling:
+            at.refuse("rope.scaling.factor", factor, "positions are scaled by rope_freqs.weight "
+                      "too; one of them is supported")  # fmt: skip
+        scaling = linear_scaling(_shortest(at.positive("rope.scaling.factor")), max_len)
     family = FAMILIES[kind]
     eps = at.positive("attention.layer_norm_rms_epsilon")
     model = _model(

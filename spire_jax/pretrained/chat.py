@@ -12,12 +12,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spire_jax.pretrained import PretrainedError
 
 SECONDS = 5.0  # a template may take; those of real models take milliseconds
+# Code points that no text holds: they mark places in messages while a template is rendered.
+_MARKS = [chr(i) for i in range(0xFDD0, 0xFDF0)]
+_SPACE = "\u2003"  # white space that no template writes
 _LOCK = threading.Lock()
 
 
@@ -41,6 +44,88 @@ def choose_template(value: Any, where: str) -> str | None:
             "give one template as a string"
         )
     return named
+
+
+def text_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with every content a string, which all templates can show.
+
+    What else it may be in the field's requests: a list of text parts becomes its texts in lines,
+    as vLLM and llama.cpp have it; the null of an assistant that only called tools, "". Most
+    templates would write Python's notation of either into the prompt. PretrainedError, naming the
+    message, for a part that is no text and for any other content.
+    """
+    found = []
+    for at, message in enumerate(messages):
+        where, content = f"messages[{at}].content", message.get("content")
+        if content is None and message.get("tool_calls"):
+            content = ""
+        if isinstance(content, list):
+            content = "\n".join(_text(part, f"{where}[{i}]") for i, part in enumerate(content))
+        if not isinstance(content, str):
+            raise PretrainedError(
+                f"{where} is {content!r:.80}; give a string, or a list of text parts"
+            )
+        found.append({**message, "content": content})
+    return found
+
+
+def _text(part: Any, where: str) -> str:
+    kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+    if kind == "text" and isinstance(text, str):
+        return text
+    what = f"of type {kind!r:.80}" if kind not in (None, "text") else f"{part!r:.80}"
+    raise PretrainedError(
+        f'{where} is {what}; the model reads text alone: give {{"type": "text", "text": ...}}'
+    )
+
+
+def unused_marks(count: int, *values: Any) -> list[str]:
+    """Characters that mark places in `values` and are not in them; PretrainedError if all are."""
+    spelled = json.dumps(values, ensure_ascii=False, default=str)
+    found = [mark for mark in _MARKS if mark not in spelled][:count]
+    if len(found) < count:
+        raise PretrainedError("the messages hold nearly all of U+FDD0 to U+FDEF; remove those")
+    return found
+
+
+def render_messages(template: str, messages: Sequence[Mapping[str, Any]], **extra: Any) -> str:
+    """`render` of `text_messages`, in parts for a template that looks for texts in nothing else.
+
+    Such a one (Llama Guard 3's) finds nothing in a string and says nothing.
+    """
+    text = render(template, messages, **extra)
+    last = messages[-1]["content"].strip() if messages else ""
+    if last in text:
+        return text
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    try:
+        again = render(template, parts, **extra)
+    except PretrainedError:
+        return text
+    return again if last in again and str(parts[-1]["content"]) not in again else text
+
+
+def render_unfinished(template: str, messages: Sequence[Mapping[str, Any]], **extra: Any) -> str:
+    """`render_messages` up to the end of the last one, for the model to go on with it.
+
+    As `transformers` with `continue_final_message`: white space at the message's end is kept
+    where the template keeps it. PretrainedError for a message that cannot be continued.
+    """
+    *before, last = messages
+    (mark,) = unused_marks(1, template, messages, extra)
+    content = last["content"]
+    marked = {**last, "content": content + mark + _SPACE}
+    text = render_messages(template, [*before, marked], add_generation_prompt=False, **extra)
+    begin, found, rest = text.rpartition(mark)
+    if not found or last.get("tool_calls"):
+        raise PretrainedError(
+            "the last message is the assistant's, to be continued, and "
+            + ("it calls tools; add what they answer" if found else "the chat template does not "
+               "show it; end with another message")
+        )  # fmt: skip
+    if not rest.startswith(_SPACE) and content.strip():  # it was trimmed
+        begin = begin.removesuffix(content[len(content.rstrip()) :])
+    return begin.replace(mark + _SPACE, "").replace(mark, "")  # of a template that shows it twice
 
 
 def render(

@@ -32,6 +32,7 @@ from spire_jax.storage.metrics import write_whole
 
 DTYPES = ("float32", "bfloat16")
 TIED_COPY = "lm_head.weight"
+FREE = ("vocab_size", "max_len")  # fields that another model of the same function may have
 SHOWN = 5  # tensors that an error names, of however many
 
 
@@ -43,21 +44,26 @@ class Checkpoint:
     format: str  # "gguf" or "safetensors"
     architecture: str
     model: ModelConfig
-    files: tuple[pathlib.Path, ...]  # all that its hash covers
+    files: tuple[pathlib.Path, ...]  # all that its hash is made from
     weights: GgufFile | SafetensorsFiles
     sources: dict[Path, Source]
 
     @functools.cached_property
     def sha256(self) -> str:
-        """SHA-256 of the contents: of a GGUF file; else of the hashes of config.json and of the
-        weight files, in lines, sorted, so that no name counts. Reads everything once."""
-        hashes = []
-        for path in self.files:
-            with open(path, "rb") as file:
-                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-        if len(hashes) == 1:
-            return hashes[0]
-        return hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()
+        """SHA-256 of the function: of the model's values and of its tensors as they are stored.
+
+        What only describes it does not count: names and number of files, versions, a chat
+        template, how far positions may go. Reads everything once.
+        """
+        # Without defaults: fields that will be added leave the hashes of today's models alone.
+        model = {f.name: getattr(self.model, f.name) for f in dataclasses.fields(self.model)
+                 if getattr(self.model, f.name) != f.default and f.name not in FREE}  # fmt: skip
+        content = hashlib.sha256(json.dumps(model, sort_keys=True).encode())
+        for name, heads in sorted({(s.tensor, s.interleaved) for s in self.sources.values()}):
+            tensor = self.weights.tensors[name]
+            content.update(f"\n{name} {tensor.dtype} {tensor.shape} {heads}\n".encode())
+            content.update(self.weights.stored(name).data)
+        return content.hexdigest()
 
     def cached_sha256(self, cache_dir: str | os.PathLike[str]) -> str:
         """`sha256`, kept in `cache_dir` for as long as no file's size or time changes."""
@@ -68,11 +74,12 @@ class Checkpoint:
         try:
             kept = json.loads(place.read_text())
             if kept["files"] == files:
-                return str(kept["sha256"])
+                return str(kept["model_sha256"])
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # absent or damaged: hashed again
+            pass  # absent, damaged or a hash of the files: hashed again
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(place, json.dumps({"files": files, "sha256": self.sha256}, indent=1) + "\n")
+        kept = {"files": files, "model_sha256": self.sha256}
+        write_whole(place, json.dumps(kept, indent=1) + "\n")
         return self.sha256
 
     def load(self, model: Model, mesh: Mesh | None, dtype: str = "float32") -> Params:
@@ -108,7 +115,7 @@ class Checkpoint:
 
     def _check_model(self, config: ModelConfig) -> None:
         here = dataclasses.asdict(self.model)
-        here |= {"vocab_size": config.vocab_size, "max_len": config.max_len}  # free to differ
+        here |= {name: getattr(config, name) for name in FREE}
         differing = [f"{key}={value!r} (here {here[key]!r})"
                      for key, value in dataclasses.asdict(config).items()
                      if value != here[key]]  # fmt: skip
@@ -185,6 +192,8 @@ def _open_directory(path: pathlib.Path) -> Checkpoint:
     if not place.is_file():
         found = sorted(p.name for p in path.glob("*.gguf"))
         hint = f"give the file {found[0]} itself" if found else "fetch the checkpoint again, whole"
+        if snapshots := sorted(path.glob("snapshots/*/config.json")):  # of Hugging Face's cache
+            hint = f"give the folder {snapshots[0].parent}"
         raise PretrainedError(f"{path} has no config.json; {hint}")
     kind, model = from_config_json(read_json(place), place)
     weights = read_directory(path)

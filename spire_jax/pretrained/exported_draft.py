@@ -1,8 +1,8 @@
 """A trained draft as a directory to pass on: config.json and model.safetensors, nothing pickled.
 
 A draft is of use with one target only, the one that it was trained on; so the config holds the
-hash of that target's weights, and an import names the target that it has. It also holds the hash
-of the tensors' file, which tells a draft that was damaged, or put together from two.
+hash of what that target computes, and an import names the target that it has. It also holds the
+hash of the tensors' file, which tells a draft that was damaged, or put together from two.
 
     draft/config.json         format, draft, target and its hash, what it was trained on, leaves
     draft/model.safetensors   the parameters by flattened names: blocks.0.query
@@ -33,7 +33,7 @@ from spire_jax.pretrained.safetensors_file import WEIGHTS, read_json, read_safet
 from spire_jax.storage.checkpoint_files import abstract_tree_of, flatten, is_nested_dict
 from spire_jax.storage.metrics import write_whole
 
-FORMAT = 1
+FORMAT = 2  # in 1 the hash was that of the target's files
 CONFIG = "config.json"
 KEYS = {"format", "draft", "model", "target", "target_sha256", "trained_on", "leaves",
         "weights_sha256"}  # fmt: skip
@@ -97,8 +97,8 @@ def export_draft(
 
     Args:
         params: nested dicts (keys are strings or ints) of arrays that this process can read.
-        target_sha256: of the weights that the draft was trained on (`Checkpoint.sha256`, or the
-            identity of a target that was trained here).
+        target_sha256: of the target that the draft was trained on (`Checkpoint.sha256`, or of
+            the parameters of one that was trained here).
         trained_on: JSON-able values for the reader: data, steps, losses.
 
     PretrainedError if the directory holds anything but this very draft, or for a parameter that

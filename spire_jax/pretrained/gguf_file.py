@@ -60,6 +60,13 @@ class GgufFile:
     def _bytes(self) -> np.ndarray:
         return np.memmap(self.path, np.uint8, mode="r")
 
+    def stored(self, name: str) -> np.ndarray:
+        """The bytes of a tensor as they lie in the file."""
+        info = self.tensors[name]
+        if len(self._bytes) < info.end:
+            raise PretrainedError(f"{self.path} has become shorter; fetch it again")
+        return self._bytes[info.begin : info.end]
+
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
     ) -> Float[np.ndarray, "..."]:
@@ -75,12 +82,9 @@ class GgufFile:
                 f"{self.path}: tensor {name!r} is of type {info.dtype}; convert the file to one "
                 f"of {', '.join(READABLE)}"
             )
-        if len(self._bytes) < info.end:
-            raise PretrainedError(f"{self.path} has become shorter; fetch it again")
         kind = GGMLQuantizationType[info.dtype]
         block, size = GGML_QUANT_SIZES[kind]
-        stored = self._bytes[info.begin : info.end]
-        stored = stored.reshape(*info.shape[:-1], info.shape[-1] // block * size)
+        stored = self.stored(name).reshape(*info.shape[:-1], info.shape[-1] // block * size)
         begin, end, _ = columns.indices(info.shape[-1])
         first = begin // block
         if len(info.shape) > 1:
@@ -88,6 +92,15 @@ class GgufFile:
         stored = np.array(stored[..., first * size : -(-end // block) * size])
         values = dequantize(stored, kind)
         return values[..., begin - first * block : end - first * block]
+
+
+def is_gguf(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as GGUF does, whatever it is called."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:  # a directory, or nothing
+        return False
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
@@ -104,7 +117,10 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
     head = memoryview(np.memmap(path, np.uint8, mode="r")[:MAX_HEADER].data if size else b"")
     reader = _Reader(path, head, cut=size > len(head))
     if head[:4] != MAGIC:
-        raise PretrainedError(f"{path} is no GGUF file: it begins with {bytes(head[:4])!r}")
+        raise PretrainedError(
+            f"{path} is no GGUF file: it begins with {bytes(head[:4])!r}; of safetensors give the "
+            f"directory, with config.json in it"
+        )
     reader.at = 4
     version = reader.u32("the version")
     if version not in VERSIONS:

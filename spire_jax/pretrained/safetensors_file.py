@@ -47,6 +47,10 @@ class SafetensorsFiles:
         except (SafetensorError, OSError) as error:
             raise PretrainedError(f"{tensor.path}: tensor {name!r}: {error}") from error
 
+    def stored(self, name: str) -> np.ndarray:
+        """The bytes of a tensor as they lie in its file."""
+        return self.raw(name).reshape(-1).view(np.uint8)
+
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
     ) -> Float[np.ndarray, "..."]:
@@ -94,20 +98,18 @@ def read_safetensors(*paths: pathlib.Path) -> SafetensorsFiles:
 
 
 def read_directory(directory: pathlib.Path) -> SafetensorsFiles:
-    """The weights of a Hugging Face directory: model.safetensors, or the shards of an index.
+    """The weights of a Hugging Face directory: model.safetensors, or the shards of an index; or all
+    files of safetensors, where they are called otherwise.
 
     PretrainedError if there are none, or if index and shards do not agree.
     """
-    if (directory / WEIGHTS).is_file():
+    # Of a link to nothing it is said which; a cache's links go to files without a suffix.
+    if os.path.lexists(directory / WEIGHTS):
         return read_safetensors(directory / WEIGHTS)
-    if not (directory / INDEX).is_file():
-        others = sorted(p.name for p in directory.glob("*.bin")) + sorted(
-            p.name for p in directory.glob("*.pt*")
-        )
-        has = f"only {others[0]}, a pickle, which is never read" if others else "neither"
-        raise PretrainedError(
-            f"{directory}: there is {has}; {WEIGHTS} or {INDEX} is needed: convert to safetensors"
-        )
+    if not os.path.lexists(directory / INDEX):
+        if found := sorted(directory.glob("*.safetensors")):
+            return read_safetensors(*found)
+        raise PretrainedError(f"{directory}: {_no_weights(directory)}")
     path = directory / INDEX
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
@@ -129,6 +131,14 @@ def read_directory(directory: pathlib.Path) -> SafetensorsFiles:
             f"again, from one revision"
         )
     return weights
+
+
+def _no_weights(directory: pathlib.Path) -> str:
+    if ggufs := sorted(directory.glob("*.gguf")):
+        return f"there are no safetensors; give the file {ggufs[0].name} itself"
+    pickles = [*sorted(directory.glob("*.bin")), *sorted(directory.glob("*.pt*"))]
+    has = f"only {pickles[0].name}, a pickle, which is never read" if pickles else "neither"
+    return f"there is {has}; {WEIGHTS} or {INDEX} is needed: convert to safetensors"
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -14,9 +14,15 @@ from typing import Any
 import numpy as np
 import tokenizers
 from jaxtyping import Int
+from tokenizers import AddedToken
 
 from spire_jax.pretrained import PretrainedError
-from spire_jax.pretrained.chat import render
+from spire_jax.pretrained.chat import (
+    render_messages,
+    render_unfinished,
+    text_messages,
+    unused_marks,
+)
 from spire_jax.pretrained.token_bytes import token_bytes
 from spire_jax.pretrained.tokenizer_sources import Description, describe, refusals
 
@@ -24,8 +30,6 @@ SEPARATOR_MARK = "␞"  # U+241E, as in `spire_jax.data.tokenizer`
 # A model's rows beyond its tokens round the vocabulary up. Known models have a few per cent of
 # them; a tokenizer that leaves more is another model's.
 MIN_FILLED = 0.9
-# Code points that no text holds; one of them breaks up what only spells a special token.
-_MARKS = [chr(i) for i in range(0xFDD0, 0xFDF0)]
 
 
 class PretrainedTokenizer:
@@ -47,6 +51,7 @@ class PretrainedTokenizer:
         self.chat_template, self._names = source.chat_template, dict(source.names)
         added = source.backend.get_added_tokens_decoder()
         self.special: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
+        self._of_mark: dict[str, tuple[tokenizers.Tokenizer, dict[int | None, int]]] = {}
         with refusals(source.path):
             self._check()
         self.separator = self.eos[0]
@@ -122,14 +127,21 @@ class PretrainedTokenizer:
         add_generation_prompt: bool = True,
         **extra: Any,
     ) -> str:
-        """The conversation as text by the model's own template; errors as of `chat.render`."""
+        """The conversation as text by the model's own template.
+
+        `add_generation_prompt`: up to where the assistant writes, which is the end of the last
+        message where that is its own. Errors as of `chat.text_messages` and `chat.render_messages`.
+        """
         if self.chat_template is None:
             raise PretrainedError(
                 f"{self._path} has no chat template: the model was not trained on messages; give "
                 "the prompt as text"
             )
-        return render(self.chat_template, messages, add_generation_prompt=add_generation_prompt,
-                      **(self._names | extra))  # fmt: skip
+        messages, extra = text_messages(messages), self._names | extra
+        if add_generation_prompt and messages and messages[-1].get("role") == "assistant":
+            return render_unfinished(self.chat_template, messages, **extra)
+        return render_messages(self.chat_template, messages,
+                               add_generation_prompt=add_generation_prompt, **extra)  # fmt: skip
 
     def chat(
         self,
@@ -142,32 +154,47 @@ class PretrainedTokenizer:
 
         Nothing is added: a template writes the start of text itself where the model wants it.
         """
-        spelled = json.dumps([messages, extra], ensure_ascii=False, default=str)
-        mark = next((m for m in _MARKS if m not in spelled), None)
-        if mark is None:
-            raise PretrainedError("the messages hold all of U+FDD0 to U+FDEF; remove those")
+        broken, whole = unused_marks(2, self.chat_template, messages, extra)
         text = self.render_chat(
-            [self._marked(m, mark) for m in messages],
+            [self._marked(m, broken) for m in text_messages(messages)],
             add_generation_prompt=add_generation_prompt,
-            **self._marked(extra, mark),
+            **self._marked(extra, broken),
         )
-        if mark not in text:
+        if broken not in text:
             return self.encode_special(text)
         parts, at = [], 0
         for found in self._spelled.finditer(text):
-            if text.startswith(mark, found.end()):
+            if text.startswith(broken, found.end()):
                 continue  # of one character, which a mark can only follow
-            parts.append(self.encode(text[at : found.start()].replace(mark, "")))
-            parts.append(np.array([self.special[found[0]]], np.int32))
+            parts += [text[at : found.start()], whole + found[0]]
             at = found.end()
-        return np.concatenate([*parts, self.encode(text[at:].replace(mark, ""))])
+        return self._encode_marked("".join([*parts, text[at:]]).replace(broken, ""), whole)
+
+    def _encode_marked(self, text: str, mark: str) -> Int[np.ndarray, " n"]:
+        """`encode_special` where special tokens are those with `mark` in front, and no others.
+
+        In one piece: what a special token does to the text around it, it does here too.
+        """
+        if mark not in self._of_mark:
+            backend = tokenizers.Tokenizer.from_str(self._plain.to_str())
+            backend.encode_special_tokens = True
+            backend.add_tokens([
+                AddedToken(mark + token.content, lstrip=token.lstrip, rstrip=token.rstrip,
+                           normalized=token.normalized)
+                for token in backend.get_added_tokens_decoder().values() if token.special
+            ])  # fmt: skip
+            ids = {backend.token_to_id(mark + t): i for t, i in self.special.items()}
+            self._of_mark[mark] = backend, ids
+        backend, ids = self._of_mark[mark]
+        encoding = backend.encode(_checked(text), add_special_tokens=False)
+        return np.array([ids.get(i, i) for i in encoding.ids], np.int32)
 
     def _marked(self, value: Any, mark: str) -> Any:
         """`value` with `mark` inside all that spells a special token."""
         if isinstance(value, str):
             return self._spelled.sub(lambda m: m[0][0] + mark + m[0][1:], value)
         if isinstance(value, Mapping):
-            return {k: self._marked(v, mark) for k, v in value.items()}
+            return {self._marked(k, mark): self._marked(v, mark) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [self._marked(v, mark) for v in value]
         return value

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from spire_jax.pretrained import PretrainedError
 from spire_jax.pretrained.chat import choose_template
-from spire_jax.pretrained.gguf_file import read_gguf
+from spire_jax.pretrained.gguf_file import is_gguf, read_gguf
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -31,9 +32,12 @@ SPLITS = {"gpt-2": GPT2, "smollm": DIGITS, "starcoder": DIGITS, "refact": DIGITS
 _PATTERNS = {LLAMA3: _WORDS + r"\p{N}{1,3}" + _REST, QWEN2: _WORDS + r"\p{N}" + _REST}
 # Types of tokens in GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-# Control tokens that end a turn or a text; GGUF often names one of several.
+# Tokens that end a turn or a text, of whatever type; GGUF often names one of several. As llama.cpp.
 _ENDS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>",
-                   "<|end|>", "</s>"})  # fmt: skip
+                   "<|end|>", "</s>", "<EOT>", "[EOT]", "[EOS]", "<eos>", "<end_of_turn>",
+                   "<end_of_utterance>"})  # fmt: skip
+# What a control token looks like, whatever a file says of it. As llama.cpp's converter.
+_CONTROL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused\d+>|<pad>|<mask>", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +76,11 @@ def refusals(path: pathlib.Path) -> Iterator[None]:
 def describe(path: str | os.PathLike[str]) -> Description:
     """The tokenizer of a GGUF file, of a `tokenizer.json` or of a directory that holds one.
 
-    PretrainedError if there is none, or none that is understood.
+    A file is what it begins as, whatever it is called. PretrainedError if there is none, or none
+    that is understood.
     """
     path = pathlib.Path(path)
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return from_gguf(path, read_gguf(path).metadata)
     if path.is_file():
         return from_directory(path.parent, path)
@@ -110,13 +115,12 @@ def from_directory(directory: pathlib.Path, file: pathlib.Path) -> Description:
                 f"{directory}: the {name} {text!r} is no token of {file.name}; the files belong "
                 "to different models: fetch them again"
             )
-    generation, model = (_json(directory / n) for n in ("generation_config.json", "config.json"))
     eos = [ids["eos_token"]] if "eos_token" in ids else []
-    for source, where in ((generation, "generation_config.json"), (model, "config.json")):
-        eos += _ids(source.get("eos_token_id"), f"{directory / where}: eos_token_id")
+    eos += _ids_of_model(directory, "eos_token_id")
     bos = ids.get("bos_token")
     if bos is None and "bos_token" not in config:
-        bos = next(iter(_ids(model.get("bos_token_id"), "config.json: bos_token_id")), None)
+        bos = next(iter(_ids_of_model(directory, "bos_token_id")), None)
+    content += _make_special(backend, {names.get("bos_token"), *_called_special(config)}, eos)
     first = backend.encode("").ids[:1]  # with what the post-processor puts in front
     adds = config.get("add_bos_token")
     template = directory / "chat_template.jinja"
@@ -128,8 +132,8 @@ def from_directory(directory: pathlib.Path, file: pathlib.Path) -> Description:
         tuple(dict.fromkeys(eos)),
         bos,
         bos is not None and (first == [bos] if adds is None else bool(adds)),
-        _text(template) if template.is_file() else choose_template(config.get("chat_template"),
-                                                                   where),
+        _text(template) if os.path.lexists(template)
+        else choose_template(config.get("chat_template"), where),
         names,
     )  # fmt: skip
 
@@ -139,11 +143,13 @@ def _text(path: pathlib.Path) -> str:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise PretrainedError(f"{path} is no UTF-8: {error}; fetch it again") from None
+    except OSError as error:  # a link of a cache to what is no longer there
+        raise PretrainedError(f"{path} cannot be read: {error.strerror}; fetch it again") from None
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
     """The object in a file of JSON; an empty one where there is no file."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
         value = json.loads(_text(path))
@@ -162,6 +168,48 @@ def _names(config: Mapping[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(value, str):
             names[name] = value
     return names
+
+
+def _called_special(config: Mapping[str, Any]) -> Iterator[str]:
+    """Texts of the tokens that tokenizer_config.json calls special, in its several versions."""
+    for key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+        tokens = config.get(key)
+        tokens = list(tokens.values()) if isinstance(tokens, dict) else tokens
+        for token in tokens if isinstance(tokens, list) else ():
+            if isinstance(token, dict) and token.get("special", key != "added_tokens_decoder"):
+                token = token.get("content")
+            if isinstance(token, str):
+                yield token
+
+
+def _make_special(
+    backend: tokenizers.Tokenizer, named: Container[str | None], ends: Container[int]
+) -> bytes:
+    """Make special what bounds turns and texts, though tokenizer.json takes it for words.
+
+    Words of a model's own, as `<think>`, stay words. Returns the texts of what was made special.
+    """
+    made = []
+    for i, token in backend.get_added_tokens_decoder().items():
+        control = token.content in named or i in ends or _CONTROL.fullmatch(token.content)
+        if control and not token.special:
+            token.special = True
+            made.append(token)
+    backend.add_special_tokens(made)
+    return "".join(token.content for token in made).encode()
+
+
+def _ids_of_model(directory: pathlib.Path, key: str) -> list[int]:
+    """Ids that generation_config.json names; those of config.json where it names none.
+
+    As `transformers` generates. A config.json may still have those of the model it was made from:
+    2 is the end of text of Llama 2, and in Llama 3 an ordinary token.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        if ids := _ids(_json(path).get(key), f"{path}: {key}"):
+            return ids
+    return []
 
 
 def _ids(value: Any, where: str) -> list[int]:
@@ -184,7 +232,15 @@ def from_gguf(path: pathlib.Path, metadata: Mapping[str, Any]) -> Description:
             "(SentencePiece BPE) are supported"
         )
     tokens = _list(path, metadata, "tokens", str)
-    types = _list(path, metadata, "token_type", int, len(tokens))
+    ids = {
+        f"{name}_token": i
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if (i := _id(path, metadata, key, len(tokens))) is not None
+    }
+    ends = [ids.get("eos_token"), *(_id(path, metadata, k, len(tokens)) for k in ("eot", "eom"))]
+    ends += [i for i, token in enumerate(tokens) if token in _ENDS]
+    given = zip(tokens, _list(path, metadata, "token_type", int, len(tokens)), strict=True)
+    types = [_type(token, kind, i in ends) for i, (token, kind) in enumerate(given)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
         twice = next(t for i, t in enumerate(tokens) if vocabulary[t] != i)
@@ -198,20 +254,12 @@ def from_gguf(path: pathlib.Path, metadata: Mapping[str, Any]) -> Description:
             backend = _byte_level(vocabulary, merges, split, prefix)
         else:
             split, scores = "", _list(path, metadata, "scores", float, len(tokens))
-            unknown = _id(path, metadata, "unknown", len(tokens))
             merges = _merges_of_scores(vocabulary, scores, types)
-            backend = _sentencepiece(vocabulary, merges, unknown, tokens, prefix)
+            backend = _sentencepiece(vocabulary, merges, ids.get("unk_token"), tokens, prefix)
     special = [t for t, k in zip(tokens, types, strict=True) if k in (CONTROL, UNKNOWN)]
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     own = [t for t, k in zip(tokens, types, strict=True) if k == USER_DEFINED]
     backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in own])
-    ids = {
-        f"{name}_token": i
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if (i := _id(path, metadata, key, len(tokens))) is not None
-    }
-    ends = [ids.get("eos_token"), *(_id(path, metadata, k, len(tokens)) for k in ("eot", "eom"))]
-    ends += [vocabulary[t] for t in special if t in _ENDS]
     default = kind == "llama" or split == LLAMA3
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", default))
     template = metadata.get("tokenizer.chat_template")
@@ -226,6 +274,15 @@ def from_gguf(path: pathlib.Path, metadata: Mapping[str, Any]) -> Description:
         choose_template(template, f"{path}: tokenizer.chat_template"),
         {name: tokens[i] for name, i in ids.items()},
     )
+
+
+def _type(token: str, kind: int, ends: bool) -> int:
+    """A token's type: CONTROL where the converter took what bounds turns for a word.
+
+    Two of three tell: how it looks, that it ends a text, that it is no ordinary piece.
+    """
+    looks = token in _ENDS or _CONTROL.fullmatch(token) is not None
+    return CONTROL if looks + ends + (kind == USER_DEFINED) >= 2 else kind
 
 
 def _list(

@@ -22,7 +22,7 @@ from spire_jax.config.schema import AUTOREGRESSIVE, ExperimentConfig, oracle_dep
 from spire_jax.costs.hardware import describe, peak_memory_bytes
 from spire_jax.data.corpus import Corpus
 from spire_jax.data.pipeline import Context, Dataset, cut_contexts, held_out_batches
-from spire_jax.data.tokenizer import make_tokenizer
+from spire_jax.data.tokenizer import end_tokens, make_tokenizer
 from spire_jax.decoding import (
     ACCEPTED,
     BONUS,
@@ -206,9 +206,8 @@ def decode_counts(
     sample: int,
 ) -> np.ndarray:
     """Rounds with 0 .. k acceptances, [B, k + 1], of decoding each context once."""
-    eos = _eos(config)
     state = generate(
-        make_decoder(config, name, eos),
+        make_decoder(config, name, _ends(config)),
         weights,
         [c.tokens[-length:] for c in batch],
         [config.eval.output_length] * len(batch),
@@ -219,8 +218,11 @@ def decode_counts(
     return to_host(state.counts)
 
 
-def _eos(config: ExperimentConfig) -> int:
-    return make_tokenizer(config.data.tokenizer).separator if config.decode.stop_at_eos else -1
+def _ends(config: ExperimentConfig) -> tuple[int, ...]:
+    """The tokens that end a row."""
+    if not config.decode.stop_at_eos:
+        return ()
+    return end_tokens(make_tokenizer(config.data.tokenizer))
 
 
 def decoder_record(counts: np.ndarray) -> dict[str, Any]:
@@ -357,7 +359,7 @@ def examples(
     results = []
     for name, params in {AUTOREGRESSIVE: None, **drafts}.items():
         state = generate(
-            make_decoder(config, name, _eos(config)),
+            make_decoder(config, name, _ends(config)),
             Weights(target, params),
             [shown[i].tokens[-length:] for i in rows],
             [ev.output_length] * len(rows),

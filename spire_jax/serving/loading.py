@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig, StudyConfig
 from spire_jax.config.validation import validate_decoding
 from spire_jax.config.values import to_dict
-from spire_jax.data.tokenizer import Tokenizer, make_tokenizer
+from spire_jax.data.tokenizer import Tokenizer, end_tokens, make_tokenizer
 from spire_jax.decoding.build import for_decoding, make_decoder
 from spire_jax.decoding.rounds import Decoder, Weights
 from spire_jax.models.sharding import check_mesh, make_mesh, shardings
@@ -89,8 +89,7 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
         name = method_name(config, args.method or EXPORTED)
         _check_method(config, name)
     tokenizer = make_tokenizer(config.data.tokenizer)
-    eos = () if args.ignore_eos else getattr(tokenizer, "eos", (tokenizer.separator,))
-    decoder = dataclasses.replace(make_decoder(config, name), eos=tuple(eos))
+    decoder = make_decoder(config, name, () if args.ignore_eos else end_tokens(tokenizer))
     target, drafts = of_target.params(), {}
     if name in config.trained:
         drafts[name] = (of_target.draft(name, target) if exported is None

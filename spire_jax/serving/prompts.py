@@ -74,7 +74,7 @@ def _text(text: str, tokenizer: Tokenizer) -> Int[np.ndarray, " n"]:
 
 
 def _chat(messages: Any, tokenizer: Tokenizer) -> Int[np.ndarray, " n"]:
-    """`tokenizer.chat(messages)`: ids of a conversation up to where the answer begins."""
+    """`tokenizer.chat(messages)`: ids of a conversation, for its answer to follow."""
     chat = getattr(tokenizer, "chat", None)
     if chat is None:
         raise RequestError(f"messages: the tokenizer {tokenizer.name} has no chat template; give "

@@ -18,6 +18,7 @@ from jaxtyping import Int, Integer
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig
 from spire_jax.data.corpus import Corpus, Documents
 from spire_jax.data.pipeline import WrittenRows
+from spire_jax.data.tokenizer import end_tokens
 from spire_jax.decoding import Weights, generate
 from spire_jax.decoding.build import make_decoder
 from spire_jax.models.sampling import Sampling
@@ -58,9 +59,9 @@ def write_continuations(
         with watched(folder):
             tokens = _Rows(folder, TOKENS, (at.rows, width), kind, new)
             lengths = _Rows(folder, LENGTHS, (at.rows,), np.dtype(np.int32), new)
-    eos = tuple(getattr(corpus.tokenizer, "eos", (corpus.tokenizer.separator,)))
     starts = fitting(corpus, at.prompt)
-    decoder = make_decoder(config, AUTOREGRESSIVE, eos, Sampling(temperature=at.temperature))
+    decoder = make_decoder(config, AUTOREGRESSIVE, end_tokens(corpus.tokenizer),
+                           Sampling(temperature=at.temperature))  # fmt: skip
     with Progress("continuations", total=at.rows, start=done) as progress:
         while done < at.rows:
             # The last batch repeats its last row: one shape for all.
