@@ -49,7 +49,7 @@ class ByteTokenizer:
     name = "bytes"
     n_tokens = 257
     separator = 256
-    begin = None
+    begin: int | None = None
 
     def encode(self, text: bytes | str) -> Int[np.ndarray, " n"]:
         text = text.encode() if isinstance(text, str) else text
@@ -75,7 +75,7 @@ class BpeTokenizer:
     The separator is no entry of the file, so that no text can spell it.
     """
 
-    begin = None
+    begin: int | None = None
 
     def __init__(self, path: pathlib.Path):
         """ConfigError for a model's own file, whose special tokens would be mistaken."""
