@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Sequence
 
 from spire_jax.config.files import exit_with_error
+from spire_jax.config.paths import local_path
 from spire_jax.data.corpus import DataError
 
 STAMP = ".packages.json"  # hidden: no part of the corpus
@@ -81,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m launch.fetch_packages", None, __doc__, formatter_class=raw
     )
-    parser.add_argument("--list", type=pathlib.Path, required=True, help="a requirements file")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="the corpus's folder")
+    parser.add_argument("--list", type=local_path, required=True, help="a requirements file")
+    parser.add_argument("--out", type=local_path, required=True, help="the corpus's folder")
     args = parser.parse_args(argv)
     try:
         files = fetch(args.list, args.out)

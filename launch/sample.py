@@ -22,6 +22,7 @@ import rich.console
 from matplotlib.figure import Figure
 
 from spire_jax.config.files import exit_with_error, load
+from spire_jax.config.paths import path_or_url
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig
 from spire_jax.results import plots
 from spire_jax.results.figure_inputs import read_summary
@@ -160,7 +161,8 @@ def picture(summary: Mapping[str, Any]) -> Figure:
 def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m launch.sample", None, __doc__, formatter_class=raw)
-    parser.add_argument("--workdir", required=True, help="a finished run of configs/quickstart.py")
+    parser.add_argument("--workdir", type=path_or_url, required=True,
+                        help="a finished run of configs/quickstart.py")  # fmt: skip
     args = parser.parse_args(argv)
     try:
         write(ROOT, load(ROOT / CONFIG), locate(args.workdir))

@@ -9,11 +9,11 @@ is not overwritten.
 
 import argparse
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 
 from spire_jax.config.files import command_line, exit_with_error
+from spire_jax.config.paths import local_path
 from spire_jax.config.schema import BYTES
 from spire_jax.data.corpus import DataError
 from spire_jax.data.sources import load_corpus
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m launch.train_tokenizer", None, __doc__, formatter_class=raw
     )
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="the tokenizer's file")
+    parser.add_argument("--out", type=local_path, required=True, help="the tokenizer's file")
     parser.add_argument("--n-tokens", type=int, default=4096, help="vocabulary, 4096 by default")
     given = list(sys.argv[1:] if argv is None else argv)
     # The config's own tokenizer is the one to be made: the corpus is read as bytes.

@@ -10,10 +10,12 @@ The folder names the hash of the target's weights, and serves that target alone:
 
 import argparse
 import logging
+import pathlib
 import sys
 from collections.abc import Sequence
 
 from spire_jax.config.files import command_line
+from spire_jax.config.paths import local_path, path_or_url
 from spire_jax.config.schema import ConfigError, ExperimentConfig
 from spire_jax.config.values import to_dict
 from spire_jax.pretrained.exported_draft import export_draft
@@ -21,7 +23,7 @@ from spire_jax.training.tasks import draft_task
 from spire_jax.training.workdir import ERRORS, WorkDir
 
 
-def export(config: ExperimentConfig, workdir: str, name: str, out: str) -> str:
+def export(config: ExperimentConfig, workdir: str, name: str, out: str | pathlib.Path) -> str:
     """Export the draft `name` of a work directory to the folder `out`; what was exported, in words.
 
     Raises:
@@ -51,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m spire_jax.export", None, __doc__,
                                      formatter_class=raw)  # fmt: skip
-    parser.add_argument("--workdir", required=True, help="where the draft was trained")
+    parser.add_argument("--workdir", type=path_or_url, required=True,
+                        help="where the draft was trained")  # fmt: skip
     parser.add_argument("--draft", required=True, help="its name in the config")
-    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--out", type=local_path, required=True, help="the folder to write")
     args, config = command_line(parser, argv)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from spire_jax.config.files import command_line
 from spire_jax.config.identity import Stage, batch_seed
+from spire_jax.config.paths import path_or_url
 from spire_jax.config.readers import STAGES
 from spire_jax.config.schema import ConfigError, ExperimentConfig
 from spire_jax.config.values import to_dict
@@ -288,7 +289,8 @@ class _Job(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m spire_jax.run", None, __doc__, formatter_class=raw)
-    parser.add_argument("--workdir", required=True, help="where everything is written")
+    parser.add_argument("--workdir", type=path_or_url, required=True,
+                        help="where everything is written")  # fmt: skip
     choices = f"comma-separated, of {', '.join(STAGES)} or a draft's name; by default all"
     parser.add_argument("--stages", default=",".join(STAGES), help=choices)
     add_arguments(parser)

@@ -6,8 +6,17 @@ import numpy as np
 
 from spire_jax.config.schema import DataConfig
 from spire_jax.data.sources import load_corpus
+from spire_jax.data.tokenizer import ByteTokenizer
 
 SEPARATOR = 256
+BEGIN = 257
+
+
+class Beginning(ByteTokenizer):
+    """Bytes of a model that wants a token in front of every text."""
+
+    n_tokens = 258
+    begin = BEGIN
 
 
 def names(heldout, count, percent=50):

@@ -1,11 +1,12 @@
 """Rows that the target writes: what they are, resumed, and mixed into what drafts see."""
 
+import dataclasses
 import itertools
 
 import jax
 import numpy as np
 import pytest
-from corpora import corpus_of, names, words
+from corpora import BEGIN, Beginning, corpus_of, names, words
 from models import init
 
 from spire_jax.config import files
@@ -82,6 +83,14 @@ def test_rows_are_a_prompt_and_what_the_target_makes_of_it(rows, corpus, target)
         assert lengths[row] == n
         np.testing.assert_array_equal(tokens[row, :n], np.asarray(alone.tokens)[0, :n])
     assert len({tuple(row) for row in tokens[:, :8]}) > 1
+
+
+def test_a_row_begins_with_the_begin_token(corpus):
+    documents = fitting(corpus, 8)
+    begins = dataclasses.replace(corpus, tokenizer=Beginning())
+    for row in range(5):
+        plain = prompt(corpus, documents, 8, 0, row).tolist()
+        assert prompt(begins, documents, 8, 0, row).tolist() == [BEGIN, *plain[1:]]
 
 
 @pytest.mark.parametrize("after", [1, 2])

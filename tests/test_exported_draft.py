@@ -50,6 +50,15 @@ def shapes(values: dict):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), values)
 
 
+def test_where_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PretrainedError, match="exists and does not hold this draft"):
+        (tmp_path / "other").write_text("")
+        export(pathlib.Path())
+    (tmp_path / "other").unlink()
+    assert import_draft(export(pathlib.Path()), SHA).draft == DRAFT
+
+
 def test_round_trip(tmp_path):
     folder = export(tmp_path / "made" / "draft")
     assert {p.name for p in folder.iterdir()} == FILES

@@ -85,6 +85,16 @@ def test_another_corpus_changes_everything():
     assert one["target"] == other["target"] and one["evaluate"] != other["evaluate"]
 
 
+def test_a_begin_token_tells_apart_what_is_made_from_text():
+    config = files.load(QUICKSTART, BASE)
+    plain, begun, other = (plan(config, "c", begin_token=token) for token in (None, 0, 1))
+    assert plain.hashes == stages().hashes
+    for before, after in ((plain, begun), (begun, other)):
+        assert {n for n in EVERYTHING if before.hashes[n] != after.hashes[n]} == EVERYTHING
+    said = differences(plain.target.values, other.target.values)
+    assert said == "begin_token=None (now 1)"
+
+
 def test_a_given_target_is_its_weights_wherever_they_lie():
     config = files.load(QUICKSTART)
 

@@ -1,5 +1,6 @@
 """Rows out: how documents are cut, in what order they come, and that a count alone resumes it."""
 
+import dataclasses
 import gc
 import pathlib
 import subprocess
@@ -10,10 +11,10 @@ import time
 
 import numpy as np
 import pytest
-from corpora import SEPARATOR, corpus_of, names, words, write
+from corpora import BEGIN, SEPARATOR, Beginning, corpus_of, names, words, write
 
 from spire_jax.data import sources
-from spire_jax.data.corpus import DataError
+from spire_jax.data.corpus import Corpus, DataError, Documents
 from spire_jax.data.pipeline import (
     BATCHES_AHEAD,
     Dataset,
@@ -77,6 +78,70 @@ def test_every_token_but_the_first_is_predicted_once(corpus, seq_len):
     assert np.array_equal(targets, np.concatenate([i[1:] for i in ids]))
     assert np.array_equal(inputs, np.concatenate([i[:-1] for i in ids]))
     assert dataset.padding_share() == pytest.approx(1 - np.mean([row["mask"] for row in rows]))
+
+
+# --- a begin token -----------------------------------------------------------------------------
+
+
+def test_each_row_begins_as_a_prompt_does(tmp_path):
+    (first, second), heldout = names(False, 2), names(True, 1)
+    corpus = corpus_of(tmp_path, {first: "abcdef", second: "xyz", heldout[0]: "held out"})
+    corpus = dataclasses.replace(corpus, tokenizer=Beginning())
+    dataset = Dataset(corpus, 4)
+    pad, end = 0, SEPARATOR
+    a, b, c, d, e, f, x, y, z = b"abcdefxyz"
+    expected = [
+        ([BEGIN, a, b, c], [a, b, c, d], [1, 1, 1, 1], f"{first} tokens 0..3"),
+        ([BEGIN, e, f, end], [e, f, end, pad], [1, 1, 1, 0], f"{first} tokens 4..6"),
+        ([BEGIN, x, y, z], [x, y, z, end], [1, 1, 1, 1], f"{second} tokens 0..3"),
+    ]
+    assert len(dataset) == 3
+    for index, (tokens, targets, mask, place) in enumerate(expected):
+        row = dataset[index]
+        assert (row["tokens"].tolist(), row["targets"].tolist()) == (tokens, targets)
+        assert row["mask"].tolist() == [bool(m) for m in mask]
+        assert dataset.describe(index) == place
+    assert dataset.padding_share() == pytest.approx(1 / 12)
+    assert corpus.summary()["begin_token"] == BEGIN
+    (held,) = held_out_batches(corpus, seq_len=16, batch_size=1)
+    assert held.tokens_BxT[0, :9].tolist() == [BEGIN, *b"held out"]
+    assert held.targets_BxT[held.mask_BxT].tolist() == [*b"held out", end]
+
+
+@pytest.mark.parametrize("seq_len", [1, 4, 9, 10, 200])
+def test_after_a_begin_token_every_token_is_predicted_once(corpus, seq_len):
+    dataset = Dataset(dataclasses.replace(corpus, tokenizer=Beginning()), seq_len)
+    rows = [dataset[i] for i in range(len(dataset))]
+    ids = [corpus.tokens_of(d) for d in corpus.split(False)]
+    targets = np.concatenate([row["targets"][row["mask"]] for row in rows])
+    assert np.array_equal(targets, np.concatenate(ids))
+    assert {int(row["tokens"][0]) for row in rows} == {BEGIN}
+    assert all(row["mask"].any() for row in rows)
+    assert dataset.padding_share() == pytest.approx(1 - np.mean([row["mask"] for row in rows]))
+
+
+def test_a_begin_token_that_a_document_has_is_not_put_there_twice():
+    tokens, ends = np.array([BEGIN, *b"abcd", SEPARATOR, BEGIN, *b"held"]), np.array([6, 11])
+    columns = Documents(["t", "h"], np.arange(2), np.array([False, True]), np.array([0, 6]), ends,
+                        np.zeros(2, int))  # fmt: skip
+    dataset = Dataset(Corpus("memory", columns, tokens, "", Beginning()), 4)
+    rows = [dataset[i] for i in range(len(dataset))]
+    assert [row["tokens"].tolist() for row in rows] == [
+        [BEGIN, *b"abc"], [BEGIN, *b"d", SEPARATOR, 0]
+    ]  # fmt: skip
+    targets = [row["targets"][row["mask"]].tolist() for row in rows]
+    assert targets == [[*b"abc"], [*b"d", SEPARATOR]]
+
+
+def test_a_context_of_any_length_begins_as_a_prompt_does(corpus):
+    plain = cut(corpus, 5)
+    for context, bare in zip(
+        cut(dataclasses.replace(corpus, tokenizer=Beginning()), 5), plain, strict=True
+    ):
+        for length in (1, 7, 30):
+            assert bare.last(length).tolist() == bare.tokens[-length:].tolist()
+            expected = [BEGIN, *bare.tokens[30 - length + 1 :].tolist()]
+            assert context.last(length).tolist() == expected and len(expected) == length
 
 
 # --- the order ---------------------------------------------------------------------------------

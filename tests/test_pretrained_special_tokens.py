@@ -226,7 +226,9 @@ def test_the_first_token_of_a_prompt(directory, bpe):
     def first(**config) -> bool:
         config = {"eos_token": "<|end|>", "bos_token": "<|user|>"} | config
         write(directory / "tokenizer_config.json", **config)
-        return load_tokenizer(directory, ROWS).add_bos
+        tokenizer = load_tokenizer(directory, ROWS)
+        assert tokenizer.begin == (301 if tokenizer.add_bos else None)
+        return tokenizer.add_bos
 
     assert not first() and first(add_bos_token=True)
     assert not first(bos_token=None, add_bos_token=True)

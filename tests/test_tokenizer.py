@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import processors
 
 from launch import train_tokenizer
 from spire_jax.config.schema import ConfigError, DataConfig
@@ -59,6 +61,20 @@ def test_other_files_are_refused(tmp_path, content):
     bad.write_text(content)
     with pytest.raises(ConfigError, match="is no BPE tokenizer"):
         tokenizer_size(str(bad))
+
+
+@pytest.mark.parametrize("how", ["in front", "beyond"])
+def test_a_model_s_own_file_is_refused(path, tmp_path, how):
+    """Its begin token would stand in every text, or be taken for the separator."""
+    bpe, at = tokenizers.Tokenizer.from_file(str(path)), tmp_path / "model.json"
+    if how == "in front":
+        begin = [("a", bpe.token_to_id("a"))]
+        bpe.post_processor = processors.TemplateProcessing("a $A", None, begin)
+    else:
+        bpe.add_special_tokens(["<|begin|>"])
+    bpe.save(str(at))
+    with pytest.raises(ConfigError, match=r"model\.json' has special tokens .* the model's folder"):
+        make_tokenizer(str(at))
 
 
 # --- the command, and the corpus in its tokens ---------------------------------------------------

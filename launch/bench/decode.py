@@ -37,6 +37,7 @@ import rich.table
 
 from launch.bench.command_line import sizes
 from spire_jax.config.files import command_line, exit_with_error
+from spire_jax.config.paths import local_path, path_or_url
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig
 from spire_jax.costs.hardware import describe
 from spire_jax.costs.throughput import round_cost
@@ -249,7 +250,8 @@ def print_table(records: Sequence[Record]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m launch.bench.decode", None,
                                      __doc__.split("\n", 1)[0])  # fmt: skip
-    parser.add_argument("--workdir", required=True, help="where the drafts were trained")
+    parser.add_argument("--workdir", type=path_or_url, required=True,
+                        help="where the drafts were trained")  # fmt: skip
     parser.add_argument("--methods", help="comma-separated; by default every draft")
     for name, default in (("batch", "1,4,16"), ("context", "128,1024,4096"), ("k", "4")):
         parser.add_argument(f"--{name}", type=sizes, default=sizes(default))
@@ -257,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=32, help="per row and run, about")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peers", action="store_true", help="transformers and llama.cpp too")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench_decode"))
+    parser.add_argument("--out", type=local_path, default=pathlib.Path("runs/bench_decode"))
     args, config = command_line(parser, argv)
     try:
         if args.peers and not (PEERS_PYTHON.exists() and is_gguf(config.pretrained.path)):
@@ -294,7 +296,7 @@ def run(args: argparse.Namespace, config: ExperimentConfig) -> None:
             weights |= {name: Weights(cast, cast_drafts[name]) for name in drafting}
             for batch, context in itertools.product(args.batch, args.context):
                 point = Point(dtype, batch, context)
-                prompts = [c.tokens[-context:] for c in contexts[:batch]]
+                prompts = [c.last(context) for c in contexts[:batch]]
                 found = measure(config, weights, point, prompts, runs, args.tokens, args.repeats)
                 if args.peers:
                     found += peers(config, point, prompts, args.tokens, args.repeats)

@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import functools
 import math
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -36,6 +35,7 @@ from pallas_kernels.platform import cores_per_device
 from pallas_kernels.streaming_attention import reference as streaming_reference
 from pallas_kernels.streaming_attention import tpu as streaming_tpu
 from pallas_kernels.streaming_attention.specs import Spec as Text
+from spire_jax.config.paths import local_path
 from spire_jax.costs.hardware import describe
 from spire_jax.models.attention import Compute, attention, cached_attention
 from spire_jax.models.caches import FullCache
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="tiny shapes; all that a CPU runs")
     parser.add_argument("--parts", type=parts, default=PARTS, help="of check, decode, streaming")
     parser.add_argument("--minutes", type=float, default=7.0, help="after which nothing is begun")
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file for all figures")
+    parser.add_argument("--out", type=local_path, help="a JSON file for all figures")
     args = parser.parse_args(argv)
     platform = jax.devices()[0].platform
     print(" | ".join(describe().values()))

@@ -19,6 +19,7 @@ import numpy as np
 
 from launch.bench.train_steps import measure, trained
 from spire_jax.config.files import command_line
+from spire_jax.config.paths import path_or_url
 from spire_jax.config.schema import ExperimentConfig, oracle_depth
 from spire_jax.costs.hardware import describe, peak_memory_bytes
 from spire_jax.data.pipeline import Context
@@ -38,7 +39,8 @@ from spire_jax.training.workdir import WorkDir
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--workdir", default="runs/quickstart", help="of a finished run")
+    parser.add_argument("--workdir", type=path_or_url, default="runs/quickstart",
+                        help="of a finished run")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7)
     args, config = command_line(parser)
     print(" | ".join(describe().values()))

@@ -60,6 +60,7 @@ from launch.bench.round_pieces import (
 from launch.bench.round_report import DRAFT, LLAMA_3_8B, SMALL, Shape, experiment
 from launch.bench.timing import interleaved
 from spire_jax.config.files import exit_with_error
+from spire_jax.config.paths import local_path
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError
 from spire_jax.costs.hardware import describe
 from spire_jax.costs.throughput import memory_bytes
@@ -316,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                                      description=__doc__.split("\n", 1)[0])  # fmt: skip
     parser.add_argument("--small", action=argparse.BooleanOptionalAction, default=None,
                         help="a small shape in float32; the default on a CPU")  # fmt: skip
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/round"))
+    parser.add_argument("--out", type=local_path, default=pathlib.Path("runs/round"))
     for name in ("batch", "context", "k"):
         parser.add_argument(f"--{name}", type=sizes, help="such as 8,32; default: by shape")
     parser.add_argument("--repeats", type=int, default=5, help="timed loops of each piece")

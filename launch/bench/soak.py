@@ -32,6 +32,7 @@ import jax
 import numpy as np
 
 from spire_jax.config.files import build
+from spire_jax.config.paths import local_path
 from spire_jax.config.schema import AUTOREGRESSIVE, ExperimentConfig
 from spire_jax.costs.hardware import describe
 from spire_jax.data.tokenizer import ByteTokenizer
@@ -281,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                                      formatter_class=raw)  # fmt: skip
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=pathlib.Path, help="the figures, as JSON")
+    parser.add_argument("--out", type=local_path, help="the figures, as JSON")
     args = parser.parse_args(argv)
     figures = run(args.minutes, args.seed)
     text = json.dumps(figures, indent=1)

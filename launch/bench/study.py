@@ -23,6 +23,7 @@ import numpy as np
 
 from launch.bench.timing import interleaved
 from spire_jax.config.files import command_line
+from spire_jax.config.paths import path_or_url
 from spire_jax.config.schema import ExperimentConfig
 from spire_jax.costs.hardware import describe
 from spire_jax.data.pipeline import Batch
@@ -50,7 +51,8 @@ from spire_jax.training.workdir import WorkDir
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--workdir", default="runs/study", help="of a finished run")
+    parser.add_argument("--workdir", type=path_or_url, default="runs/study",
+                        help="of a finished run")  # fmt: skip
     parser.add_argument("--steps", type=int, default=6, help="steps of every timed piece")
     args, config = command_line(parser)
     print(" | ".join(describe().values()))

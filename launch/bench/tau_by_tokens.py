@@ -17,6 +17,7 @@ import rich.console
 import rich.table
 
 from spire_jax.config.files import command_line, exit_with_error
+from spire_jax.config.paths import path_or_url
 from spire_jax.config.schema import ExperimentConfig, oracle_depth
 from spire_jax.data.pipeline import most_frequent
 from spire_jax.decoding.build import for_decoding
@@ -114,7 +115,8 @@ def print_table(results: Sequence[dict[str, Any]], k: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m launch.bench.tau_by_tokens", None,
                                      __doc__.split("\n", 1)[0])  # fmt: skip
-    parser.add_argument("--workdir", required=True, help="where the drafts were trained")
+    parser.add_argument("--workdir", type=path_or_url, required=True,
+                        help="where the drafts were trained")  # fmt: skip
     args, config = command_line(parser, argv)
     try:
         at = WorkDir(config, args.workdir)

@@ -8,7 +8,6 @@ it prints tokens per second and the FLOP/s over the device's peak; `--out=FILE` 
 
 import argparse
 import functools
-import pathlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from launch.bench.timing import Run, interleaved, save
 from spire_jax.config.files import command_line
+from spire_jax.config.paths import local_path
 from spire_jax.config.schema import ExperimentConfig
 from spire_jax.costs.hardware import describe, peak_flops
 from spire_jax.data.pipeline import Batch
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m launch.bench.train_steps", None,
                                      __doc__.split("\n", 1)[0])  # fmt: skip
     parser.add_argument("--repeats", type=int, default=10, help="timed steps of each model")
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file for all figures")
+    parser.add_argument("--out", type=local_path, help="a JSON file for all figures")
     args, config = command_line(parser, argv)
     print(" | ".join(describe().values()))
     run = Run(jax.devices()[0].platform)

@@ -19,7 +19,6 @@ last line sums up; the status is 1 if anything did not compile, check out or fit
 
 import argparse
 import functools
-import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,6 +45,7 @@ from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.streaming_attention import specs as streaming_specs
 from pallas_kernels.streaming_attention.api import streaming_attention
 from spire_jax.config.files import command_line, exit_with_error
+from spire_jax.config.paths import local_path
 from spire_jax.config.schema import ConfigError, ExperimentConfig, MeshConfig
 from spire_jax.models.sharding import check_mesh, make_mesh
 
@@ -193,7 +193,8 @@ def main(argv: list[str] | None = None) -> int:
                         "that is left free (default 0.05)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="with --topology: let the compiler "
                         "optimize less; quicker, and with more temporaries")  # fmt: skip
-    parser.add_argument("--json", metavar="PATH", help="with --topology: the report as a file too")
+    parser.add_argument("--json", type=local_path, metavar="PATH", help="with --topology: the "
+                        "report as a file too")  # fmt: skip
     argv = list(sys.argv[1:] if argv is None else argv)
     if "kernels" in argv:
         args, config = parser.parse_args(argv), None
@@ -206,8 +207,8 @@ def main(argv: list[str] | None = None) -> int:
                         "for one chip")  # fmt: skip
     if not 0 <= args.reserve < 1:
         exit_with_error(f"--reserve={args.reserve} must be 0 or more, and under 1")
-    if args.json and not pathlib.Path(args.json).parent.is_dir():
-        exit_with_error(f"--json={args.json}: {pathlib.Path(args.json).parent} is no folder")
+    if args.json and not args.json.parent.is_dir():
+        exit_with_error(f"--json={args.json}: {args.json.parent} is no folder")
     if args.topology:
         assert config is not None
         return pods(config, args)

@@ -31,9 +31,10 @@ usage() { sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; }
 # --- options ----------------------------------------------------------------------------------
 
 # parse "OPTIONS" "FLAGS" ARGUMENT...: --some-option=value goes into $some_option, --some-flag puts
-# "yes" into $some_flag, what follows "--" goes into $run_arguments.
+# "yes" into $some_flag, what follows "--" goes into $run_arguments. A value that begins with "~/"
+# is a path in the home folder, as in spire_jax/config/paths.py.
 parse() {
-  local options=" $1 " flags=" $2 " key
+  local options=" $1 " flags=" $2 " key value
   shift 2
   while (($#)); do
     key="${1%%=*}" key="${key#--}"
@@ -44,7 +45,9 @@ parse() {
       --*=*)
         [[ "$key" != *" "* && "$options" == *" $key "* ]] ||
           fail "unknown option --$key; see $launcher.sh --help"
-        printf -v "${key//-/_}" '%s' "${1#*=}"
+        value="${1#*=}"
+        [[ "$value" != \~/* ]] || value="$HOME/${value:2}"
+        printf -v "${key//-/_}" '%s' "$value"
         ;;
       --*)
         [[ "$key" != *" "* && "$options" != *" $key "* ]] || fail "--$key wants a value: --$key=..."
@@ -88,6 +91,7 @@ check_run_arguments() {
     esac
   done
   [[ -n "$config" ]] || fail "no --config=... after \"--\", as in: -- --config=configs/study.py $1"
+  [[ "$config" != \~/* ]] || config="$HOME/${config:2}"
   [[ -f "$config" ]] || fail "there is no config $config (as seen from $PWD)"
   [[ -n "$workdir" ]] || fail "no --workdir=... after \"--\", as in: -- --config=$config $1"
 }

@@ -19,6 +19,7 @@ import ml_collections
 
 from spire_jax.config.checks import ConfigError
 from spire_jax.config.drafts import DraftOptions
+from spire_jax.config.paths import PathError, local, local_path, path_or_url
 from spire_jax.config.registry import DRAFT_KINDS, FAMILIES, below
 from spire_jax.config.schema import ExperimentConfig, ModelConfig
 from spire_jax.config.validation import validate, with_vocabulary
@@ -26,6 +27,9 @@ from spire_jax.config.values import Text, convert, known, section
 from spire_jax.config.variants import variants
 
 Check = Callable[[ExperimentConfig], None]  # raises ConfigError
+# Of a config, and what reads each.
+PATHS = (("data", "source", path_or_url), ("data", "heldout_source", path_or_url),
+         ("data", "tokenizer", local), ("pretrained", "path", local))  # fmt: skip
 
 
 def load(
@@ -82,6 +86,7 @@ def build(values: Mapping[str, Any], check: Check = validate) -> ExperimentConfi
     config = dataclasses.replace(
         section(ExperimentConfig, values, ""), drafts=drafts, target=target
     )
+    config = _with_paths(config)
     if config.pretrained.path:
         config = with_pretrained(config)
     config = dataclasses.replace(config, target=with_vocabulary(config))
@@ -89,6 +94,18 @@ def build(values: Mapping[str, Any], check: Check = validate) -> ExperimentConfi
         more = variants(config.study, config.draft(config.study.of))
         config = dataclasses.replace(config, variants=more)
     check(config)
+    return config
+
+
+def _with_paths(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with its paths read (paths.py); ConfigError names the key."""
+    for at, name, read in PATHS:
+        part = getattr(config, at)
+        try:
+            path = read(given) if (given := getattr(part, name)) else ""
+        except PathError as error:
+            raise ConfigError(f"{at}.{name}: {error}") from None
+        config = dataclasses.replace(config, **{at: dataclasses.replace(part, **{name: path})})
     return config
 
 
@@ -159,8 +176,9 @@ def command_line(
     For `decoding` there may be no file, a ``--target`` of the parser is the checkpoint's path, and
     nothing is validated yet: what the chosen method uses is (`serving.loading.for_method`).
     """
-    parser.add_argument("--config", required=not decoding, metavar="FILE", help="a file of "
-                        "configs/; change its values with --config.section.key=value")  # fmt: skip
+    parser.add_argument("--config", required=not decoding, type=local_path, metavar="FILE",
+                        help="a file of configs/; change its values with "
+                        "--config.section.key=value")  # fmt: skip
     args, rest = parser.parse_known_args(argv)
     prefix = "--config."
     for argument in rest:

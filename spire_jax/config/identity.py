@@ -50,14 +50,21 @@ class Plan:
         return {stage.name: stage.hash for stage in stages if stage}
 
 
-def plan(config: ExperimentConfig, corpus_sha256: str, target_sha256: str = "") -> Plan:
-    """The stages of `config` on a corpus; and on a pretrained target."""
+def plan(
+    config: ExperimentConfig,
+    corpus_sha256: str,
+    target_sha256: str = "",
+    begin_token: int | None = None,
+) -> Plan:
+    """The stages of `config` on a corpus, its texts after a begin token; on a pretrained target."""
 
     def stage(name: str, folder: str, reader: Reader, *made_from: Stage | None, draft: str = ""):
         values = values_read(config, reader, draft)
         # What the files hold counts, not where they lie.
         if values.pop("data", None):
             values["corpus"] = corpus_sha256
+            if begin_token is not None:
+                values["begin_token"] = begin_token
         if reader == Reader.PRETRAINED:
             del values["pretrained"]["path"]
             values["sha256"] = target_sha256

@@ -128,7 +128,8 @@ class ContinuationsConfig:
     """Training rows that the target writes itself, from the beginnings of training documents."""
 
     rows: int = 0  # of train.seq_len tokens; 0 = none
-    prompt: int = 64  # tokens at the start of each that are the document's own
+    prompt: int = 64  # tokens at the start of each that are the document's own, after the begin
+    # token where the tokenizer has one: that is one of them
     # Of the rows that drafts see; the others are text.
     share: float = read_by(0.5, DRAFT, when=lambda at: at.rows)
     temperature: float = 1.0

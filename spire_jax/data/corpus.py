@@ -91,6 +91,11 @@ class Corpus:
     band: int = 0  # tokens that are stored, and best read, together; 0 = it does not matter
     about: Mapping[str, Any] | None = None  # what the summary says instead of counting files
 
+    @property
+    def begin(self) -> tuple[int, ...]:
+        """What a model wants in front of every text: one token, or none; `tokens` are without."""
+        return () if self.tokenizer.begin is None else (self.tokenizer.begin,)
+
     def tokens_of(self, document: Document) -> Int[np.ndarray, " n"]:
         """A document's tokens, ended by the separator where it has one."""
         return self.tokens[document.begin : document.end].astype(np.int32)
@@ -112,6 +117,7 @@ class Corpus:
             "source": self.source,
             "sha256": self.sha256,
             "tokenizer": self.tokenizer.name,
+            **({"begin_token": self.begin[0]} if self.begin else {}),
             **{f"{name}_documents": len(documents) for name, documents in of.items()},
             **(files if self.about is None else self.about),
         }

@@ -1,9 +1,10 @@
 """Batches for training, batches of held-out text, and contexts for evaluation.
 
 A training row is a piece of one document, from position 0, padded at the document's end: no row
-crosses documents, so that positions and masks are the same in every row. The order is Grain's: a
-global index, shuffled anew every epoch, of which a process takes every n-th. Where a run stands
-in the data is therefore one number, the count of examples that all processes have consumed.
+crosses documents, so that positions and masks are the same in every row. Where the tokenizer has a
+begin token, each row and each context begins with it, as each prompt in decoding does. The order is
+Grain's: a global index, shuffled anew every epoch, of which a process takes every n-th. Where a run
+stands in the data is therefore one number, the count of examples that all processes have consumed.
 """
 
 import concurrent.futures
@@ -44,15 +45,22 @@ class Dataset:
         self.corpus, self.seq_len = corpus, seq_len
         self._documents = corpus.split(heldout)
         # A row of T inputs needs T + 1 tokens; the last one only one target.
-        self._ends = np.cumsum(-(-(self._documents.lengths - 1) // seq_len))
+        self._ends = np.cumsum(-(-self._targets // seq_len))
+
+    @property
+    def _targets(self) -> Int[np.ndarray, " documents"]:
+        """Tokens of each document that are predicted: without a begin token, not its first."""
+        return self._documents.lengths - 1 + len(self.corpus.begin)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         document, offset = self._place(index)
-        begin = document.begin + offset
-        piece = self.corpus.tokens[begin : min(begin + self.seq_len + 1, document.end)]
+        piece = self.corpus.tokens[document.begin + offset : self._end(document, offset)]
+        front = self.corpus.begin
+        if tuple(piece[: len(front)]) != front:  # what others have tokenized may begin with it
+            piece = np.concatenate([front, piece])
         room = np.zeros(self.seq_len + 1, np.int32)
         room[: len(piece)] = piece
         mask = np.arange(1, self.seq_len + 1) < len(piece)
@@ -65,15 +73,20 @@ class Dataset:
         first = int(self._ends[number - 1]) if number else 0
         return self._documents[number], (int(index) - first) * self.seq_len
 
+    def _end(self, document: Document, offset: int) -> int:
+        """Where in the corpus a row ends: it has T + 1 tokens, the begin token among them."""
+        end = document.begin + offset + self.seq_len + 1 - len(self.corpus.begin)
+        return min(end, document.end)
+
     def describe(self, index: int) -> str:
         """Where a row is from: the document's path and the range of its tokens."""
         document, offset = self._place(index)
-        end = min(offset + self.seq_len + 1, document.end - document.begin)
-        return f"{document.path} tokens {offset}..{end - 1}"
+        last = self._end(document, offset) - 1 - document.begin
+        return f"{document.path} tokens {offset}..{last}"
 
     def padding_share(self) -> float:
         """Share of positions that are padding."""
-        used = int((self._documents.lengths - 1).sum())
+        used = int(self._targets.sum())
         return 1 - used / (len(self) * self.seq_len)
 
     @functools.cached_property
@@ -244,6 +257,18 @@ class Context:
     document: str
     cut: int  # the context's tokens are the `length` before it
     tokens: Int[np.ndarray, " L"]
+    begin: tuple[int, ...] = ()  # `Corpus.begin`
+
+    def last(self, length: int) -> Int[np.ndarray, " length"]:
+        """The context of so many tokens, as a prompt: a begin token takes the first one's place."""
+        return begun(self.tokens[-length:], self.begin)
+
+
+def begun(tokens: Integer[np.ndarray, " n"], begin: tuple[int, ...]) -> Int[np.ndarray, " n"]:
+    """A piece of a document as a prompt of the same length, `begin` in place of its first token."""
+    prompt = tokens.astype(np.int32)
+    prompt[: len(begin)] = begin
+    return prompt
 
 
 def cut_contexts(
@@ -289,4 +314,4 @@ def cut_contexts(
             document = fitting[index]
             begin = document.begin + start
             piece = corpus.tokens[begin : begin + context_length].astype(np.int32)
-            contexts.append(Context(document.path, start + context_length, piece))
+            contexts.append(Context(document.path, start + context_length, piece, corpus.begin))

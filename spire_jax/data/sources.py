@@ -50,7 +50,7 @@ def text_folder(source: str) -> tuple[pathlib.Path, list[str]]:
     if source == "stdlib":
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
         return root, list(_files(root, "*.py", STDLIB_WITHOUT))
-    root = pathlib.Path(source).expanduser()
+    root = pathlib.Path(source)
     if not root.is_dir():
         raise DataError(f"data.source={source!r} is not a folder; give a folder of text, or "
                         f"'stdlib'")  # fmt: skip

@@ -42,7 +42,7 @@ SAMPLES, SAMPLED = 32, 256  # pieces that a corpus's hash reads, and their token
 
 def holds_arrays(source: str) -> bool:
     """Whether `data.source` means zarr arrays: a URL, an array, or a folder with `train.zarr`."""
-    folder = pathlib.Path(source).expanduser()
+    folder = pathlib.Path(source)
     inside = (*METADATA, TRAIN, UNFINISHED)
     return "://" in source or folder.suffix == ".zarr" or any((folder / n).exists() for n in inside)
 
@@ -56,7 +56,7 @@ def open_store(place: str) -> ts.KvStore:
     if "://" in place:
         spec: Any = place.rstrip("/") + "/"
     else:
-        spec = {"driver": "file", "path": f"{pathlib.Path(place).expanduser().absolute()}/"}
+        spec = {"driver": "file", "path": f"{pathlib.Path(place).absolute()}/"}
     with asked(place, "use a folder or a gs:// or s3:// URL, and check network and credentials"):
         return ts.KvStore.open(spec).result(timeout=SECONDS)
 
@@ -300,7 +300,7 @@ def _places(config: DataConfig) -> list[str]:
 def _whole(place: str) -> str:
     """A place by its whole path, so that it has a folder."""
     if "://" not in place:
-        place = str(pathlib.Path(place).expanduser().absolute())
+        place = str(pathlib.Path(place).absolute())
     return place.rstrip("/")
 
 

@@ -11,6 +11,7 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from spire_jax.config.checks import ConfigError
 from spire_jax.config.schema import BYTES
 from spire_jax.config.validation import is_checkpoint, tokenizer_size
 from spire_jax.pretrained.tokenizer import load_tokenizer
@@ -23,6 +24,7 @@ class Tokenizer(Protocol):
     name: str
     n_tokens: int  # the separator included
     separator: int  # ends every document; the end of sequence in decoding
+    begin: int | None  # what a model wants in front of every text that it reads; None = nothing
 
     def encode(self, text: bytes | str) -> Int[np.ndarray, " n"]:
         """Token ids (int32) of text, as it is or in UTF-8, without a separator."""
@@ -52,6 +54,7 @@ class ByteTokenizer:
     name = "bytes"
     n_tokens = 257
     separator = 256
+    begin: int | None = None
 
     def encode(self, text: bytes | str) -> Int[np.ndarray, " n"]:
         text = text.encode() if isinstance(text, str) else text
@@ -77,13 +80,21 @@ class BpeTokenizer:
     The separator is no entry of the file, so that no text can spell it.
     """
 
+    begin: int | None = None
+
     def __init__(self, path: pathlib.Path):
+        """ConfigError for a model's own file, whose special tokens would be mistaken."""
         self.n_tokens = tokenizer_size(str(path))
         content = path.read_bytes()
         self.separator = self.n_tokens - 1
         # By content: the same file elsewhere is the same tokenizer.
         self.name = f"bpe-{self.n_tokens}-{hashlib.sha256(content).hexdigest()[:16]}"
         self._bpe = tokenizers.Tokenizer.from_buffer(content)
+        if self._bpe.encode("").ids or max(self._bpe.get_vocab().values()) >= self.separator:
+            raise ConfigError(
+                f"data.tokenizer={str(path)!r} has special tokens of a model's own; name the "
+                f"model's folder, or its GGUF file"
+            )
         # In a byte-level vocabulary a character of an entry stands for a byte.
         self._bytes = np.zeros(self.n_tokens, np.int64)
         for entry, i in self._bpe.get_vocab().items():

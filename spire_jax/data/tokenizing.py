@@ -100,7 +100,7 @@ class Source:
 
 def find_text(plan: Plan) -> Source:
     """The blocks of `plan.source`; DataError if there is no such folder or file, or no text."""
-    path = pathlib.Path(plan.source).expanduser()
+    path = pathlib.Path(plan.source)
     if path.is_file() and not plan.field:
         raise DataError(f"--source={plan.source} is one file of text; give a folder, or lines of "
                         f"JSON and --field")  # fmt: skip

@@ -31,6 +31,7 @@ import tensorstore as ts
 from jaxtyping import Integer
 
 from spire_jax.config.identity import differences, digest
+from spire_jax.config.paths import local, path_or_url
 from spire_jax.config.schema import BYTES, ConfigError
 from spire_jax.data.corpus import DataError
 from spire_jax.data.token_zarr import (
@@ -403,10 +404,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = "python -m spire_jax.data.write_zarr"
     parser = argparse.ArgumentParser(name, None, __doc__, formatter_class=raw)
     of, usual = parser.add_argument, Plan("")
-    of("--source", required=True, help="a folder of text, a .jsonl file or, with --field, a folder "
-                                       "of them; or stdlib")  # fmt: skip
-    of("--out", required=True, help="an empty folder, or a gs:// or s3:// URL")
-    of("--tokenizer", default=BYTES, help="as data.tokenizer (default: %(default)s)")
+    of("--source", type=local, required=True, help="a folder of text, a .jsonl file or, with "
+       "--field, a folder of them; or stdlib")  # fmt: skip
+    of("--out", type=path_or_url, required=True, help="an empty folder, or a gs:// or s3:// URL")
+    of("--tokenizer", type=local, default=BYTES, help="as data.tokenizer (default: %(default)s)")
     of("--field", default="", help="where a line of JSONL has its text (text)")
     of("--row-tokens", type=int, default=usual.row_tokens, help="of a row (%(default)s)")
     of("--min-tokens", type=int, default=usual.min_tokens, help="of a row or more, the separator "

@@ -104,7 +104,7 @@ def export_draft(
     PretrainedError if the directory holds anything but this very draft, or for a parameter that
     cannot be stored.
     """
-    directory = pathlib.Path(directory)
+    directory = pathlib.Path(os.path.abspath(directory))  # "." has a name, too
     if not is_nested_dict(params) or not jax.tree.leaves(params):
         raise PretrainedError(f"{directory}: the draft's parameters are no nested dicts of arrays")
     arrays, metadata = flatten(params)

@@ -38,7 +38,8 @@ class PretrainedTokenizer:
     `name` is a hash of the content, `n_tokens` the rows of the model's embedding (ids that no
     token has stand for nothing), `separator` the tokenizer's end of text. Besides:
     `eos`: all ids that end a generation; `bos` and whether the model wants it in front of a text,
-    `add_bos`; `special`: text -> id of special tokens; `chat_template`, or None.
+    `add_bos`, so that it is `begin`; `special`: text -> id of special tokens; `chat_template`, or
+    None.
     """
 
     def __init__(self, source: Description, n_tokens: int):
@@ -48,6 +49,7 @@ class PretrainedTokenizer:
             self._plain = tokenizers.Tokenizer.from_str(source.backend.to_str())
             self._plain.encode_special_tokens = True  # as text
         self.bos, self.add_bos, self.eos = source.bos, source.add_bos, source.eos
+        self.begin = self.bos if self.add_bos else None
         self.chat_template, self._names = source.chat_template, dict(source.names)
         added = source.backend.get_added_tokens_decoder()
         self.special: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
@@ -116,8 +118,8 @@ class PretrainedTokenizer:
         return _ids(self._with_special.encode(_checked(text), add_special_tokens=False))
 
     def encode_prompt(self, text: bytes | str) -> Int[np.ndarray, " n"]:
-        """`encode` of a text that the model shall continue: `bos` in front if it wants that."""
-        front = [self.bos] if self.add_bos else []
+        """`encode` of a text that the model shall continue: `begin` in front if it wants that."""
+        front = [] if self.begin is None else [self.begin]
         return np.concatenate([np.array(front, np.int32), self.encode(text)])
 
     def render_chat(

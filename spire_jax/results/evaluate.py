@@ -141,7 +141,7 @@ def sample_texts(
     state = generate(
         make_decoder(config, AUTOREGRESSIVE),
         Weights(target),
-        [c.tokens[-length:] for c in contexts],
+        [c.last(length) for c in contexts],
         [budget] * len(contexts),
         [request_seed(config, "oracle", i, length) for i in indices],
         width=cache_width(config),
@@ -209,7 +209,7 @@ def decode_counts(
     state = generate(
         make_decoder(config, name, _ends(config)),
         weights,
-        [c.tokens[-length:] for c in batch],
+        [c.last(length) for c in batch],
         [config.eval.output_length] * len(batch),
         [request_seed(config, f"decode {sample}", i, length) for i in rows],
         width=cache_width(config),
@@ -280,7 +280,7 @@ def measure_speed(
     ev, decode = config.eval, config.decode
     length = max(ev.context_lengths)
     rows = next(in_batches(len(contexts), ev.batch_size))
-    prompts = [contexts[i].tokens[-length:] for i in rows]
+    prompts = [contexts[i].last(length) for i in rows]
     runs = {AUTOREGRESSIVE: Weights(target)}
     runs |= {name: Weights(target, params) for name, params in drafts.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -361,7 +361,7 @@ def examples(
         state = generate(
             make_decoder(config, name, _ends(config)),
             Weights(target, params),
-            [shown[i].tokens[-length:] for i in rows],
+            [shown[i].last(length) for i in rows],
             [ev.output_length] * len(rows),
             [request_seed(config, "example", i, length) for i in rows],
             width=cache_width(config),
@@ -371,7 +371,7 @@ def examples(
                 {
                     "method": name,
                     "document": context.document,
-                    "context_text": dataset.corpus.tokenizer.decode(context.tokens[-length:]),
+                    "context_text": dataset.corpus.tokenizer.decode(context.last(length)),
                     "pieces": pieces(state, row, length, dataset.corpus.tokenizer.decode, name),
                 }
             )

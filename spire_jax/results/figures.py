@@ -10,7 +10,6 @@ acceptance, which is measured. About ten seconds.
 """
 
 import argparse
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from spire_jax.config.files import command_line, exit_with_error
+from spire_jax.config.paths import local_path, path_or_url
 from spire_jax.config.schema import ConfigError, ExperimentConfig
 from spire_jax.config.variants import ABLATIONS, FULL_PAPER_TAU
 from spire_jax.costs import throughput
@@ -314,8 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m spire_jax.figures", None, __doc__,
                                      formatter_class=raw)  # fmt: skip
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the figures")
-    parser.add_argument("--workdir", help="a finished run of the same config")
+    parser.add_argument("--out", type=local_path, required=True, help="folder of the figures")
+    parser.add_argument("--workdir", type=path_or_url, help="a finished run of the same config")
     args, config = command_line(parser, argv)
     try:
         given = own_inputs(config, locate(args.workdir)) if args.workdir else paper_inputs(config)

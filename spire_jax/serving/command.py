@@ -34,6 +34,7 @@ import jax
 from rich.console import Console
 
 from spire_jax.config.files import command_line
+from spire_jax.config.paths import local, local_path, path_or_url
 from spire_jax.config.schema import ConfigError, ExperimentConfig
 from spire_jax.results.intervals import mean_generation_length
 from spire_jax.serving.batching import Inbox, Server, Serving
@@ -56,21 +57,19 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m spire_jax.decode", None, __doc__,
                                      formatter_class=raw)  # fmt: skip
     add = parser.add_argument
-    add(
-        "--target",
-        metavar="PATH",
-        help="a pretrained target, by itself (no config is needed) or "
-        "in place of the config's: a GGUF file, or a folder with config.json and safetensors",
-    )
-    add("--workdir", help="where target or draft were trained; not needed for a pretrained target "
-        "by itself, or with a --draft")  # fmt: skip
-    add("--draft", metavar="FOLDER", help="a draft that python -m spire_jax.export has written")
+    add("--target", type=local, metavar="PATH", help="a pretrained target, by itself (no config is "
+        "needed) or in place of the config's: a GGUF file, or a folder with config.json and "
+        "safetensors")  # fmt: skip
+    add("--workdir", type=path_or_url, help="where target or draft were trained; not needed for a "
+        "pretrained target by itself, or with a --draft")  # fmt: skip
+    add("--draft", type=local_path, metavar="FOLDER", help="a draft that python -m "
+        "spire_jax.export has written")  # fmt: skip
     add("--method", help="a draft's name, or its kind where that is plain; or autoregressive; "
         "by default the --draft, without one the config's only draft, if it has any")  # fmt: skip
-    add("--prompts", metavar="FILE", help="prompts; - reads stdin")
+    add("--prompts", type=local, metavar="FILE", help="prompts; - reads stdin")
     add("--format", choices=FORMATS, help="jsonl (also where the name ends so), text (all of it "
         "one prompt; otherwise), or lines (one prompt a line)")  # fmt: skip
-    add("--out", default="-", metavar="FILE", help="JSON lines; - writes to stdout")
+    add("--out", type=local, default="-", metavar="FILE", help="JSON lines; - writes to stdout")
     add("--resume", action="store_true", help="append to --out what is not served in it")
     add(
         "--interactive", action="store_true", help="prompts from the keyboard, answers as they come"

@@ -17,7 +17,7 @@ from jaxtyping import Int, Integer
 
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig
 from spire_jax.data.corpus import Corpus, Documents
-from spire_jax.data.pipeline import WrittenRows
+from spire_jax.data.pipeline import WrittenRows, begun
 from spire_jax.data.tokenizer import end_tokens
 from spire_jax.decoding import Weights, generate
 from spire_jax.decoding.build import make_decoder
@@ -157,8 +157,8 @@ def fitting(corpus: Corpus, length: int) -> Documents:
 def prompt(
     corpus: Corpus, documents: Documents, length: int, seed: int, row: int
 ) -> Int[np.ndarray, " length"]:
-    """The first tokens of a row: a piece of one of the documents, from anywhere."""
+    """The first tokens of a row: a piece of one of the documents, from anywhere, as a prompt."""
     rng = np.random.default_rng([seed, zlib.crc32(b"continuations"), row])
     document = documents[int(rng.integers(len(documents)))]
     begin = rng.integers(document.begin, document.end - length)
-    return corpus.tokens[begin : begin + length].astype(np.int32)
+    return begun(corpus.tokens[begin : begin + length], corpus.begin)

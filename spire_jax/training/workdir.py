@@ -44,7 +44,8 @@ class WorkDir:
         self.dataset = Dataset(self.corpus, config.train.seq_len)
         self.pretrained = open_checkpoint(path) if (path := config.pretrained.path) else None
         of_target = self.target_sha256 if self.pretrained else ""
-        self.plan = plan(config, self.corpus.sha256, of_target)
+        begin = self.corpus.tokenizer.begin
+        self.plan = plan(config, self.corpus.sha256, of_target, begin)
 
     def place(self, stage: Stage) -> Place:
         """The folder of a stage."""

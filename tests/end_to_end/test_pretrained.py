@@ -44,15 +44,16 @@ VALUES = {
 def checkpoint(tmp_path_factory):
     """A Llama of random numbers, tied, with a tokenizer and a chat template."""
     folder = tmp_path_factory.mktemp("pretrained") / "tiny-llama"
-    config, tensors = pretrained_models.tiny("llama3", vocab_size=ROWS)
-    pretrained_models.write_safetensors(folder, config, tensors)
-    bpe = train_bpe([" ".join(pipelines.WORDS)] * 50, ROWS - 2)
-    bpe.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False)])
+    sizes, tensors = pretrained_models.tiny("llama3", vocab_size=ROWS)
+    pretrained_models.write_safetensors(folder, sizes, tensors)
+    bpe = train_bpe([" ".join(pipelines.WORDS)] * 50, ROWS - 3)
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False)
+                            for token in ("<|end|>", "<|begin|>")])  # fmt: skip
     bpe.save(str(folder / "tokenizer.json"))
     template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"eos_token": "<|end|>", "chat_template": template})
-    )
+    config = {"eos_token": "<|end|>", "bos_token": "<|begin|>", "add_bos_token": True,
+              "chat_template": template}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -134,6 +135,19 @@ def test_an_export_is_the_trained_draft_bit_for_bit(workdir, exported, flags):
     own = found.load()
     assert set(own) == set(trained) - {"embedding"}
     jax.tree.map(np.testing.assert_array_equal, own, {key: trained[key] for key in own})
+
+
+def test_all_that_the_target_reads_begins_with_its_begin_token(workdir, exported, flags):
+    at = WorkDir(config_of(flags), workdir)
+    begin = at.corpus.tokenizer.encode_prompt("")
+    assert at.corpus.tokenizer.decode(begin) == "<|begin|>"
+    rows = (at.dataset[0]["tokens"], *np.load(workdir / "continuations" / "tokens.npy"))
+    assert [row[:1].tolist() for row in rows] == 6 * [begin.tolist()]
+    evaluation = json.loads((workdir / "eval" / "evaluation.json").read_text())
+    assert all(e["context_text"].startswith("<|begin|>") for e in evaluation["examples"])
+    # What it was, is said.
+    said = json.loads((exported / "config.json").read_text())["trained_on"]["corpus"]
+    assert evaluation["corpus"]["begin_token"] == said["begin_token"] == begin[0]
 
 
 def test_what_nothing_is_trained_for_is_not_exported(flags, workdir, tmp_path, capsys):

@@ -59,6 +59,18 @@ def test_a_workload_from_a_base_image_holds_head(place):
     assert runs == [[*BUCKET, *NASTY[:2], "--distributed"]]
 
 
+def test_the_home_folder_is_where_the_report_goes(place):
+    at = GKE_UP.index("--")
+    result = place.run(*GKE_UP[:at], "--out=~/my report", *GKE_UP[at:])
+    assert result.returncode == 0, result.stderr
+    (copied,) = [argv for argv in place.cloud.calls() if "storage" in argv]
+    assert copied[-1].startswith(f"{place.home}/my report")
+    (place.home / "c.py").write_text("")
+    end = ["--", "--config=~/c.py", "--workdir=/shared/run"]
+    shown = place.run(*SUBMIT[:-3], "--dry-run", *end)
+    assert shown.returncode == 0, shown.stderr
+
+
 @pytest.mark.parametrize(
     "rules, status, left",
     [
