@@ -54,6 +54,9 @@ class DataConfig:
     split: str = "file"  # what is held out: single files, or folders at the top as a whole
     heldout_source: str = ""  # an array of held-out rows; "" = beside the training rows, or some
     # of them
+    # Of arrays, what no file holds: an "error", or "fill": zarr's fill value, for writers that leave
+    # such chunks out.
+    missing_chunks: str = read_by("error")
     workers: int = read_by(0)  # threads that read ahead; 0 = Grain's default
 
 

@@ -60,6 +60,7 @@ def validate(config: ExperimentConfig) -> None:
     check(0 < heldout < 100, f"data.heldout_percent={heldout} must lie between 1 and 99")
     choice("decode.verification", decode.verification, "token block")
     choice("data.split", config.data.split, "file folder")
+    choice("data.missing_chunks", config.data.missing_chunks, "error fill")
     check(0 < decode.top_p <= 1, f"decode.top_p={decode.top_p} must lie in (0, 1]")
     check(0 <= train.warmup_fraction < 1,
           f"train.warmup_fraction={train.warmup_fraction} must lie in [0, 1)")  # fmt: skip
