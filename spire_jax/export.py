@@ -13,7 +13,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from spire_jax.config.files import command_line
+from spire_jax.config.files import command_line, ends_in_a_line
 from spire_jax.config.schema import ConfigError, ExperimentConfig
 from spire_jax.config.values import to_dict
 from spire_jax.pretrained.exported_draft import export_draft
@@ -56,11 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="the folder to write")
     args, config = command_line(parser, argv)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    try:
+    with ends_in_a_line(*ERRORS):
         print(export(config, args.workdir, args.draft, args.out))
-    except ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -357,10 +357,10 @@ esac
 parse "$options" "$flags" "$@"
 # https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.nodes/create
 check name "$name" '[a-z]([-a-z0-9]{0,59}[a-z0-9])?' my-tpu
-check_zone
+check_zone "$zone"
 where=("--zone=$zone" --quiet) # --quiet: asks nothing
 if [[ -n "$project" ]]; then
-  check_project
+  check_project "$project"
   where+=("--project=$project")
 fi
 there=("${where[@]}")

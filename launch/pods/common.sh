@@ -64,11 +64,11 @@ check() {
 }
 
 # Zones end in a letter or in a name of their own (us-central1-ai1a); a region is none.
-check_zone() { check zone "$zone" '[a-z]+(-[a-z]+)+[0-9]+-[a-z0-9]+' us-west4-a; }
+check_zone() { check zone "$1" '[a-z]+(-[a-z]+)+[0-9]+-[a-z0-9]+' us-west4-a; }
 
 # As gcloud has it: an ID, perhaps after a domain (example.com:my-project), or a number.
 check_project() {
-  check project "$project" '([-a-z0-9.]+:)?[a-z0-9]([-a-z0-9]*[a-z0-9])?' my-project
+  check project "$1" '([-a-z0-9.]+:)?[a-z0-9]([-a-z0-9]*[a-z0-9])?' my-project
 }
 
 check_count() { check "$1" "$2" '0|[1-9][0-9]{0,5}' "$3"; }

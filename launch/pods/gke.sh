@@ -163,8 +163,8 @@ esac
 parse "$options" "$flags" "$@"
 check name "$name" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' study
 check cluster "$cluster" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' my-cluster
-check_zone
-check_project
+check_zone "$zone"
+check_project "$project"
 where=("--cluster=$cluster" "--zone=$zone" "--project=$project")
 # --force: asks nothing.
 delete=(xpk workload delete "${where[@]}" "--workload=$name" --force)

@@ -6,7 +6,8 @@ import math
 import pathlib
 
 from pallas_kernels.checks import GPU_HEAD_DIMS, MAX_TOKENS, unsupported_heads
-from spire_jax.config.checks import ConfigError, check, choice, not_negative, positive
+from spire_jax.config.checks import ConfigError, check, choice, not_negative, positive, share
+from spire_jax.config.drafts import check_warm_up
 from spire_jax.config.readers import STAGES
 from spire_jax.config.registry import below
 from spire_jax.config.schema import (
@@ -16,6 +17,10 @@ from spire_jax.config.schema import (
     ModelConfig,
     oracle_depth,
 )
+
+MOST_THREADS = 1000  # of `data.workers`
+MOST_RESAMPLES = 10**6
+MOST_LETTERS = 100  # of a draft's name: folders and files are called after it
 
 
 def is_checkpoint(tokenizer: str) -> bool:
@@ -29,30 +34,51 @@ def tokenizer_size(tokenizer: str) -> int:
     if tokenizer == BYTES:
         return 257
     path, at = pathlib.Path(tokenizer), f"data.tokenizer={tokenizer!r}"
-    if is_checkpoint(tokenizer):
-        return below("pretrained.checkpoint").open_checkpoint(path).model.n_tokens
     make = f"use {BYTES!r}, or make a file with python -m launch.train_tokenizer"
-    check(path.is_file(), f"{at} does not exist; {make}")
+    check(bool(tokenizer), f"data.tokenizer is empty; {make}")
     try:
-        ids = json.loads(path.read_text())["model"]["vocab"].values()
-    except (ValueError, TypeError, KeyError, AttributeError):
+        if is_checkpoint(tokenizer):
+            return below("pretrained.checkpoint").open_checkpoint(path).model.n_tokens
+        check(path.is_file(), f"{at} does not exist; {make}")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        check(values["model"].get("type", "BPE") == "BPE", "")
+        return max(values["model"]["vocab"].values()) + 2
+    except OSError as error:
+        raise ConfigError(f"{at} cannot be read ({error.strerror}); {make}") from None
+    except below("pretrained").PretrainedError as error:
+        raise ConfigError(f"data.tokenizer: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, ConfigError) and str(error):
+            raise
         raise ConfigError(f"{at} is no BPE tokenizer of `tokenizers`; {make}") from None
-    return max(ids) + 2
 
 
 def validate(config: ExperimentConfig) -> None:
     """Raise ConfigError for sizes that cannot work together, before anything is compiled."""
     t, train, decode, ev = config.target, config.train, config.decode, config.eval
     t.check("target", config)
+    check(not t.head_tokens, f"target.head_tokens={t.head_tokens}: a target's head has all tokens; "
+                             f"use 0, or set it for a draft")  # fmt: skip
     positive(train, "train", "steps batch_size seq_len k accumulate log_every attention_chunk")
-    positive(train, "train", "checkpoint_every checkpoints_kept peak_lr")
+    positive(train, "train", "checkpoint_every checkpoints_kept peak_lr eps clip_norm")
+    not_negative(train, "train", "weight_decay")
+    share(train, "train", "b1 b2 warmup_fraction", whole=False)
+    share(train, "train", "final_lr_fraction", whole=True)
+    check_warm_up("train.steps", train.steps, train)
     positive(decode, "decode", "k rounds_per_call chunk chunks_per_round")
     check(all(k >= 1 for k in decode.depths),
           f"decode.depths={decode.depths} must all be 1 or more; () = decode.k alone")  # fmt: skip
     positive(ev, "eval", "contexts output_length batch_size bootstrap timing_repeats heldout_rows")
     not_negative(ev, "eval", "examples decoder_samples")
+    check(ev.bootstrap <= MOST_RESAMPLES,
+          f"eval.bootstrap={ev.bootstrap} resamples do not fit into memory; use "
+          f"{MOST_RESAMPLES} or fewer")  # fmt: skip
     not_negative(decode, "decode", "temperature top_k")
     not_negative(config.data, "data", "workers")
+    check(config.data.workers <= MOST_THREADS,
+          f"data.workers={config.data.workers} are too many threads; use {MOST_THREADS} or "
+          f"fewer")  # fmt: skip
+    check(bool(config.data.source), "data.source is empty; give a folder, or 'stdlib'")
     check(config.seed >= 0, f"seed={config.seed} is negative; use 0 or more")
     check(math.isfinite(decode.temperature), f"decode.temperature={decode.temperature}: use a "
                                              f"finite one, or 0 for greedy")  # fmt: skip
@@ -62,8 +88,6 @@ def validate(config: ExperimentConfig) -> None:
     choice("data.split", config.data.split, "file folder")
     choice("data.missing_chunks", config.data.missing_chunks, "error fill")
     check(0 < decode.top_p <= 1, f"decode.top_p={decode.top_p} must lie in (0, 1]")
-    check(0 <= train.warmup_fraction < 1,
-          f"train.warmup_fraction={train.warmup_fraction} must lie in [0, 1)")  # fmt: skip
     for key, dtype in (("train.dtype", train.dtype), ("decode.dtype", decode.dtype)):
         check(dtype in ("float32", "bfloat16"), f"{key}={dtype!r}; use 'float32' or 'bfloat16'")
     _validate_attention(config)
@@ -138,10 +162,14 @@ def _validate_drafts(config: ExperimentConfig) -> None:
         at = f"drafts.{name}"
         check(name.replace("_", "").replace("-", "").isalnum(),
               f"{at}: use letters, digits, _ and -")  # fmt: skip
+        check(len(name) <= MOST_LETTERS, f"{at}: the name has {len(name)} letters, and folders "
+                                         f"are called so; use {MOST_LETTERS} or fewer")  # fmt: skip
         check(name != AUTOREGRESSIVE, f"{at}: the name means decoding without a draft; rename it")
         check(name not in STAGES, f"{at}: the name means a stage of the pipeline; rename it")
         draft.check(at, config)
+    names = [name for name, _ in config.drafts]
     for name, draft in config.variants:
+        check(name not in names, f"drafts.{name}: the name means a draft of the study; rename it")
         draft.check(f"the study's {name}", config)
 
 
@@ -184,7 +212,12 @@ def _validate_throughput(config: ExperimentConfig) -> None:
 
 
 def with_vocabulary(config: ExperimentConfig) -> ModelConfig:
-    tokens = config.target.n_tokens or tokenizer_size(config.data.tokenizer)
+    tokens = config.target.n_tokens
+    if not (tokens and config.pretrained.path):
+        of_data = tokenizer_size(config.data.tokenizer)
+        tokens = tokens or of_data
+        check(tokens >= of_data, f"target.n_tokens={tokens} is under the data's {of_data} tokens; "
+                                 f"leave it out")  # fmt: skip
     size = config.target.vocab_size or -(-tokens // 8) * 8
     check(size >= tokens, f"target.vocab_size={size} is under the data's {tokens} tokens; use "
                           f"{tokens} or more, or 0 for the smallest that fits")  # fmt: skip

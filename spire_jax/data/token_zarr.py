@@ -193,7 +193,7 @@ def _check_holes(place: str, array: ts.TensorStore) -> None:
     if lost.any():
         row, column = (int(i) for i in np.argwhere(lost)[0])
         rows = f"{row * steps[0]}..{min((row + 1) * steps[0], array.shape[0]) - 1}"
-        raise DataError(f"{place}: {lost.sum()} chunks are missing that no padding would leave out, "
+        raise DataError(f"{place}: {lost.sum()} chunks are missing that no padding leaves out, "
                         f"first that of rows {rows} from column {column * steps[1]} on; copy the "
                         f"array again")  # fmt: skip
 
@@ -240,12 +240,13 @@ class ZarrTokens:
         try:
             ids = self._opened[which][row, begin:end].read().result()
         except (ValueError, RuntimeError, OSError) as error:
-            lost = str(error).startswith("NOT_FOUND")
-            left_out = (", or set data.missing_chunks='fill' if its writer leaves out chunks of "
-                        "fill values alone, as zarr-python does") if lost else ""
+            remedy = "copy or make the array again"
+            if str(error).startswith("NOT_FOUND"):
+                remedy += (", or set data.missing_chunks='fill' if its writer leaves out chunks of "
+                           "fill values alone, as zarr-python does")  # fmt: skip
             raise DataError(
                 f"{array.place}, row {row}: columns {begin}..{end - 1} cannot be read "
-                f"({reason(error)}); copy or make the array again{left_out}"
+                f"({reason(error)}); {remedy}"
             ) from error
         outside = (ids < 0) | (ids >= self.n_tokens)
         if outside.any():

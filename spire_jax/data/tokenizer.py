@@ -11,6 +11,7 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from spire_jax.config.checks import ConfigError
 from spire_jax.config.schema import BYTES
 from spire_jax.config.validation import is_checkpoint, tokenizer_size
 from spire_jax.pretrained.tokenizer import load_tokenizer
@@ -75,13 +76,23 @@ class BpeTokenizer:
     def __init__(self, path: pathlib.Path):
         self.n_tokens = tokenizer_size(str(path))
         content = path.read_bytes()
+        try:
+            self._bpe = tokenizers.Tokenizer.from_buffer(content)
+            entries = self._bpe.get_vocab()
+        except Exception as error:  # it has no class of its own
+            raise ConfigError(f"data.tokenizer={str(path)!r} cannot be read by `tokenizers` "
+                              f"({error}); make it again") from None  # fmt: skip
+        if max(entries.values(), default=0) >= self.n_tokens - 1:
+            raise ConfigError(
+                f"data.tokenizer={str(path)!r} has added tokens beyond its vocabulary, where the "
+                f"separator stands; leave them out, or give the folder of their checkpoint"
+            )
         self.separator = self.n_tokens - 1
         # By content: the same file elsewhere is the same tokenizer.
         self.name = f"bpe-{self.n_tokens}-{hashlib.sha256(content).hexdigest()[:16]}"
-        self._bpe = tokenizers.Tokenizer.from_buffer(content)
         # In a byte-level vocabulary a character of an entry stands for a byte.
         self._bytes = np.zeros(self.n_tokens, np.int64)
-        for entry, i in self._bpe.get_vocab().items():
+        for entry, i in entries.items():
             self._bytes[i] = len(entry)
 
     def encode(self, text: bytes | str) -> Int[np.ndarray, " n"]:

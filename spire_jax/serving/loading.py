@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig, StudyConfig
 from spire_jax.config.validation import validate
+from spire_jax.config.values import convert
 from spire_jax.data.tokenizer import Tokenizer, make_tokenizer
 from spire_jax.decoding.build import for_decoding, make_decoder
 from spire_jax.decoding.rounds import Decoder, Weights
@@ -127,7 +128,10 @@ class _Target:
 
 def with_options(args: argparse.Namespace, config: ExperimentConfig) -> ExperimentConfig:
     """The config with the command's own sampling options in it; ConfigError."""
-    given = {name: value for name in ("temperature", "top_k", "top_p")
+    usual = config.decode
+    given = {name: convert(value, type(of), f"--{name.replace('_', '-')}", of)
+             for name, of in (("temperature", usual.temperature), ("top_k", usual.top_k),
+                              ("top_p", usual.top_p))
              if (value := getattr(args, name)) is not None}  # fmt: skip
     config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, **given))
     validate(config)
