@@ -17,6 +17,7 @@ from spire_jax.config.schema import (
     ModelConfig,
     oracle_depth,
 )
+from spire_jax.config.values import MOST
 
 MOST_THREADS = 1000  # of `data.workers`
 MOST_RESAMPLES = 10**6
@@ -101,6 +102,11 @@ def validate(config: ExperimentConfig) -> None:
     _validate_drafts(config)
     _validate_throughput(config)
     longest = max(ev.context_lengths) + ev.output_length + oracle_depth(config)
+    for section, rows, length in (("train", train.batch_size, train.seq_len),
+                                  ("eval", ev.batch_size, longest)):  # fmt: skip
+        check(rows * length < MOST,
+              f"{section}.batch_size={rows} rows of {length} tokens are more than an array can "
+              f"count; use fewer or shorter ones")  # fmt: skip
     check(t.max_len == 0 or longest <= t.max_len,
           f"eval.context_lengths + eval.output_length + k = {longest} goes beyond "
           f"target.max_len={t.max_len}; shorten the context or the output")  # fmt: skip
@@ -212,12 +218,7 @@ def _validate_throughput(config: ExperimentConfig) -> None:
 
 
 def with_vocabulary(config: ExperimentConfig) -> ModelConfig:
-    tokens = config.target.n_tokens
-    if not (tokens and config.pretrained.path):
-        of_data = tokenizer_size(config.data.tokenizer)
-        tokens = tokens or of_data
-        check(tokens >= of_data, f"target.n_tokens={tokens} is under the data's {of_data} tokens; "
-                                 f"leave it out")  # fmt: skip
+    tokens = config.target.n_tokens or tokenizer_size(config.data.tokenizer)
     size = config.target.vocab_size or -(-tokens // 8) * 8
     check(size >= tokens, f"target.vocab_size={size} is under the data's {tokens} tokens; use "
                           f"{tokens} or more, or 0 for the smallest that fits")  # fmt: skip
