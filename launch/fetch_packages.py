@@ -19,9 +19,11 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 
-from spire_jax.config.files import exit_with_error
+from spire_jax.config.files import ends_in_a_line
 from spire_jax.config.paths import local_path
+from spire_jax.config.schema import ConfigError
 from spire_jax.data.corpus import DataError
+from spire_jax.storage.paths import read_record
 
 STAMP = ".packages.json"  # hidden: no part of the corpus
 # Wheels for any platform and any Python 3 from 3.11 on, so that every machine takes the same ones.
@@ -37,13 +39,18 @@ def fetch(packages: pathlib.Path, out: pathlib.Path) -> dict[str, int]:
             cannot get as listed.
     """
     if not packages.is_file():
-        raise DataError(f"--list={packages} does not exist")
-    lines = [line.partition(" #")[0].strip() for line in packages.read_text().splitlines()]
+        raise DataError(f"--list={packages} is no file; name a list of pip's, such as "
+                        f"configs/python_packages.txt")  # fmt: skip
+    try:
+        text = packages.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"--list={packages} is no text ({error}); name a list of pip's") from None
+    lines = [line.partition(" #")[0].strip() for line in text.splitlines()]
     listed = "".join(f"{line}\n" for line in lines if line and not line.startswith("#"))
     made_from = hashlib.sha256(listed.encode()).hexdigest()
     if out.exists():
         stamp = out / STAMP
-        found = json.loads(stamp.read_text()) if stamp.is_file() else {}
+        found = read_record(stamp) if stamp.is_file() else {}
         if found.get("list_sha256") == made_from:
             return found["files"]
         raise DataError(f"--out={out} exists and was not made from {packages}; remove it, or name "
@@ -85,10 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", type=local_path, required=True, help="a requirements file")
     parser.add_argument("--out", type=local_path, required=True, help="the corpus's folder")
     args = parser.parse_args(argv)
-    try:
+    with ends_in_a_line(ConfigError, DataError, zipfile.BadZipFile):
         files = fetch(args.list, args.out)
-    except (DataError, OSError, zipfile.BadZipFile) as error:
-        exit_with_error(error)
     print(f"{args.out}: {sum(files.values())} files of {len(files)} packages")
     return 0
 

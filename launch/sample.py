@@ -21,7 +21,7 @@ import numpy as np
 import rich.console
 from matplotlib.figure import Figure
 
-from spire_jax.config.files import exit_with_error, load
+from spire_jax.config.files import ends_in_a_line, load
 from spire_jax.config.paths import path_or_url
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig
 from spire_jax.results import plots
@@ -164,10 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", type=path_or_url, required=True,
                         help="a finished run of configs/quickstart.py")  # fmt: skip
     args = parser.parse_args(argv)
-    try:
+    with ends_in_a_line(ConfigError):
         write(ROOT, load(ROOT / CONFIG), locate(args.workdir))
-    except (ConfigError, OSError) as error:
-        exit_with_error(error)
     print(f"written: {README}, {CONFIG}, {PICTURE}")
     return 0
 

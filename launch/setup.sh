@@ -7,6 +7,7 @@
 # Quick when nothing has changed: a stamp in .venv holds the hash of the lists and the version of
 # Python. What an interrupted run left half-made is made again. PYTHON=/path/to/python chooses
 # the interpreter that a new .venv is made with. What was installed by hand (jax[tpu], ...) stays.
+# The environment's Python finds spire_jax, pallas_kernels and launch wherever it is started.
 # --newest makes .venv-newest beside it, with the newest Python on the PATH or of pyenv: from 3.12
 # on there are newer releases of jax.
 set -euo pipefail
@@ -94,6 +95,17 @@ parts = [open(name.rstrip("\n"), "rb").read() for name in sys.stdin]
 print(hashlib.sha256(b"\0".join(parts)).hexdigest())'
 }
 
+# What an editable installation comes to: a line that names this folder. It needs no network and
+# nothing that builds packages, which --locked would have to pin.
+make_importable() {
+  local version place
+  version="$(version_of "$venv/bin/python")"
+  place="$venv/lib/python${version%.*}/site-packages"
+  [[ "$(cat "$place/spire_jax.pth" 2>/dev/null)" != "$PWD" ]] || return 0
+  mkdir -p "$place"
+  echo "$PWD" >"$place/spire_jax.pth"
+}
+
 is_current() {
   [[ -f "$(stamp_of "$list")" && ! -e "$busy" ]] && works &&
     [[ "$(cat "$(stamp_of "$list")")" == "$(stamp_text "$list")" ]]
@@ -128,7 +140,10 @@ else
   [[ -f "$list" ]] || fail "there is no list of requirements called $list"
 fi
 [[ -z "${PYTHON:-}" ]] || ! works || check_choice_of_python
-! is_current || exit 0
+if is_current; then
+  make_importable || fail "$PWD/$venv cannot be written"
+  exit
+fi
 
 # One installation at a time.
 interrupted=""
@@ -161,4 +176,5 @@ say "installing $list (a few minutes the first time)"
 while read -r file; do
   stamp_text "$file" >"$(stamp_of "$file")"
 done < <(files_of "$list")
+make_importable
 rm -f "$busy"

@@ -12,14 +12,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from spire_jax.config.files import command_line, exit_with_error
+from spire_jax.config.files import command_line, ends_in_a_line, exit_with_error
 from spire_jax.config.paths import local_path
 from spire_jax.config.schema import BYTES
 from spire_jax.data.corpus import DataError
 from spire_jax.data.sources import load_corpus
 from spire_jax.data.tokenizer import make_tokenizer, train_bpe
 
-SMALLEST = 257  # every byte, and the separator
+SMALLEST, LARGEST = 257, 2**24  # every byte, and the separator; what `tokenizers` can count to
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,11 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     # The config's own tokenizer is the one to be made: the corpus is read as bytes.
     args, config = command_line(parser, [*given, f"--config.data.tokenizer={BYTES}"])
-    if args.out.exists():
-        exit_with_error(f"--out={args.out} exists; remove it, or name another file")
-    if args.n_tokens < SMALLEST:
-        exit_with_error(f"--n-tokens={args.n_tokens}; use {SMALLEST} or more")
-    try:
+    if not SMALLEST <= args.n_tokens <= LARGEST:
+        exit_with_error(f"--n-tokens={args.n_tokens}; use {SMALLEST} to {LARGEST}")
+    with ends_in_a_line(DataError):
+        if args.out.exists():
+            exit_with_error(f"--out={args.out} exists; remove it, or name another file")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         corpus = load_corpus(config.data)
         texts = (corpus.tokens_of(d)[:-1].astype("uint8").tobytes().decode()
                  for d in corpus.split(heldout=False))  # fmt: skip
@@ -44,12 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (size := bpe.get_vocab_size() + 1) != args.n_tokens:
             raise DataError(f"the corpus yields only {size} tokens, not --n-tokens="
                             f"{args.n_tokens}; use fewer, or more text")  # fmt: skip
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         temporary = args.out.with_name(f".{args.out.name}.tmp")
         bpe.save(str(temporary))
         os.replace(temporary, args.out)
-    except (DataError, OSError) as error:
-        exit_with_error(error)
     print(f"{args.out}: {make_tokenizer(str(args.out)).name}")
     return 0
 

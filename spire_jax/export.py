@@ -14,7 +14,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from spire_jax.config.files import command_line
+from spire_jax.config.files import command_line, ends_in_a_line
 from spire_jax.config.paths import local_path, path_or_url
 from spire_jax.config.schema import ConfigError, ExperimentConfig
 from spire_jax.config.values import to_dict
@@ -59,11 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=local_path, required=True, help="the folder to write")
     args, config = command_line(parser, argv)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    try:
+    with ends_in_a_line(*ERRORS):
         print(export(config, args.workdir, args.draft, args.out))
-    except ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

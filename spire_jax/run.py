@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 
-from spire_jax.config.files import command_line
+from spire_jax.config.files import command_line, in_words, is_out_of_memory
 from spire_jax.config.identity import Stage, batch_seed
 from spire_jax.config.paths import path_or_url
 from spire_jax.config.readers import STAGES
@@ -39,7 +39,7 @@ from spire_jax.results.study_report import print_study, write_study
 from spire_jax.storage.bucket import check_bucket, in_bucket, trouble
 from spire_jax.storage.checkpoints import Checkpoints, save_params
 from spire_jax.storage.metrics import write_whole
-from spire_jax.storage.paths import free_bytes, locate
+from spire_jax.storage.paths import free_bytes, locate, read_record
 from spire_jax.storage.processes import (
     PREEMPTED,
     Preempted,
@@ -79,6 +79,8 @@ class Pipeline:
     def run(self, stages: Sequence[str]) -> dict[str, Any] | None:
         """Run the stages named, in order; returns the report's summary if it was among them."""
         names = list(self.config.trained)
+        if not stages:
+            raise ConfigError(f"--stages is empty; there are {[*STAGES, *names]}")
         unknown = set(stages) - set(STAGES) - set(names)
         if unknown:
             raise ConfigError(f"--stages: unknown {sorted(unknown)}; there are {[*STAGES, *names]}")
@@ -236,7 +238,7 @@ class Pipeline:
             write_report(self.at.folder, self.config, stages=plan.hashes)
             self.at.stamp(plan.report)
         of_first(True)  # it is there
-        return json.loads((self.at.place(plan.report) / "summary.json").read_text())
+        return read_record(self.at.place(plan.report) / "summary.json")
 
     def study(self) -> None:
         """Evaluate every variant and write what the study found, unless it is there."""
@@ -312,13 +314,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (*ERRORS, ReportError) as error:
         nameless = isinstance(error, OSError) and error.filename is None
         where = f" (work directory: {args.workdir})" if nameless else ""
-        say(f"error: {error}{where}")
+        say(f"error: {in_words(error)}{where}")
         return 2
     except Preempted as stopped:
         say(f"{stopped}; the same command goes on")
         return PREEMPTED
     except Exception as error:
-        if (said := trouble(error)) is None:
+        said = in_words(error) if is_out_of_memory(error) else trouble(error)
+        if said is None:
             raise
         say(f"error: {said} (work directory: {args.workdir})")
         return 2

@@ -1,9 +1,15 @@
 """Chat templates: rendered as transformers renders them, and harmless whoever wrote them."""
 
+import functools
+import json
+import os
+import pathlib
 import subprocess
 import sys
+import textwrap
 import time
 
+import jinja2
 import pytest
 
 from spire_jax.pretrained import PretrainedError, chat
@@ -175,6 +181,86 @@ def test_a_message_that_cannot_be_left_open():
         render_unfinished("{{ messages[0].content }}", [*MESSAGES, own])
     with pytest.raises(PretrainedError, match="it calls tools; add what they answer"):
         render_unfinished(CHATML, [*MESSAGES, {**own, "tool_calls": [{}]}])
+
+
+# --- systems that are not like this one ----------------------------------------------------------
+
+SITE = pathlib.Path(jinja2.__file__).parents[1]  # where Jinja is installed
+HOLDING = "{% set a = 'a' * (4 * 10**8) %}{% for i in range(99999) %}{{ a[:9] }}" * 3
+UNBOUNDED = f"""
+    import resource, runpy, sys
+    real = resource.setrlimit
+    def setrlimit(kind, limits):
+        if kind == resource.RLIMIT_AS:
+            raise ValueError("current limit exceeds maximum limit")
+        real(kind, limits)
+    resource.setrlimit = setrlimit
+    {{mac}}
+    runpy.run_path({str(chat.WORKER)!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture
+def worker(monkeypatch, tmp_path):
+    """`worker(code)`: the code is the process that renders."""
+    before = chat._worker
+
+    def use(code: str, memory: int | None = None) -> None:
+        script = tmp_path / "worker.py"
+        script.write_text(textwrap.dedent(code))
+        monkeypatch.setattr(chat, "WORKER", script)
+
+        def start() -> chat._Worker:
+            started = before.__wrapped__()
+            return started._replace(memory=memory) if started.memory else started
+
+        monkeypatch.setattr(chat, "_worker", functools.cache(start))
+
+    yield use
+    if chat._worker is not before and chat._worker.cache_info().currsize:
+        chat._end(chat._worker().process)
+
+
+@pytest.mark.parametrize("mac", ["", "sys.platform = 'darwin'"])
+def test_memory_has_a_bound_where_the_system_sets_none(worker, mac):
+    """macOS refuses RLIMIT_AS, or takes it and holds nobody to it."""
+    worker(UNBOUNDED.format(mac=mac), memory=1 << 28)
+    assert render(CHATML, MESSAGES[1:]).startswith("<|im_start|>system\nDefault")
+    with pytest.raises(PretrainedError, match="MemoryError: it takes more than 256 MiB"):
+        render(HOLDING + "{% endfor %}" * 3, MESSAGES)
+    assert render("still {{ 'here' }}", MESSAGES) == "still here"
+
+
+def test_memory_that_cannot_be_looked_at_is_none_to_use(worker, monkeypatch):
+    worker(UNBOUNDED.format(mac=""), memory=1 << 28)
+    monkeypatch.setattr(chat, "_memory_of", lambda pid: None)
+    with pytest.raises(PretrainedError, match="cannot be looked at, for which `ps` is needed"):
+        render(HOLDING + "{% endfor %}" * 3, MESSAGES)
+
+
+def test_a_lower_limit_of_ones_own_is_kept():
+    bash = ["bash", "-c", 'ulimit -v 900000; exec "$@"', "bash"]
+    command = [*bash, sys.executable, "-I", "-S", chat.WORKER, SITE]
+    told = subprocess.run(command, input="", capture_output=True, text=True)
+    assert json.loads(told.stdout)["bounded"], told.stderr
+
+
+def test_jinja_is_found_wherever_this_process_has_it():
+    """Here by PYTHONPATH alone, which the process that renders does not listen to."""
+    code = "from spire_jax.pretrained.chat import render; print(render('{{ 6 * 7 }}', []))"
+    root = pathlib.Path(chat.__file__).parents[2]
+    python = getattr(sys, "_base_executable", sys.executable)  # beside no site-packages of ours
+    done = subprocess.run(
+        [python, "-c", code], capture_output=True, text=True,
+        env={"PYTHONPATH": os.pathsep.join(map(str, (root, SITE)))},
+    )  # fmt: skip
+    assert done.stdout == "42\n", done.stderr
+
+
+def test_a_process_that_does_not_start_is_named(worker):
+    worker("raise SystemExit(3)")
+    with pytest.raises(PretrainedError, match=r"does not start \(its status is 3.*install jinja2"):
+        render("x", MESSAGES)
 
 
 def test_the_plain_one_of_several_templates():

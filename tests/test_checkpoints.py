@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 
+from spire_jax.config.checks import ConfigError
 from spire_jax.storage.checkpoints import (
     CheckpointError,
     Checkpoints,
@@ -185,6 +186,23 @@ def test_another_identity_is_named_before_anything_is_touched(tmp_path):
     with opened(tmp_path / "c") as checkpoints:  # the same identity: lists equal tuples
         assert checkpoints.steps() == [1]
     assert not left_over.exists()
+
+
+def test_an_identity_that_nothing_came_of_stands_in_nobodys_way(tmp_path):
+    """Of training that was refused or killed before its first checkpoint: a corrected value."""
+    opened(tmp_path, identity={"seed": 1}).__exit__(None, None, None)
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"w": jnp.ones(4)})
+    with pytest.raises(CheckpointError, match="seed"):
+        opened(tmp_path, identity={"seed": 1})
+
+
+def test_a_damaged_identity_is_named(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"w": jnp.ones(4)})
+    (tmp_path / "identity.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"identity.json is damaged .*; move the folder .* away"):
+        opened(tmp_path)
 
 
 def test_checkpoints_of_unknown_identity_are_refused(tmp_path):

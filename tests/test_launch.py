@@ -102,6 +102,22 @@ def test_set_up_once(place):
     assert place.done() == []
 
 
+def test_what_is_here_can_be_imported_from_anywhere(place):
+    """Also by an environment that was made before, or of a folder that has moved; offline."""
+    place.python()
+    set_up(place)
+    packages = place.venv / "lib/python3.12/site-packages"
+    code = "import site, sys; site.addsitedir(sys.argv[1]); import launch; print(*launch.__path__)"
+    for before in (None, "", "/elsewhere\n"):
+        if before is not None:
+            (packages / "spire_jax.pth").write_text(before)
+            assert place.run("launch/setup.sh", STUB_PIP="fail").returncode == 0
+            assert place.done() == []
+        found = subprocess.run([sys.executable, "-I", "-S", "-c", code, packages], cwd="/",
+                               capture_output=True, text=True)  # fmt: skip
+        assert found.stdout == f"{place.root}/launch\n", found.stderr
+
+
 def test_installs_again_when_a_list_or_python_has_changed(place):
     place.python()
     set_up(place)

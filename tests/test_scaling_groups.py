@@ -169,7 +169,7 @@ def test_replicated_drafting_pays_from_one_batch_on_while_memory_binds(
         ("spire", {"links": 7}, "links=7: a v5p has 6; 0 stands for all"),
         ("spire", {"links": -1}, "links=-1: a v5p has 6"),
         ("spire", {"activation_bytes": 0.0}, "activation_bytes=0.0 must be above 0"),
-        ("spire", {"latency_s": -1.0}, "latency_s=-1.0 is negative"),
+        ("spire", {"latency_s": -1.0}, "latency_s=-1.0 must be 0 or more"),
         ("spire", {"reserve": 1.0}, "reserve=1.0 must be 0 or more and below 1"),
         ("medusa", {}, "no draft named 'medusa'"),
         ("spire", {"batch": 0}, "batch=0 must be above 0"),

@@ -11,6 +11,7 @@ from token_arrays import ids, opened, store_array, take
 
 from spire_jax import run
 from spire_jax.data import pipeline, token_zarr
+from spire_jax.data.corpus import DataError
 from spire_jax.data.pipeline import (
     Dataset,
     InBands,
@@ -74,6 +75,31 @@ def test_two_arrays_are_two_sides(tmp_path, named):
         tokens = [corpus.tokens_of(d) for d in corpus.split(side)]
         assert np.array_equal(np.stack(tokens), values)
     assert [d.path for d in corpus.split(True)] == [f"{places[1]} row {i}" for i in range(3)]
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_chunks_that_a_writer_left_out_are_read_where_that_is_said(tmp_path, version):
+    """Chunks of the fill value alone, which the writer here leaves out as zarr-python does."""
+    values = ids(40, 12) | 1
+    values[:10, 8:] = values[10:20, 4:] = 0
+    place = store_array(tmp_path / "t.zarr", values, (10, 4), version)
+    assert len([p for p in place.rglob("*") if p.name[-1].isdecimal() and p.is_file()]) == 9
+    with pytest.raises(DataError, match=r"NOT_FOUND.*, or set data.missing_chunks='fill' if its w"):
+        for document in (corpus := opened(place)).documents:
+            corpus.tokens_of(document)
+    corpus = opened(place, missing_chunks="fill")
+    read = [corpus.tokens_of(document) for document in corpus.documents]
+    assert np.array_equal(np.stack(read), values)
+
+
+def test_chunks_beyond_the_lengths_of_rows_are_not_missed(tmp_path):
+    values, lengths = ids(40, 12) | 1, np.full(40, 12, np.int32)
+    values[:10, 8:], lengths[:10] = 0, 7
+    place = store_array(tmp_path / "t.zarr", values, (10, 4), 2)
+    store_array(tmp_path / "t.lengths.zarr", lengths)
+    corpus = opened(place)
+    for row, document in enumerate(corpus.documents):
+        assert np.array_equal(corpus.tokens_of(document), values[row, : lengths[row]])
 
 
 def test_padding_is_no_text(tmp_path):

@@ -192,6 +192,28 @@ def test_a_chunk_that_is_lost_later_is_no_zero(tmp_path, monkeypatch):
             corpus.tokens_of(document)
 
 
+@pytest.mark.parametrize("lost, words", [
+    (["1.1"], r"1 chunks are missing .*, first that of rows 20\.\.39 from column 4 on; copy "),
+    (["2.0", "2.1", "2.2"], r"first that of rows 40\.\.59 from column 0 on"),
+])  # fmt: skip
+def test_a_copy_in_part_is_no_padding(tmp_path, lost, words):
+    """Where missing chunks are filled: all of a row's are gone, or one before others."""
+    place = store_array(tmp_path / "t.zarr", ids(60, 12) | 1, (20, 4), version=2)
+    opened(place, missing_chunks="fill")
+    for name in lost:
+        (place / name).unlink()
+    with pytest.raises(DataError, match=words):
+        opened(place, missing_chunks="fill")
+
+
+def test_without_a_fill_value_there_is_nothing_to_fill_in(tmp_path):
+    place = store_array(tmp_path / "t.zarr", ids(60, 12), version=2)
+    metadata = json.loads((place / ".zarray").read_text())
+    (place / ".zarray").write_text(json.dumps(metadata | {"fill_value": None}))
+    with pytest.raises(DataError, match=r"names no fill value, so that data.missing_chunks"):
+        opened(place, missing_chunks="fill")
+
+
 def test_the_command_says_what_is_wrong_before_anything_is_made(tmp_path, capsys):
     vocabulary(tmp_path)
     work = tmp_path / "work"

@@ -18,9 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from launch.bench.command_line import count
 from launch.bench.timing import interleaved
 from spire_jax.config.drafts import TransformerOptions
-from spire_jax.config.files import command_line
+from spire_jax.config.files import command_line, ends_in_a_line
 from spire_jax.config.schema import AUTOREGRESSIVE, ExperimentConfig
 from spire_jax.costs.hardware import describe
 from spire_jax.data.pipeline import Batch
@@ -38,16 +39,17 @@ from spire_jax.training.tasks import (
     trainable,
     with_shared,
 )
+from spire_jax.training.workdir import ERRORS
 
 KERNELS = {"tpu": "tpu", "gpu": "gpu", "cpu": "interpret"}  # of each platform
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--steps", type=int, default=3, help="of training, before losses are held")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=0, help="of the target; 0 = the config's")
-    parser.add_argument("--length", type=int, default=0, help="of training and of the context")
+    parser.add_argument("--steps", type=count, default=3, help="of training, then losses are held")
+    parser.add_argument("--repeats", type=count, default=5)
+    parser.add_argument("--layers", type=count, default=0, help="of the target; 0 = the config's")
+    parser.add_argument("--length", type=count, default=0, help="of training and of the context")
     args, config = command_line(parser, argv)
     config = sized(config, args.layers, args.length)
     platform = jax.devices()[0].platform
@@ -156,4 +158,5 @@ def bench_decoding(config: ExperimentConfig, kernel: str, repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_a_line(*ERRORS):
+        main()

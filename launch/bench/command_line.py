@@ -1,6 +1,21 @@
 """What the benchmarks' command lines share."""
 
 import argparse
+import math
+
+
+def count(text: str) -> int:
+    """A whole number, 1 or more."""
+    if (found := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: use 1 or more")
+    return found
+
+
+def minutes(text: str) -> float:
+    """Above 0, and finite."""
+    if not 0 < (found := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: use a finite number above 0")
+    return found
 
 
 def sizes(text: str) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from launch.bench.command_line import sizes
+from launch.bench.command_line import count, sizes
 from launch.bench.round_pieces import normal, random_like, random_params
 from spire_jax.config.schema import ModelConfig
 from spire_jax.models.attention import Compute
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=sizes, default=default, help="such as 1,4")
     parser.add_argument("--products", choices=("auto", "xla"), default="auto",
                         help="auto: the kernel for a few rows; xla: without it")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=count, default=10)
     args = parser.parse_args(argv)
     report(SMOLLM2_135M, args)
 

@@ -35,7 +35,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from launch.bench.command_line import sizes
+from launch.bench.command_line import count, sizes
 from spire_jax.config.files import command_line, exit_with_error
 from spire_jax.config.paths import local_path, path_or_url
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig
@@ -256,8 +256,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, default in (("batch", "1,4,16"), ("context", "128,1024,4096"), ("k", "4")):
         parser.add_argument(f"--{name}", type=sizes, default=sizes(default))
     parser.add_argument("--dtype", default="float32,bfloat16", help="comma-separated")
-    parser.add_argument("--tokens", type=int, default=32, help="per row and run, about")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=count, default=32, help="per row and run, about")
+    parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--peers", action="store_true", help="transformers and llama.cpp too")
     parser.add_argument("--out", type=local_path, default=pathlib.Path("runs/bench_decode"))
     args, config = command_line(parser, argv)

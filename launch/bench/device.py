@@ -29,6 +29,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from launch.bench.command_line import minutes
 from launch.bench.timing import save
 from spire_jax.config.paths import local_path
 
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [part.name for part in parts(small=True)]
     parser = argparse.ArgumentParser("launch/bench/device.sh", None, __doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=local_path, required=True, help="a JSON file")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
+    parser.add_argument("--minutes", type=minutes, default=9.0, help="for all parts together")
     parser.add_argument("--parts", default=",".join(names), help="of " + ", ".join(names))
     parser.add_argument("--small", action="store_true", help="tiny shapes; all that a CPU runs")
     args = parser.parse_args(argv)

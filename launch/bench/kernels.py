@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch.bench import timing
+from launch.bench.command_line import minutes
 from launch.bench.timing import Call, Run, compiled, seconds, verdict
 from pallas_kernels.decode_attention import gpu, reference, tpu
 from pallas_kernels.decode_attention.specs import Spec
@@ -35,6 +36,7 @@ from pallas_kernels.platform import cores_per_device
 from pallas_kernels.streaming_attention import reference as streaming_reference
 from pallas_kernels.streaming_attention import tpu as streaming_tpu
 from pallas_kernels.streaming_attention.specs import Spec as Text
+from spire_jax.config.files import ends_in_a_line
 from spire_jax.config.paths import local_path
 from spire_jax.costs.hardware import describe
 from spire_jax.models.attention import Compute, attention, cached_attention
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--small", action="store_true", help="tiny shapes; all that a CPU runs")
     parser.add_argument("--parts", type=parts, default=PARTS, help="of check, decode, streaming")
-    parser.add_argument("--minutes", type=float, default=7.0, help="after which nothing is begun")
+    parser.add_argument("--minutes", type=minutes, default=7.0, help="after which nothing is begun")
     parser.add_argument("--out", type=local_path, help="a JSON file for all figures")
     args = parser.parse_args(argv)
     platform = jax.devices()[0].platform
@@ -320,4 +322,5 @@ def summary(run: Run) -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_a_line():
+        main()

@@ -25,8 +25,9 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from launch.bench.command_line import count
 from launch.bench.train_steps import trained, training_steps
-from spire_jax.config.files import command_line, exit_with_error
+from spire_jax.config.files import command_line, ends_in_a_line, exit_with_error
 from spire_jax.config.schema import ConfigError
 from spire_jax.costs.hardware import describe
 from spire_jax.data.corpus import DataError
@@ -34,6 +35,7 @@ from spire_jax.data.pipeline import Dataset, train_batches
 from spire_jax.data.sources import load_corpus
 from spire_jax.models.sharding import MESH_AXES, check_mesh, make_mesh
 from spire_jax.training.loop import to_device
+from spire_jax.training.workdir import ERRORS
 
 WARM_UP = 3  # steps: the first compiles, the second finds the layouts that the first has left
 
@@ -114,8 +116,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--meshes", type=parse_meshes, default="1; 4:data=4; 4:fsdp=4; 4:tensor=2,data=2"
     )
-    parser.add_argument("--steps", type=int, default=5, help="in a turn")
-    parser.add_argument("--repeats", type=int, default=7, help="turns")
+    parser.add_argument("--steps", type=count, default=5, help="in a turn")
+    parser.add_argument("--repeats", type=count, default=7, help="turns")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args, config = command_line(parser, argv)
     if args.worker:
@@ -156,4 +158,5 @@ def print_table(meshes, found, train) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_a_line(*ERRORS):
+        main()

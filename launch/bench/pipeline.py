@@ -17,8 +17,9 @@ import time
 import jax
 import numpy as np
 
+from launch.bench.command_line import count
 from launch.bench.train_steps import measure, trained
-from spire_jax.config.files import command_line
+from spire_jax.config.files import command_line, ends_in_a_line
 from spire_jax.config.paths import path_or_url
 from spire_jax.config.schema import ExperimentConfig, oracle_depth
 from spire_jax.costs.hardware import describe, peak_memory_bytes
@@ -34,14 +35,14 @@ from spire_jax.results.evaluate import (
     sample_texts,
     target_pass,
 )
-from spire_jax.training.workdir import WorkDir
+from spire_jax.training.workdir import ERRORS, WorkDir
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--workdir", type=path_or_url, default="runs/quickstart",
                         help="of a finished run")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=count, default=7)
     args, config = command_line(parser)
     print(" | ".join(describe().values()))
     sized = dataclasses.replace(
@@ -180,4 +181,5 @@ def _variance(results) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_a_line(*ERRORS):
+        main()

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch.bench import round_report
-from launch.bench.command_line import sizes
+from launch.bench.command_line import count, sizes
 from launch.bench.round_pieces import (
     Buffers,
     normal,
@@ -59,7 +59,7 @@ from launch.bench.round_pieces import (
 )
 from launch.bench.round_report import DRAFT, LLAMA_3_8B, SMALL, Shape, experiment
 from launch.bench.timing import interleaved
-from spire_jax.config.files import exit_with_error
+from spire_jax.config.files import ends_in_a_line
 from spire_jax.config.paths import local_path
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError
 from spire_jax.costs.hardware import describe
@@ -320,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=local_path, default=pathlib.Path("runs/round"))
     for name in ("batch", "context", "k"):
         parser.add_argument(f"--{name}", type=sizes, help="such as 8,32; default: by shape")
-    parser.add_argument("--repeats", type=int, default=5, help="timed loops of each piece")
+    parser.add_argument("--repeats", type=count, default=5, help="timed loops of each piece")
     parser.add_argument(
         "--operators",
         action=argparse.BooleanOptionalAction,
@@ -332,15 +332,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape = SMALL if (on_cpu if args.small is None else args.small) else LLAMA_3_8B
     operators = shape is SMALL if args.operators is None else args.operators
     grid = {name: getattr(args, name) or getattr(shape, name) for name in ("batch", "context", "k")}
-    try:
+    with ends_in_a_line(ConfigError):
         if min(grid["context"]) < 2:
             raise ConfigError(f"--context={min(grid['context'])} must be 2 or more")
         bench = Bench(shape, args.repeats, operators)
         print(" | ".join([*describe().values(), shape.name, shape.dtype]), flush=True)
         left_out = run_grid(bench, grid, args.out)
         round_report.write(args.out, bench.describe(), left_out)
-    except ConfigError as error:
-        exit_with_error(error)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from launch.bench.command_line import count
 from launch.bench.timing import interleaved
-from spire_jax.config.files import command_line
+from spire_jax.config.files import command_line, ends_in_a_line
 from spire_jax.config.paths import path_or_url
 from spire_jax.config.schema import ExperimentConfig
 from spire_jax.costs.hardware import describe
@@ -46,14 +47,14 @@ from spire_jax.training.tasks import (
     teach,
     teacher,
 )
-from spire_jax.training.workdir import WorkDir
+from spire_jax.training.workdir import ERRORS, WorkDir
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--workdir", type=path_or_url, default="runs/study",
                         help="of a finished run")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=6, help="steps of every timed piece")
+    parser.add_argument("--steps", type=count, default=6, help="steps of every timed piece")
     args, config = command_line(parser)
     print(" | ".join(describe().values()))
     bench_oracle(config, args.workdir)
@@ -133,4 +134,5 @@ def bench_together(config: ExperimentConfig, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_a_line(*ERRORS):
+        main()

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from launch.bench.command_line import count
 from launch.bench.timing import Run, interleaved, save
-from spire_jax.config.files import command_line
+from spire_jax.config.files import command_line, ends_in_a_line
 from spire_jax.config.paths import local_path
 from spire_jax.config.schema import ExperimentConfig
 from spire_jax.costs.hardware import describe, peak_flops
@@ -34,6 +35,7 @@ from spire_jax.training.tasks import (
     trainable,
     with_shared,
 )
+from spire_jax.training.workdir import ERRORS
 
 Step = Callable[[TrainBatch], None]
 
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure one model after another; print a line for each, and keep it."""
     parser = argparse.ArgumentParser("python -m launch.bench.train_steps", None,
                                      __doc__.split("\n", 1)[0])  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=10, help="timed steps of each model")
+    parser.add_argument("--repeats", type=count, default=10, help="timed steps of each model")
     parser.add_argument("--out", type=local_path, help="a JSON file for all figures")
     args, config = command_line(parser, argv)
     print(" | ".join(describe().values()))
@@ -132,4 +134,5 @@ def _attempt(run: Run, config: ExperimentConfig, name: str, repeats: int) -> Non
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_a_line(*ERRORS):
+        main()

@@ -10,10 +10,12 @@
 #
 #   --name --zone [--project]   which TPU; --project is else gcloud's own
 #   --type [--version]          what to create; the runtime image follows from the type
-#   --spot                      cheaper, and taken away at any time
+#   --spot, --reserved          cheaper, and taken away at any time; of the project's reservation
 #   --queue [--wait=1h]         as a queued resource (say so to every command that concerns it);
 #                               --wait limits the waiting for capacity, with or without a queue
 #   --service-account --network --subnetwork   as for gcloud
+#   --internal-ip, --tunnel-through-iap   a TPU without external addresses, which is reached from
+#                               its own network, or through Google's proxy (say so to every command)
 #   --allow-dirty               HEAD runs, whatever the working tree holds
 #   --max-restarts=20           `up`: how often a preempted run is taken up again
 #   --keep                      `up`: leaves the TPU running at the end
@@ -28,7 +30,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/pods/common.sh
 
 name="" zone="" project="" type="" version="" wait=1h max_restarts=20 out="" worker=0 workdir=""
-service_account="" network="" subnetwork="" spot="" queue="" keep="" allow_dirty="" follow=""
+service_account="" network="" subnetwork="" spot="" reserved="" queue="" keep="" allow_dirty=""
+internal_ip="" tunnel_through_iap="" follow=""
 seconds=0 state="" workers=1 replies=""
 created="" started=""
 unreachable_limit="${POD_UNREACHABLE:-20}" # looks at a TPU that is up but does not answer
@@ -36,6 +39,7 @@ straggler_limit="${POD_STRAGGLERS:-10}"    # looks at workers that outlive one t
 
 vm=(gcloud compute tpus tpu-vm)
 queued=(gcloud compute tpus queued-resources)
+remote=("${vm[@]}") # ssh and scp
 
 is_missing() { grep -qiE 'not_found|not found|does not exist' <<<"$errors"; }
 
@@ -73,7 +77,7 @@ look_at_queue() {
 # line of host.sh that begins with PATTERN (ANSWER), into $replies; gcloud's own status says too
 # little.
 on_all() {
-  capture "spire_jax-host worker $1" "${vm[@]}" ssh "$name" "${where[@]}" --worker=all \
+  capture "spire_jax-host worker $1" "${remote[@]}" ssh "$name" "${there[@]}" --worker=all \
     --command="$2" || true
   replies="$(grep -E "^spire_jax-host [^ ]+ ${3-$1}" <<<"$output" || true)"
   ((workers > 0 && $(grep -c . <<<"$replies") == workers))
@@ -118,6 +122,8 @@ create() {
   local i why deadline=$((SECONDS + seconds)) command
   local common=("${where[@]}" "--accelerator-type=$type")
   [[ -z "$spot" ]] || common+=(--spot)
+  [[ -z "$reserved" ]] || common+=(--reserved)
+  [[ -z "$internal_ip$tunnel_through_iap" ]] || common+=(--internal-ips)
   [[ -z "$service_account" ]] || common+=("--service-account=$service_account")
   [[ -z "$network" ]] || common+=("--network=$network")
   [[ -z "$subnetwork" ]] || common+=("--subnetwork=$subnetwork")
@@ -194,7 +200,7 @@ install() {
   run mkdir -p "$out" || fail "$out cannot be made"
   run git archive --format=tar.gz --output="$out/source.tar.gz" HEAD || fail "HEAD cannot be packed"
   for ((i = 0; i < tries; i++)); do # sshd and the network come after READY
-    if run "${vm[@]}" scp "$out/source.tar.gz" "$name:spire_jax.tar.gz" "${where[@]}" \
+    if run "${remote[@]}" scp "$out/source.tar.gz" "$name:spire_jax.tar.gz" "${there[@]}" \
       --worker=all && live=yes on_all set-up "$unpack"; then
       return
     fi
@@ -266,14 +272,14 @@ follow_run() {
 
 fetch_logs() {
   run mkdir -p "$out/logs"
-  run "${vm[@]}" ssh "$name" "${where[@]}" --worker=all --command="$(host logs)" \
+  run "${remote[@]}" ssh "$name" "${there[@]}" --worker=all --command="$(host logs)" \
     --output-directory="$out/logs"
 }
 
 # From a folder that the workers share, while there are workers.
 fetch_from_workers() {
   [[ "$workdir" == gs://* ]] ||
-    run "${vm[@]}" scp --recurse "$name:${workdir%/}/report" "$out/" "${where[@]}" --worker=0
+    run "${remote[@]}" scp --recurse "$name:${workdir%/}/report" "$out/" "${there[@]}" --worker=0
 }
 
 fetch_report() { [[ "$workdir" != gs://* ]] || fetch_from_bucket "$out"; }
@@ -333,15 +339,15 @@ clean_up() {
 command="$1"
 shift
 options="name zone project"
-flags="queue"
+flags="queue internal-ip tunnel-through-iap"
 creating="type version wait service-account network subnetwork"
 case "$command" in
   -h | --help | help)
     usage
     exit
     ;;
-  up) options+=" $creating max-restarts out" flags+=" spot keep allow-dirty" ;;
-  create) options+=" $creating" flags+=" spot" ;;
+  up) options+=" $creating max-restarts out" flags+=" spot reserved keep allow-dirty" ;;
+  create) options+=" $creating" flags+=" spot reserved" ;;
   install) options+=" out" flags+=" allow-dirty" ;;
   fetch) options+=" out" ;;
   logs) options+=" worker" flags+=" follow" ;;
@@ -351,11 +357,19 @@ esac
 parse "$options" "$flags" "$@"
 # https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.nodes/create
 check name "$name" '[a-z]([-a-z0-9]{0,59}[a-z0-9])?' my-tpu
-check zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]' us-west4-a
+check_zone "$zone"
 where=("--zone=$zone" --quiet) # --quiet: asks nothing
 if [[ -n "$project" ]]; then
-  check project "$project" '[a-z][-a-z0-9.:]{4,60}' my-project
+  check_project "$project"
   where+=("--project=$project")
+fi
+there=("${where[@]}")
+if [[ -n "$internal_ip" ]]; then
+  [[ -z "$tunnel_through_iap" ]] || fail "one of --internal-ip and --tunnel-through-iap"
+  there+=(--internal-ip)
+elif [[ -n "$tunnel_through_iap" ]]; then
+  remote=(gcloud alpha compute tpus tpu-vm) # the others know no tunnel
+  there+=(--tunnel-through-iap)
 fi
 out="${out:-runs/pods/$name}"
 set_delete
@@ -395,7 +409,7 @@ case "$command" in
     ;;
   run) await_ready && start && follow_run ;;
   logs)
-    run "${vm[@]}" ssh "$name" "${where[@]}" --worker="$worker" \
+    run "${remote[@]}" ssh "$name" "${there[@]}" --worker="$worker" \
       --command="$(host logs ${follow:+--follow})"
     ;;
   fetch)

@@ -66,6 +66,14 @@ check() {
   [[ "$2" =~ ^($3)$ ]] || fail "--$1=$(quoted "$2") is not valid; it looks like --$1=$4"
 }
 
+# Zones end in a letter or in a name of their own (us-central1-ai1a); a region is none.
+check_zone() { check zone "$1" '[a-z]+(-[a-z]+)+[0-9]+-[a-z0-9]+' us-west4-a; }
+
+# As gcloud has it: an ID, perhaps after a domain (example.com:my-project), or a number.
+check_project() {
+  check project "$1" '([-a-z0-9.]+:)?[a-z0-9]([-a-z0-9]*[a-z0-9])?' my-project
+}
+
 check_count() { check "$1" "$2" '0|[1-9][0-9]{0,5}' "$3"; }
 
 # "90", "90s", "30m" or "2h" as seconds, into $seconds.

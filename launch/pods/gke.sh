@@ -163,15 +163,15 @@ esac
 parse "$options" "$flags" "$@"
 check name "$name" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' study
 check cluster "$cluster" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' my-cluster
-check zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]' us-west4-a
-check project "$project" '[a-z][-a-z0-9.:]{4,60}' my-project
+check_zone "$zone"
+check_project "$project"
 where=("--cluster=$cluster" "--zone=$zone" "--project=$project")
 # --force: asks nothing.
 delete=(xpk workload delete "${where[@]}" "--workload=$name" --force)
 out="${out:-runs/pods/$name}"
 in_seconds wait "$wait"
 if [[ " $options " == *" type "* ]]; then
-  check type "$type" '[a-z0-9]+-[0-9]+' v5litepod-16
+  check type "$type" '[a-z0-9]+-[0-9]+(x[0-9]+)*' v5litepod-16 # or tpu7x-2x2x2, by topology
   check slices "$slices" '[1-9][0-9]{0,3}' 1
   check_count max-restarts "$max_restarts" 20
   check_count grace "$grace" 120

@@ -9,8 +9,9 @@
 # Commands: submit; status, logs [--follow] and cancel with --job=ID. This checkout, its .venv and
 # the work directory have to be on a file system that all nodes share, and stay as they are.
 #
-#   --name --nodes=1 --gpus-per-node=1 --time   the job; one process for each GPU
-#   --partition --account --qos --cpus-per-task --mem   as for sbatch
+#   --name --nodes=1 --gpus-per-node=1 --time   the job; one process for each GPU (a100:1, say)
+#   --partition --account --qos --cpus-per-task --mem   as for sbatch, whose other options are set
+#                               in its environment: SBATCH_RESERVATION, SBATCH_CONSTRAINT, ...
 #   --grace=120                 seconds for a checkpoint between SIGTERM and the time limit
 #   --max-restarts=100          how often the job is requeued
 #   --dry-run                   prints every command and runs none
@@ -41,7 +42,7 @@ submit() {
   # --signal without "B:" goes to these processes, not to the batch script
   # (https://slurm.schedmd.com/sbatch.html#OPT_signal); Slurm may send it a minute earlier.
   perform 1 sbatch --parsable --job-name="$name" --nodes="$nodes" \
-    --ntasks-per-node="$gpus_per_node" --gpus-per-node="$gpus_per_node" --time="$time" \
+    --ntasks-per-node="${gpus_per_node##*:}" --gpus-per-node="$gpus_per_node" --time="$time" \
     ${more[@]+"${more[@]}"} --signal="TERM@$grace" --requeue --open-mode=append --chdir="$PWD" \
     --output="$folder/%j.out" launch/pods/slurm_job.sh "$max_restarts" "${run_arguments[@]}" ||
     fail "sbatch has refused the job"
@@ -91,12 +92,14 @@ case "$command" in
 mem" "" "$@"
     check name "$name" '[a-zA-Z0-9][-a-zA-Z0-9._]{0,63}' study
     check nodes "$nodes" '[1-9][0-9]{0,4}' 2
-    check gpus-per-node "$gpus_per_node" '[1-9][0-9]?' 8
-    check time "$time" '([0-9]+-)?[0-9]+(:[0-9]+){0,2}' 24:00:00
-    for option in partition account qos cpus-per-task mem; do
-      value="${option//-/_}" value="${!value}"
-      [[ -z "$value" ]] || check "$option" "$value" '[a-zA-Z0-9][-a-zA-Z0-9._,]*' 8
+    check gpus-per-node "$gpus_per_node" '([^[:space:]:,]+:)?[1-9][0-9]?' 8
+    check time "$time" '([0-9]+-)?[0-9]+(:[0-9]+){0,2}|UNLIMITED' 24:00:00
+    # Names are the cluster's own ("abc@v100"); of a partition there may be several, with commas.
+    for option in partition account qos; do
+      [[ -z "${!option}" ]] || check "$option" "${!option}" '[^[:space:][:cntrl:]]+' my-name
     done
+    [[ -z "$cpus_per_task" ]] || check cpus-per-task "$cpus_per_task" '[1-9][0-9]{0,3}' 8
+    [[ -z "$mem" ]] || check mem "$mem" '[0-9]+[KMGTkmgt]?[Bb]?' 64G
     check_count grace "$grace" 120
     check_count max-restarts "$max_restarts" 100
     check_run_arguments --workdir=/shared/my-run

@@ -20,6 +20,14 @@ def choice(key: str, value: Any, choices: Iterable[Any]) -> None:
     check(value in known, f"{key}={value!r}; choose from {known}")
 
 
+def share(section: Any, name: str, keys: str, *, whole: bool) -> None:
+    """ConfigError unless the section's values lie in [0, 1), or with `whole` in [0, 1]."""
+    for key in keys.split():
+        value = getattr(section, key)
+        check(0 <= value < 1 or (whole and value == 1),
+              f"{name}.{key}={value} must lie in [0, 1{']' if whole else ')'}")  # fmt: skip
+
+
 def positive(section: Any, name: str, keys: str) -> None:
     """ConfigError unless the section's values are above 0; `keys` are words."""
     for key in keys.split():

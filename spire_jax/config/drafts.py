@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from spire_jax.config.checks import check, choice, not_negative, positive
+from spire_jax.config.checks import check, choice, not_negative, positive, share
 from spire_jax.config.readers import DRAFT, read_by
 from spire_jax.config.registry import LOSSES, below
 
@@ -135,10 +135,11 @@ class TrainedOptions(DraftOptions):
     def check(self, at: str, config: "ExperimentConfig") -> None:
         choice(f"{at}.loss", self.loss, LOSSES.names())
         not_negative(self, at, "seed steps peak_lr")
-        check(0 <= self.omega <= 1, f"{at}.omega={self.omega} must lie in [0, 1]")
+        share(self, at, "omega", whole=True)
 
     def check_run(self, at: str, config: "ExperimentConfig") -> None:
         train = config.train
+        check_warm_up(f"{at}.steps", self.steps or train.steps, train)
         if k := self.rollout(train):
             own = f"{at}.k" if getattr(self, "k", 0) else "train.k"
             check(train.seq_len % k == 0, f"{own}={k} does not divide train.seq_len="
@@ -187,7 +188,8 @@ class TransformerOptions(TrainedOptions):
         target, model = config.target, self.model(config.target)
         choice(f"{at}.init", self.init, "pruned random")
         positive(self, at, "n_layers")
-        not_negative(self, at, "sink")
+        not_negative(self, at, "d_model n_kv_heads q_per_kv d_head d_ff sink")
+        model.check(at, config)
         check(self.window >= 0, f"{at}.window={self.window} is under 1; the window counts the "
                                 f"query itself (0 = dense)")  # fmt: skip
         check(0 <= self.head_tokens < target.n_tokens,
@@ -229,6 +231,13 @@ def _kept_views(draft: DraftOptions, target: "ModelConfig") -> tuple["View", ...
     deep = dataclasses.replace(sizes, n_layers=max(target.n_layers, sizes.n_layers))
     views = deep.views()[deep.n_layers - sizes.n_layers :]
     return tuple(view.keeping(*draft.kept()) for view in views)
+
+
+def check_warm_up(key: str, steps: int, train: "TrainConfig") -> None:
+    """ConfigError where the warm-up takes all of the steps."""
+    check(round(train.warmup_fraction * steps) < steps,
+          f"{key}={steps} are all taken by the warm-up (train.warmup_fraction="
+          f"{train.warmup_fraction}); lower that, or train longer")  # fmt: skip
 
 
 def over_layers(

@@ -6,13 +6,16 @@ the defaults. The modules that `plugins` names are imported first; then ``drafts
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import json
+import os
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
@@ -39,7 +42,10 @@ def load(
 
     Without a file (None) there are the defaults.
     """
-    values = {} if path is None else _values(pathlib.Path(path))
+    values: dict[str, Any] = {}
+    if path is not None:
+        path = pathlib.Path(path)
+        values = _plain(_get_config(path), path)
     drafts = list(_mapping(values.setdefault("drafts", {})))
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -52,16 +58,26 @@ def load(
     return build(values, check)
 
 
-def _values(path: pathlib.Path) -> dict[str, Any]:
-    """What a config file says."""
+def _get_config(path: pathlib.Path) -> Any:
+    """What a file's get_config returns; ConfigError for whatever is wrong with the file."""
     if not path.is_file():
         beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise ConfigError(f"config file {path} does not exist; there is {beside}")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    assert spec and spec.loader
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"config file {path} is no Python file; give one of configs/, *.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return _plain(module.get_config(), path)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config()
+    except Exception as error:  # of a person's own code
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == str(path)]  # fmt: skip
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = f", line {line}" if line else ""
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"config file {path}{where}: {type(error).__name__}: {reason}; mend it "
+                          f"(docs/config.md: a function get_config)") from error  # fmt: skip
 
 
 def build(values: Mapping[str, Any], check: Check = validate) -> ExperimentConfig:
@@ -151,8 +167,8 @@ def with_pretrained(config: ExperimentConfig) -> ExperimentConfig:
     path = config.pretrained.path
     try:
         model = checkpoints.open_checkpoint(path).model
-    except checkpoints.PretrainedError as error:
-        raise ConfigError(f"pretrained.path={path!r}: {error}") from error
+    except (checkpoints.PretrainedError, OSError) as error:
+        raise ConfigError(f"pretrained.path={path!r}: {in_words(error)}") from error
     size = config.target.vocab_size or model.vocab_size
     for field in dataclasses.fields(config.target):
         given, its = getattr(config.target, field.name), getattr(model, field.name)
@@ -191,10 +207,8 @@ def command_line(
     overrides = [argument.removeprefix(prefix) for argument in rest]
     if decoding and args.target:
         overrides.append(f"pretrained.path={args.target}")
-    try:
+    with ends_in_a_line(ConfigError):
         return args, load(args.config, overrides, _unchecked if decoding else validate)
-    except ConfigError as error:
-        exit_with_error(error)
 
 
 def _unchecked(config: ExperimentConfig) -> None:
@@ -203,8 +217,39 @@ def _unchecked(config: ExperimentConfig) -> None:
 
 def exit_with_error(error: Exception | str) -> NoReturn:
     """Print ``error: ...`` on stderr and end the process with status 2, without a traceback."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {in_words(error)}", file=sys.stderr)
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def ends_in_a_line(*errors: type[Exception]) -> Iterator[None]:
+    """Within it `errors`, and what the system or too large a size causes, `exit_with_error`."""
+    try:
+        yield
+    except (*errors, OSError) as error:
+        exit_with_error(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        exit_with_error(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether NumPy or XLA (a RuntimeError of jax's) had no memory left."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED")
+    )
+
+
+def in_words(error: Exception | str) -> str:
+    """An error as one line: what is wrong, and what to do."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return (f"{os.fsdecode(error.filename)!r}: {error.strerror}; check the path and its "
+                f"permissions, or name another")  # fmt: skip
+    if isinstance(error, Exception) and is_out_of_memory(error):
+        reason = str(error).partition("\n")[0] or "no more of it"
+        return f"out of memory ({reason}); lower the sizes: batch, length, width, layers"
+    return str(error)
 
 
 def _plain(config: Any, path: pathlib.Path) -> dict[str, Any]:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # what a model is made of is below this folder
 
 BYTES = "bytes"  # the tokenizer that needs no file
 AUTOREGRESSIVE = "autoregressive"  # the method without a draft
+MOST_LAYERS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,9 @@ class DataConfig:
     split: str = "file"  # what is held out: single files, or folders at the top as a whole
     heldout_source: str = ""  # an array of held-out rows; "" = beside the training rows, or some
     # of them
+    # What a chunk of an array is that no file holds: an "error", or "fill": the fill value, which
+    # its writer left out
+    missing_chunks: str = read_by("error")
     workers: int = read_by(0)  # threads that read ahead; 0 = Grain's default
 
 
@@ -111,7 +115,13 @@ class ModelConfig:
     def check(self, at: str, config: "ExperimentConfig") -> None:
         """ConfigError for sizes that no model can have; `at` is where they stand."""
         positive(self, at, "n_layers d_model n_kv_heads q_per_kv d_head d_ff")
-        not_negative(self, at, "max_len window sink")
+        positive(self, at, "rope_base rope_scaling rope_low_freq_factor rope_original_len")
+        not_negative(self, at, "max_len window sink vocab_size n_tokens head_tokens norm_eps")
+        check(self.n_layers <= MOST_LAYERS, f"{at}.n_layers={self.n_layers} is deeper than any "
+                                            f"model; use {MOST_LAYERS} or fewer")  # fmt: skip
+        check(self.rope_high_freq_factor > self.rope_low_freq_factor,
+              f"{at}.rope_high_freq_factor={self.rope_high_freq_factor} must be above "
+              f"{at}.rope_low_freq_factor={self.rope_low_freq_factor}")  # fmt: skip
         check(self.d_head % 2 == 0, f"{at}.d_head={self.d_head} is odd; RoPE rotates pairs")
 
 

@@ -6,8 +6,8 @@ import math
 import pathlib
 
 from pallas_kernels.checks import GPU_HEAD_DIMS, MAX_TOKENS, unsupported_heads
-from spire_jax.config.checks import ConfigError, check, choice, not_negative, positive
-from spire_jax.config.drafts import DraftOptions
+from spire_jax.config.checks import ConfigError, check, choice, not_negative, positive, share
+from spire_jax.config.drafts import DraftOptions, check_warm_up
 from spire_jax.config.readers import STAGES
 from spire_jax.config.registry import below
 from spire_jax.config.schema import (
@@ -17,6 +17,11 @@ from spire_jax.config.schema import (
     ModelConfig,
     oracle_depth,
 )
+from spire_jax.config.values import MOST
+
+MOST_THREADS = 1000  # of `data.workers`
+MOST_RESAMPLES = 10**6
+MOST_LETTERS = 100  # of a draft's name: folders and files are called after it
 
 
 def is_checkpoint(tokenizer: str) -> bool:
@@ -30,15 +35,23 @@ def tokenizer_size(tokenizer: str) -> int:
     if tokenizer == BYTES:
         return 257
     path, at = pathlib.Path(tokenizer), f"data.tokenizer={tokenizer!r}"
-    if is_checkpoint(tokenizer):
-        return below("pretrained.checkpoint").open_checkpoint(path).model.n_tokens
     make = f"use {BYTES!r}, or make a file with python -m launch.train_tokenizer"
-    check(path.is_file(), f"{at} does not exist; {make}")
+    check(bool(tokenizer), f"data.tokenizer is empty; {make}")
     try:
-        ids = json.loads(path.read_text())["model"]["vocab"].values()
-    except (ValueError, TypeError, KeyError, AttributeError):
+        if is_checkpoint(tokenizer):
+            return below("pretrained.checkpoint").open_checkpoint(path).model.n_tokens
+        check(path.is_file(), f"{at} does not exist; {make}")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        check(values["model"].get("type", "BPE") == "BPE", "")
+        return max(values["model"]["vocab"].values()) + 2
+    except OSError as error:
+        raise ConfigError(f"{at} cannot be read ({error.strerror}); {make}") from None
+    except below("pretrained").PretrainedError as error:
+        raise ConfigError(f"data.tokenizer: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, ConfigError) and str(error):
+            raise
         raise ConfigError(f"{at} is no BPE tokenizer of `tokenizers`; {make}") from None
-    return max(ids) + 2
 
 
 def validate(config: ExperimentConfig) -> None:
@@ -46,16 +59,26 @@ def validate(config: ExperimentConfig) -> None:
     validate_decoding(config)
     t, train, ev = config.target, config.train, config.eval
     positive(train, "train", "steps batch_size seq_len k accumulate log_every attention_chunk")
-    positive(train, "train", "checkpoint_every checkpoints_kept peak_lr")
+    positive(train, "train", "checkpoint_every checkpoints_kept peak_lr eps clip_norm")
+    not_negative(train, "train", "weight_decay")
+    share(train, "train", "b1 b2 warmup_fraction", whole=False)
+    share(train, "train", "final_lr_fraction", whole=True)
+    check_warm_up("train.steps", train.steps, train)
     positive(ev, "eval", "contexts output_length batch_size bootstrap timing_repeats heldout_rows")
     not_negative(ev, "eval", "examples decoder_samples")
+    check(ev.bootstrap <= MOST_RESAMPLES,
+          f"eval.bootstrap={ev.bootstrap} resamples do not fit into memory; use "
+          f"{MOST_RESAMPLES} or fewer")  # fmt: skip
     not_negative(config.data, "data", "workers")
+    check(config.data.workers <= MOST_THREADS,
+          f"data.workers={config.data.workers} are too many threads; use {MOST_THREADS} or "
+          f"fewer")  # fmt: skip
+    check(bool(config.data.source), "data.source is empty; give a folder, or 'stdlib'")
     check(config.seed >= 0, f"seed={config.seed} is negative; use 0 or more")
     heldout = config.data.heldout_percent
     check(0 < heldout < 100, f"data.heldout_percent={heldout} must lie between 1 and 99")
     choice("data.split", config.data.split, "file folder")
-    check(0 <= train.warmup_fraction < 1,
-          f"train.warmup_fraction={train.warmup_fraction} must lie in [0, 1)")  # fmt: skip
+    choice("data.missing_chunks", config.data.missing_chunks, "error fill")
     _validate_kernels("train", train.attention, train.dtype, config)
     check(train.batch_size % train.accumulate == 0,
           f"train.accumulate={train.accumulate} does not divide "
@@ -68,6 +91,11 @@ def validate(config: ExperimentConfig) -> None:
         draft.check_run(at, config)
     _validate_throughput(config)
     longest = max(ev.context_lengths) + ev.output_length + oracle_depth(config)
+    for section, rows, length in (("train", train.batch_size, train.seq_len),
+                                  ("eval", ev.batch_size, longest)):  # fmt: skip
+        check(rows * length < MOST,
+              f"{section}.batch_size={rows} rows of {length} tokens are more than an array can "
+              f"count; use fewer or shorter ones")  # fmt: skip
     check(t.max_len == 0 or longest <= t.max_len,
           f"eval.context_lengths + eval.output_length + k = {longest} goes beyond "
           f"target.max_len={t.max_len}; shorten the context or the output")  # fmt: skip
@@ -78,7 +106,10 @@ def validate(config: ExperimentConfig) -> None:
 def validate_decoding(config: ExperimentConfig) -> None:
     """Raise ConfigError for what decoding uses: the target, the drafts, `decode` and the mesh."""
     decode = config.decode
-    config.target.check("target", config)
+    t = config.target
+    t.check("target", config)
+    check(not t.head_tokens, f"target.head_tokens={t.head_tokens}: a target's head has all tokens; "
+                             f"use 0, or set it for a draft")  # fmt: skip
     positive(decode, "decode", "k rounds_per_call chunk chunks_per_round")
     check(all(k >= 1 for k in decode.depths),
           f"decode.depths={decode.depths} must all be 1 or more; () = decode.k alone")  # fmt: skip
@@ -97,8 +128,13 @@ def validate_decoding(config: ExperimentConfig) -> None:
         at = f"drafts.{name}"
         check(name.replace("_", "").replace("-", "").isalnum(),
               f"{at}: use letters, digits, _ and -")  # fmt: skip
+        check(len(name) <= MOST_LETTERS, f"{at}: the name has {len(name)} letters, and folders "
+                                         f"are called so; use {MOST_LETTERS} or fewer")  # fmt: skip
         check(name != AUTOREGRESSIVE, f"{at}: the name means decoding without a draft; rename it")
         check(name not in STAGES, f"{at}: the name means a stage of the pipeline; rename it")
+    names = [name for name, _ in config.drafts]
+    for name, _ in config.variants:
+        check(name not in names, f"drafts.{name}: the name means a draft of the study; rename it")
     for at, draft in _drafts(config):
         draft.check(at, config)
 

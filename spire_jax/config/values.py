@@ -57,17 +57,35 @@ def known(name: str, names: Iterable[str], key: str) -> None:
         raise ConfigError(f"unknown config key {key!r}{hint}")
 
 
+# Whole numbers, seeds, and others from these on overflow in NumPy, JAX or Grain, each in its way.
+MOST, MOST_SEED, MOST_FLOAT = 2**31, 2**32, 3.4e38
+
+
 def convert(value: Any, hint: Any, key: str, default: Any) -> Any:
-    """`value` as what `hint` says, where nothing is lost; else ConfigError."""
+    """`value` as what `hint` says, where nothing is lost; else ConfigError.
+
+    Numbers are finite, and such as arrays can hold.
+    """
     if of := _mapped(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key} is a mapping, not a value: {key}.NAME=...")
         return tuple((name, convert(v, of, f"{key}.{name}", of())) for name, v in value.items())
+    most = MOST_SEED if key.rpartition(".")[2] == "seed" else MOST
+    given = repr(str(value) if isinstance(value, Text) else value)
+    given = f"{key}={given if len(given) < 80 else given[:60] + ' ...'}"
     try:
-        return _converted(value, hint)
+        converted = _converted(value, hint)
+        every = converted if isinstance(converted, tuple) else (converted,)
+        if any(type(v) is float and not abs(v) < MOST_FLOAT for v in every):
+            raise OverflowError
+        if any(type(v) is int and abs(v) >= most for v in every):
+            raise OverflowError
     except (TypeError, ValueError, KeyError):
-        given = str(value) if isinstance(value, Text) else value
-        raise ConfigError(f"{key}={given!r} should be {_words(hint)}, like {default!r}") from None
+        raise ConfigError(f"{given} should be {_words(hint)}, like {default!r}") from None
+    except OverflowError:
+        raise ConfigError(f"{given} is beyond all use; give a finite number, a whole one under "
+                          f"{most}, like {default!r}") from None  # fmt: skip
+    return converted
 
 
 def _converted(value: Any, hint: Any) -> Any:

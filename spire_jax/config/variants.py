@@ -7,7 +7,7 @@ in the values listed here and in nothing else: the same batches, the same number
 import dataclasses
 from typing import Any
 
-from spire_jax.config.checks import ConfigError
+from spire_jax.config.checks import ConfigError, check
 from spire_jax.config.drafts import DraftOptions
 from spire_jax.config.registry import DRAFT_KINDS
 from spire_jax.config.schema import StudyConfig
@@ -23,6 +23,7 @@ class Ablation:
 
 
 FULL_PAPER_TAU = 3.401
+MOST_SEEDS = 100
 
 ABLATIONS = {
     "no_sparse_cache": Ablation(
@@ -64,6 +65,10 @@ def variants(study: StudyConfig, base: DraftOptions) -> tuple[tuple[str, DraftOp
         ConfigError: an ablation that does not exist (lists those that do), or one of an option that
             the base does not have.
     """
+    check(study.seeds <= MOST_SEEDS, f"study.seeds={study.seeds} orders of the batches are more "
+                                     f"than anybody trains; use {MOST_SEEDS} or fewer")  # fmt: skip
+    check(len(set(study.trained_k)) == len(study.trained_k),
+          f"study.trained_k={study.trained_k} names a depth twice; leave one out")  # fmt: skip
     names = names_in("study.ablations", study.ablations)
     found = [(f"{study.of}-{name}", _apply(name, base)) for name in names]
     found += [(f"{study.of}-k{k}", changed("study.trained_k", base, k=k)) for k in study.trained_k]

@@ -12,6 +12,7 @@ import argparse
 import bisect
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from spire_jax.config.schema import (
     ConfigError,
     ExperimentConfig,
 )
+from spire_jax.config.values import MOST, convert
 from spire_jax.costs import chips, throughput
 from spire_jax.costs.chips import Chip
 from spire_jax.costs.roofline import Group
@@ -52,10 +54,11 @@ class TensorParallel:
         for name, known in (("draft_parallelism", DRAFT_PARALLELISM), ("overlap", OVERLAPS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r}; choose from {list(known)}")
-        if self.activation_bytes <= 0:
-            raise ConfigError(f"activation_bytes={self.activation_bytes} must be above 0")
-        if self.latency_s < 0:
-            raise ConfigError(f"latency_s={self.latency_s} is negative")
+        if not 0 < self.activation_bytes < math.inf:
+            raise ConfigError(f"activation_bytes={self.activation_bytes} must be above 0, and "
+                              f"finite")  # fmt: skip
+        if not 0 <= self.latency_s < math.inf:
+            raise ConfigError(f"latency_s={self.latency_s} must be 0 or more, and finite")
         if not 0 <= self.reserve < 1:
             raise ConfigError(f"reserve={self.reserve} must be 0 or more and below 1")
 
@@ -316,8 +319,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             activation_bytes=args.activation_bytes, latency_s=args.latency_us * 1e-6,
         )  # fmt: skip
         chip = _chip(at.chip if args.chip is None else args.chip)
-        context = at.context_length if args.context is None else args.context
-        batch = at.batch_size if args.batch is None else args.batch
+        context, batch = (usual if given is None else convert(given, int, f"--{name}", usual)
+                          for name, given, usual in (
+                              ("context", args.context, at.context_length),
+                              ("batch", args.batch, at.batch_size)))  # fmt: skip
         methods_tau = throughput.given_tau(config, args.config)
         records = rows(config, methods_tau, sizes, batch=batch, context=context, chip=chip,
                        parallel=parallel)  # fmt: skip
@@ -340,6 +345,6 @@ def _sizes(text: str) -> list[int]:
     except ValueError:
         raise ConfigError(f"--chips={text} is not a list of integers such as 4,8,16") from None
     for n in sizes:
-        if n < 1:
-            raise ConfigError(f"chips={n} must be 1 or more")
+        if not 1 <= n < MOST:
+            raise ConfigError(f"chips={n} must be 1 or more, and under {MOST}")
     return sizes

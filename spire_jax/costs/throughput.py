@@ -20,7 +20,7 @@ import rich.console
 import rich.table
 
 from spire_jax.config.drafts import DraftCost
-from spire_jax.config.files import command_line, exit_with_error
+from spire_jax.config.files import command_line, ends_in_a_line
 from spire_jax.config.schema import (
     AUTOREGRESSIVE,
     ConfigError,
@@ -325,14 +325,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="json: {method: {B: {L: multiplier}}} of the config's variant",
     )
     args, config = command_line(parser, argv)
-    try:
+    with ends_in_a_line(ConfigError):
         methods_tau = given_tau(config, args.config)
         if args.format == "json":
             print(json.dumps(grid(config, methods_tau)))
         else:
             _print_tables(config, methods_tau)
-    except ConfigError as error:
-        exit_with_error(error)
 
 
 def _print_tables(config: ExperimentConfig, methods_tau: Mapping[str, float]) -> None:

@@ -6,7 +6,9 @@ bucket. A row is a document to the pipeline. How many of its ids count says `tra
 beside the array; where there is none, all do. No id marks padding: any of them may be text.
 
 Nothing is believed without need. What the metadata tells is checked when a corpus is opened, ids
-when they are read, and a chunk that is missing, which zarr reads as zeros, is an error.
+when they are read. A chunk that is missing may be one of fill values alone, which zarr lets a
+writer leave out, or one that was lost: an error, unless `data.missing_chunks` says that the writer
+did so. Then, too, an array with holes that no padding leaves is refused.
 """
 
 import concurrent.futures
@@ -16,6 +18,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -114,8 +117,13 @@ class RowArray:
         return self.place.rstrip("/").rpartition("/")[2]
 
 
-def open_array(place: str, rank: int = 2) -> tuple[ts.TensorStore, dict[str, Any]]:
+def open_array(
+    place: str, rank: int = 2, *, fill: bool = False
+) -> tuple[ts.TensorStore, dict[str, Any]]:
     """A zarr array, v2 or v3, and the spec by which another process opens it again.
+
+    Args:
+        fill: read the fill value where a chunk is missing, which else is an error when it is read.
 
     Raises:
         DataError: there is none, it is still being written, or of another rank or of no integers.
@@ -135,11 +143,14 @@ def open_array(place: str, rank: int = 2) -> tuple[ts.TensorStore, dict[str, Any
     spec = {
         "driver": driver,
         "kvstore": store.spec().to_json(),
-        # What is opened does not change; and what is missing is no zero.
+        # What is opened does not change.
         "recheck_cached_metadata": "open",
         "recheck_cached_data": "open",
-        "fill_missing_data_reads": False,
+        "fill_missing_data_reads": fill,
     }
+    if fill and metadata.get("fill_value") is None:
+        raise DataError(f"{place} names no fill value, so that data.missing_chunks='fill' has "
+                        f"nothing to fill in; make the array again with one")  # fmt: skip
     with asked(place, "the array cannot be opened; copy or make it again"):
         array = ts.open(spec, read=True).result(timeout=SECONDS)
     shape, kind = array.shape, np.dtype(array.dtype.numpy_dtype)
@@ -150,14 +161,41 @@ def open_array(place: str, rank: int = 2) -> tuple[ts.TensorStore, dict[str, Any
     return array, spec
 
 
-def _describe(place: str) -> RowArray:
-    array, spec = open_array(place)
+def _describe(place: str, fill: bool) -> RowArray:
+    array, spec = open_array(place, fill=fill)
+    if fill:
+        _check_holes(place, array)
     rows, width = array.shape
     if width < 2:
         raise DataError(f"{place} has rows of {width} token; a row needs two or more")
     itemsize = np.dtype(array.dtype.numpy_dtype).itemsize
     chunk = array.chunk_layout.read_chunk.shape or ()
     return RowArray(place, spec, rows, width, itemsize, chunk[0] or rows)
+
+
+def _check_holes(place: str, array: ts.TensorStore) -> None:
+    """DataError for missing chunks that no writer leaves out: all of a row's, or before others.
+
+    Padding stands at the end of rows. Asks for a list of all chunks, whose names end in i.j or i/j.
+    """
+    steps = array.chunk_layout.write_chunk.shape or array.shape
+    counts = [-(-size // step) for size, step in zip(array.shape, steps, strict=True)]
+    there = np.zeros(counts, bool)
+    with asked(place, "check that it can be listed"):
+        keys = open_store(place).list().result(timeout=20 * SECONDS)
+    for key in keys:
+        if found := re.search(rb"(\d+)[./](\d+)$", key):
+            at = int(found[1]), int(found[2])
+            if at[0] < counts[0] and at[1] < counts[1]:
+                there[at] = True
+    lost = ~there & (np.cumsum(there[:, ::-1], axis=1)[:, ::-1] > 0)  # a later one is there
+    lost[:, 0] |= ~there[:, 0]
+    if lost.any():
+        row, column = (int(i) for i in np.argwhere(lost)[0])
+        rows = f"{row * steps[0]}..{min((row + 1) * steps[0], array.shape[0]) - 1}"
+        raise DataError(f"{place}: {lost.sum()} chunks are missing that no padding leaves out, "
+                        f"first that of rows {rows} from column {column * steps[1]} on; copy the "
+                        f"array again")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -202,9 +240,13 @@ class ZarrTokens:
         try:
             ids = self._opened[which][row, begin:end].read().result()
         except (ValueError, RuntimeError, OSError) as error:
+            remedy = "copy or make the array again"
+            if str(error).startswith("NOT_FOUND"):
+                remedy += (", or set data.missing_chunks='fill' if its writer leaves out chunks of "
+                           "fill values alone, as zarr-python does")  # fmt: skip
             raise DataError(
                 f"{array.place}, row {row}: columns {begin}..{end - 1} cannot be read "
-                f"({reason(error)}); copy or make the array again"
+                f"({reason(error)}); {remedy}"
             ) from error
         outside = (ids < 0) | (ids >= self.n_tokens)
         if outside.any():
@@ -251,8 +293,9 @@ def open_corpus(config: DataConfig) -> Corpus:
                         f"use 'file'")  # fmt: skip
     tokenizer = make_tokenizer(config.tokenizer)
     places = _places(config)
-    arrays = tuple(_describe(place) for place in places)
-    lengths = [_lengths(array) for array in arrays]
+    fill = config.missing_chunks == "fill"
+    arrays = tuple(_describe(place, fill) for place in places)
+    lengths = [_lengths(array, fill) for array in arrays]
     manifests = [_manifest(array, tokenizer, config.tokenizer) for array in arrays]
     sizes = [array.rows * array.width for array in arrays]
     firsts = (0, *np.cumsum(sizes)[:-1].tolist())
@@ -324,13 +367,13 @@ def lengths_name(name: str) -> str:
     return f"{name.removesuffix('.zarr')}.lengths.zarr"
 
 
-def _lengths(array: RowArray) -> Int[np.ndarray, " rows"]:
+def _lengths(array: RowArray, fill: bool) -> Int[np.ndarray, " rows"]:
     """Ids of each row that count."""
     place = _beside(array.place, lengths_name(array.name))
     _check_finished(_beside(array.place, ""))
     if not _is_array(place):
         return np.full(array.rows, array.width)
-    stored, _ = open_array(place, rank=1)
+    stored, _ = open_array(place, rank=1, fill=fill)
     with asked(place, "copy or make the arrays again"):
         lengths = stored.read().result(timeout=2 * SECONDS).astype(np.int64)
     if len(lengths) != array.rows:

@@ -86,18 +86,23 @@ class BpeTokenizer:
         """ConfigError for a model's own file, whose special tokens would be mistaken."""
         self.n_tokens = tokenizer_size(str(path))
         content = path.read_bytes()
-        self.separator = self.n_tokens - 1
-        # By content: the same file elsewhere is the same tokenizer.
-        self.name = f"bpe-{self.n_tokens}-{hashlib.sha256(content).hexdigest()[:16]}"
-        self._bpe = tokenizers.Tokenizer.from_buffer(content)
-        if self._bpe.encode("").ids or max(self._bpe.get_vocab().values()) >= self.separator:
+        try:
+            self._bpe = tokenizers.Tokenizer.from_buffer(content)
+            entries = self._bpe.get_vocab()
+        except Exception as error:  # it has no class of its own
+            raise ConfigError(f"data.tokenizer={str(path)!r} cannot be read by `tokenizers` "
+                              f"({error}); make it again") from None  # fmt: skip
+        if self._bpe.encode("").ids or max(entries.values(), default=0) >= self.n_tokens - 1:
             raise ConfigError(
                 f"data.tokenizer={str(path)!r} has special tokens of a model's own; name the "
                 f"model's folder, or its GGUF file"
             )
+        self.separator = self.n_tokens - 1
+        # By content: the same file elsewhere is the same tokenizer.
+        self.name = f"bpe-{self.n_tokens}-{hashlib.sha256(content).hexdigest()[:16]}"
         # In a byte-level vocabulary a character of an entry stands for a byte.
         self._bytes = np.zeros(self.n_tokens, np.int64)
-        for entry, i in self._bpe.get_vocab().items():
+        for entry, i in entries.items():
             self._bytes[i] = len(entry)
 
     def encode(self, text: bytes | str) -> Int[np.ndarray, " n"]:

@@ -50,6 +50,8 @@ class Plan:
 
     def check(self) -> None:
         """DataError for values that cannot be."""
+        if not self.source:
+            raise DataError("--source is empty; give a folder of text, or a .jsonl file")
         if self.row_tokens < 2:
             raise DataError(f"--row-tokens={self.row_tokens}: a row needs two tokens or more")
         if not 2 <= self.min_tokens <= self.row_tokens:
@@ -210,9 +212,10 @@ def tokenized(
     plan: Plan, source: Source, blocks: Sequence[Block], workers: int
 ) -> Iterator[Tokenized]:
     """The documents of blocks, in order; a few blocks ahead of who takes them."""
-    if workers == 1:
+    if min(workers, len(blocks)) <= 1:
         yield from map(Tokenizing(plan, source.root), blocks)
         return
+    workers = min(workers, len(blocks))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
         workers, context, _start_worker, (plan, source.root)

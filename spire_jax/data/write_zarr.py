@@ -30,6 +30,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Integer
 
+from spire_jax.config.files import in_words
 from spire_jax.config.identity import differences, digest
 from spire_jax.config.paths import local, path_or_url
 from spire_jax.config.schema import BYTES, ConfigError
@@ -427,12 +428,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan.check()
         if workers < 1:
             raise DataError(f"--workers={workers}: give 1 or more")
+        if not out:
+            raise DataError("--out is empty; name a folder, or a gs:// or s3:// URL")
         if dry_run:
             print(f"{out}: {estimate(plan, find_text(plan))}")
             return 0
         manifest = write(plan, out, workers)
-    except (ConfigError, DataError, PretrainedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigError, DataError, PretrainedError, OSError, MemoryError) as error:
+        print(f"error: {in_words(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)

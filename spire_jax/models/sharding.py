@@ -13,6 +13,7 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spire_jax.config.schema import ConfigError, ExperimentConfig, MeshConfig
+from spire_jax.storage import processes
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -28,7 +29,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all); ConfigError if the sizes do not fit their number."""
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(processes.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp, config.tensor]
     fixed = 1
     for size in sizes:

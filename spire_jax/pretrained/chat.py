@@ -1,19 +1,23 @@
 """Chat templates of checkpoints: messages to the text that the model was trained to answer.
 
 A template is a program that somebody else wrote. It is rendered in Jinja's sandbox, in a process
-of its own (`chat_worker`) with limits on time, memory, files and output.
+of its own (`chat_worker`) with limits on time, memory, files and output. The system holds it to
+them; only its memory, where the system bounds none (macOS), is looked at from here, while it works,
+and the process is killed beyond the same limit.
 """
 
 import atexit
+import contextlib
 import functools
+import importlib.util
 import json
 import pathlib
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from spire_jax.pretrained import PretrainedError
 
@@ -21,7 +25,16 @@ SECONDS = 5.0  # a template may take; those of real models take milliseconds
 # Code points that no text holds: they mark places in messages while a template is rendered.
 _MARKS = [chr(i) for i in range(0xFDD0, 0xFDF0)]
 _SPACE = "\u2003"  # white space that no template writes
+LOOK = 0.05  # seconds between two looks at its memory; in one it fills a few hundred MB
+WORKER = pathlib.Path(__file__).with_name("chat_worker.py")
 _LOCK = threading.Lock()
+
+
+class _Worker(NamedTuple):
+    """The process that renders."""
+
+    process: subprocess.Popen[str]
+    memory: int | None  # bytes that it may take and nobody else holds it to; None: the system does
 
 
 def choose_template(value: Any, where: str) -> str | None:
@@ -155,11 +168,14 @@ def render(
 def _ask(request: str) -> dict[str, str]:
     """The worker's answer to a line."""
     with _LOCK:
-        worker = _worker()
+        worker, memory = _worker()
         assert worker.stdin is not None and worker.stdout is not None
+        beyond: list[str] = []
         try:
             print(request, file=worker.stdin, flush=True)
-            return json.loads(worker.stdout.readline())
+            with _watched(worker, memory, beyond) if memory else contextlib.nullcontext():
+                line = worker.stdout.readline()
+            return json.loads("" if beyond else line)
         except BaseException as error:  # it has ended, or we were interrupted: its answer is old
             _worker.cache_clear()
             _end(worker)
@@ -167,20 +183,73 @@ def _ask(request: str) -> dict[str, str]:
                 raise
             late = worker.returncode == -signal.SIGALRM
             return {"error": f"it takes longer than {SECONDS:g} s" if late else
+                    beyond[0] if beyond else
                     f"its process ended with status {worker.returncode}"}  # fmt: skip
 
 
 @functools.cache
-def _worker() -> subprocess.Popen[str]:
-    """The process that renders; it goes with this one."""
-    script = pathlib.Path(__file__).with_name("chat_worker.py")
-    # -I: neither this directory nor the environment decides what it imports.
-    worker = subprocess.Popen(
-        [sys.executable, "-I", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        start_new_session=True,  # a Ctrl-C is for this process
-    )  # fmt: skip
-    atexit.register(_end, worker)
-    return worker
+def _worker() -> _Worker:
+    """The process that renders; it goes with this one. PretrainedError if it does not start."""
+    # -I, -S: neither this directory nor the environment decides what it imports, and it has Jinja
+    # from where this process has it, however that came here.
+    needed = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    folders = {pathlib.Path(spec.origin).parents[1] for spec in needed if spec and spec.origin}
+    command = [sys.executable, "-I", "-S", WORKER, *sorted(folders)]
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True,  # a Ctrl-C is for this process
+        )  # fmt: skip
+    except (OSError, TypeError) as error:  # of no sys.executable, too
+        raise PretrainedError(_not_started(str(error))) from error
+    atexit.register(_end, process)
+    assert process.stdout is not None
+    if not (line := process.stdout.readline()):
+        _end(process)
+        raise PretrainedError(_not_started(f"its status is {process.returncode}, its own message "
+                                           f"is above"))  # fmt: skip
+    told = json.loads(line)
+    return _Worker(process, None if told["bounded"] else told["memory"])
+
+
+def _not_started(why: str) -> str:
+    return (f"chat templates are rendered by a process of {sys.executable} with jinja2, which does "
+            f"not start ({why}); install jinja2 there, or give prompts as text")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _watched(worker: subprocess.Popen[str], most: int, beyond: list[str]) -> Iterator[None]:
+    """Within it the worker is killed beyond `most` bytes of memory; `beyond` gets the reason."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(LOOK):
+            used = _memory_of(worker.pid)
+            if used is not None and used <= most:
+                continue
+            if worker.poll() is None:
+                beyond.append("its memory cannot be looked at, for which `ps` is needed"
+                              if used is None else
+                              f"MemoryError: it takes more than {most >> 20} MiB")  # fmt: skip
+                worker.kill()
+            return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _memory_of(pid: int) -> int | None:
+    """Bytes of memory that a process uses; None if that cannot be told."""
+    try:
+        asked = ["ps", "-o", "rss=", "-p", str(pid)]
+        return 1024 * int(subprocess.run(asked, capture_output=True, text=True).stdout)
+    except (OSError, ValueError):
+        return None
 
 
 def _end(worker: subprocess.Popen[str]) -> None:

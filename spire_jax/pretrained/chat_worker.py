@@ -2,8 +2,9 @@
 
 A template comes with a checkpoint, from anybody. Jinja's sandbox keeps it from Python's
 internals; that it cannot fill the memory, go on without end, open a file or start a process is
-left to the system, whose limits hold for whole processes. Nothing of `spire_jax` is imported, so
-that it starts quickly.
+left to the system, whose limits hold for whole processes. Where the system bounds no memory (macOS
+does not), `chat` looks at it from outside; a first line says so. Nothing of `spire_jax` is
+imported, so that it starts quickly; the arguments are the folders that Jinja is in.
 """
 
 import datetime
@@ -14,13 +15,16 @@ import signal
 import sys
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path.extend(sys.argv[1:])
+
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MEMORY = 1 << 30  # bytes of address space
+MEMORY = 1 << 30  # bytes of address space; where that has no bound, of memory in use
 CHARACTERS = 1 << 24  # of a rendered conversation
 
 
@@ -68,13 +72,26 @@ def answer(template: str, variables: dict[str, Any]) -> dict[str, str]:
     return {"text": text}
 
 
+def bound_process() -> bool:
+    """Give up files, output to them and processes; whether the system bounds memory, too."""
+    for kind in ("NOFILE", "FSIZE", "NPROC", "CORE"):
+        resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (0, 0))
+    if sys.platform == "darwin":  # which refuses RLIMIT_AS, or takes it and holds nobody to it
+        return False
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    most = MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    except (ValueError, OSError):
+        return False
+    return True
+
+
 def main() -> None:
     # Codecs, the clock and tracebacks are imported when first needed.
     for template in ("{{ 'x' }}{{ strftime_now('%d %b %Y') }}", "{{ 1 / 0 }}", "{% if %}"):
         answer(template, {})
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    for kind in ("NOFILE", "FSIZE", "NPROC", "CORE"):
-        resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (0, 0))
+    print(json.dumps({"bounded": bound_process(), "memory": MEMORY}), flush=True)
     for line in sys.stdin:
         seconds, *request = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds)  # ends the process

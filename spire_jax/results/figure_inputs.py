@@ -1,7 +1,6 @@
 """What figures are drawn from: the paper's acceptance lengths, or what a finished run found."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ from spire_jax.config.identity import differences, made_with
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig, StudyConfig
 from spire_jax.config.variants import variants
 from spire_jax.costs import throughput
-from spire_jax.storage.paths import Place
+from spire_jax.storage.paths import Place, read_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,7 @@ def read_summary(config: ExperimentConfig, workdir: Place) -> dict[str, Any]:
     path = workdir / "report" / "summary.json"
     if not path.is_file():
         raise ConfigError(f"--workdir={workdir} has no report; run the pipeline there first")
-    summary = json.loads(path.read_text())
+    summary = read_record(path)
     if changed := differences(summary["made_with"], made_with(config)):
         raise ConfigError(f"--workdir={workdir} is of another config: it was made with {changed}")
     return summary
@@ -60,7 +59,7 @@ def own_inputs(config: ExperimentConfig, workdir: Place) -> Given:
         tau,
         f"tau measured at context {summary['context_length']}: {listed}",
         training_costs(config, tau),
-        json.loads(study.read_text()) if study.is_file() else None,
+        read_record(study) if study.is_file() else None,
         {
             name: {int(n): of for n, of in row["by_context"].items()}
             for name, row in methods.items()

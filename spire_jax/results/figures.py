@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from spire_jax.config.files import command_line, exit_with_error
+from spire_jax.config.files import command_line, ends_in_a_line
 from spire_jax.config.paths import local_path, path_or_url
 from spire_jax.config.schema import ConfigError, ExperimentConfig
 from spire_jax.config.variants import ABLATIONS, FULL_PAPER_TAU
@@ -317,14 +317,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=local_path, required=True, help="folder of the figures")
     parser.add_argument("--workdir", type=path_or_url, help="a finished run of the same config")
     args, config = command_line(parser, argv)
-    try:
+    with ends_in_a_line(ConfigError):
         given = own_inputs(config, locate(args.workdir)) if args.workdir else paper_inputs(config)
         config = with_ablations(config)
         drawn = dict(figures(config, given))
         args.out.mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():
             figure.savefig(args.out / f"{name}.png", dpi=130)
-    except (ConfigError, OSError) as error:
-        exit_with_error(error)
     print(f"{args.out}: {', '.join(drawn)}")
     return 0

@@ -33,9 +33,10 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from spire_jax.config.files import command_line
+from spire_jax.config.files import command_line, in_words
 from spire_jax.config.paths import local, local_path, path_or_url
 from spire_jax.config.schema import ConfigError, ExperimentConfig
+from spire_jax.config.values import MOST
 from spire_jax.results.intervals import mean_generation_length
 from spire_jax.serving.batching import Inbox, Server, Serving
 from spire_jax.serving.interactive import converse
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(args, config, compiled)
     except (*ERRORS, RequestError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         return 2
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition("\n")[0]
@@ -249,8 +250,8 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError("give --prompts=FILE (or -), or --interactive")
     for name in ("batch_size", "width", "chunk", "max_tokens"):
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise RequestError(f"--{name.replace('_', '-')}={value}: use 1 or more")
+        if value is not None and not 1 <= value < MOST:
+            raise RequestError(f"--{name.replace('_', '-')}={value}: use 1 or more, under {MOST}")
     if "" in args.stop:
         raise RequestError("--stop is empty; give the text that ends an output")
     if args.resume and args.out == "-":

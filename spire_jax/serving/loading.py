@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig, StudyConfig
 from spire_jax.config.validation import validate_decoding
-from spire_jax.config.values import to_dict
+from spire_jax.config.values import convert, to_dict
 from spire_jax.data.tokenizer import Tokenizer, end_tokens, make_tokenizer
 from spire_jax.decoding.build import for_decoding, make_decoder
 from spire_jax.decoding.rounds import Decoder, Weights
@@ -48,7 +48,10 @@ def for_method(
     Raises:
         ConfigError: an unknown method, or values of what decoding uses that cannot work.
     """
-    given = {name: value for name in ("temperature", "top_k", "top_p")
+    usual = config.decode
+    given = {name: convert(value, type(of), f"--{name.replace('_', '-')}", of)
+             for name, of in (("temperature", usual.temperature), ("top_k", usual.top_k),
+                              ("top_p", usual.top_p))
              if (value := getattr(args, name)) is not None}  # fmt: skip
     config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, **given))
     if args.workdir is None and not config.pretrained.path:

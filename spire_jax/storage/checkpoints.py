@@ -1,7 +1,6 @@
 """Checkpoints of training, and finished models: written atomically, checked on reading."""
 
 import contextlib
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
+from spire_jax.config.checks import ConfigError
 from spire_jax.storage.bucket import watched
 from spire_jax.storage.checkpoint_files import (
     ARRAYS,
@@ -31,7 +31,7 @@ from spire_jax.storage.checkpoint_files import (
     read_metadata,
     write_json,
 )
-from spire_jax.storage.paths import locate
+from spire_jax.storage.paths import locate, read_record
 
 _IDENTITY_FILE = "identity.json"
 _UNREADABLE = "unreadable-"  # prefix under which a torn checkpoint is put aside
@@ -128,7 +128,7 @@ class Checkpoints:
         try:
             with watched(self.directory):
                 yield
-        except CheckpointError:
+        except (CheckpointError, ConfigError):
             raise
         except Exception as error:  # whatever a writing thread met
             what = "" if self._last_saved is None else f" of step {self._last_saved}"
@@ -141,9 +141,10 @@ class Checkpoints:
     def _check_identity(self, identity: dict[str, Any]) -> None:
         path = self.directory / _IDENTITY_FILE
         with self._writing():
-            if path.exists():
-                compare_identities(json.loads(path.read_text()), identity, self.directory)
-            elif any(self.directory.glob("[0-9]*")):
+            held = any(self.directory.glob("[0-9]*"))  # else nothing came of what stands there
+            if held and path.exists():
+                compare_identities(read_record(path), identity, self.directory)
+            elif held:
                 raise CheckpointError(
                     f"{self.directory} holds checkpoints but no {_IDENTITY_FILE}, so nobody can "
                     f"say what they are; choose another --workdir, or move them away"

@@ -4,15 +4,17 @@ A file of a folder is appended to, and replaced by a rename. An object of a buck
 and is there when its upload ends: there are no folders, no renames and no locks.
 """
 
+import json
 import math
 import os
 import pathlib
 import shutil
 import tempfile
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from etils import epath
 
+from spire_jax.config.checks import ConfigError
 from spire_jax.storage.bucket import in_bucket, open_bucket, watched
 
 Place: TypeAlias = epath.Path | pathlib.Path  # the second, which has less, in tests and notebooks
@@ -22,10 +24,23 @@ def locate(path: str | os.PathLike[str]) -> epath.Path:
     """The absolute path of a folder or file, or of one in a bucket.
 
     Raises:
-        ConfigError: a URL that is none of a bucket's folder, or gcsfs is missing.
+        ConfigError: nothing, a URL that is none of a bucket's folder, or gcsfs is missing.
     """
     text = os.fspath(path)
-    return open_bucket(text) if "://" in text else epath.Path(os.path.abspath(text))
+    if "://" in text:
+        return open_bucket(text)
+    if not text:
+        raise ConfigError("--workdir is empty; name a folder")
+    return epath.Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def read_record(path: Place) -> Any:
+    """The JSON of a file that a stage wrote; ConfigError where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); move the folder {path.parent} away, and "
+                          f"the same command makes it again") from None  # fmt: skip
 
 
 def write_whole(path: Place, content: bytes | str) -> None:

@@ -63,6 +63,8 @@ def start(args: argparse.Namespace) -> None:
     Raises:
         ProcessError: flags that contradict each other, or others that cannot be reached in time.
     """
+    if args.connect_timeout < 1:
+        raise ProcessError(f"--connect-timeout={args.connect_timeout}: give 1 second or more")
     given = (args.coordinator, args.num_processes, args.process_id)
     if given == (None, None, None):
         if not args.distributed:
@@ -128,6 +130,16 @@ def _wait_for(host: str, port: int, timeout: int) -> None:
     )
 
 
+def devices() -> list[jax.Device]:
+    """All devices of jax; ConfigError where it finds none, as with a wrong JAX_PLATFORMS."""
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"jax finds no device ({reason}); set JAX_PLATFORMS to what is here (cpu "
+                          f"always is), or leave it out") from None  # fmt: skip
+
+
 # --- agreeing ----------------------------------------------------------------------------------
 
 
@@ -137,6 +149,7 @@ def facts() -> dict[str, str]:
     for path in sorted(p for d in ("spire_jax", "pallas_kernels") for p in (_ROOT / d).rglob("*")):
         if path.suffix in (".py", ".cc"):
             code.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes())
+    devices()
     kinds = {d.device_kind for d in jax.local_devices()}
     return {
         "code": code.hexdigest()[:12],

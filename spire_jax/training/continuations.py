@@ -25,7 +25,7 @@ from spire_jax.models.sampling import Sampling
 from spire_jax.models.transformer import Params
 from spire_jax.storage.bucket import in_bucket, watched
 from spire_jax.storage.metrics import Progress, write_whole
-from spire_jax.storage.paths import Place
+from spire_jax.storage.paths import Place, read_record
 from spire_jax.storage.processes import is_first, to_host
 
 TOKENS, LENGTHS, STATE = "tokens.npy", "lengths.npy", "state.json"
@@ -130,7 +130,7 @@ def written(folder: Place, identity: dict[str, Any]) -> int:
     """How many rows `folder` holds; ConfigError if they were made from something else."""
     if not (folder / STATE).exists():
         return 0
-    state = json.loads((folder / STATE).read_text())
+    state = read_record(folder / STATE)
     if state["identity"] != identity:
         raise ConfigError(
             f"{folder} holds continuations made from other values ({state['identity']}, now "

@@ -18,9 +18,10 @@ from spire_jax.models.sharding import check_mesh, make_mesh, shardings
 from spire_jax.models.transformer import Params
 from spire_jax.pretrained import PretrainedError
 from spire_jax.pretrained.checkpoint import open_checkpoint
+from spire_jax.storage.bucket import in_bucket
 from spire_jax.storage.checkpoints import CheckpointError, has_params, load_params
 from spire_jax.storage.metrics import MetricsError, write_whole
-from spire_jax.storage.paths import Place, cache_folder, locate, move_aside
+from spire_jax.storage.paths import Place, cache_folder, locate, move_aside, read_record
 from spire_jax.storage.processes import ProcessError, is_first, of_first
 from spire_jax.training.continuations import read_continuations
 from spire_jax.training.loop import TrainingError
@@ -38,9 +39,17 @@ class WorkDir:
     def __init__(self, config: ExperimentConfig, folder: str | os.PathLike[str]):
         self.config = config
         self.folder = locate(folder)
+        if not in_bucket(self.folder) and self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"--workdir={self.folder} is no folder; name another")
         self.mesh = make_mesh(config.mesh)
         check_mesh(self.mesh, config)
         self.corpus: Corpus = load_corpus(config.data, cache_folder(self.folder))
+        n_tokens, of_data = config.target.n_tokens, self.corpus.tokenizer.n_tokens
+        if n_tokens < of_data:
+            raise ConfigError(
+                f"target.n_tokens={n_tokens} is under the {of_data} tokens of data.tokenizer="
+                f"{config.data.tokenizer!r}; leave it out"
+            )
         self.dataset = Dataset(self.corpus, config.train.seq_len)
         self.pretrained = open_checkpoint(path) if (path := config.pretrained.path) else None
         of_target = self.target_sha256 if self.pretrained else ""
@@ -119,7 +128,7 @@ class WorkDir:
     def current(self, stage: Stage) -> bool:
         """Whether the stage's results are there, and this config's."""
         stamp = self._stamp(stage)
-        return of_first(stamp.exists() and json.loads(stamp.read_text()) == stage.values)
+        return of_first(stamp.exists() and read_record(stamp) == stage.values)
 
     def stamp(self, stage: Stage) -> None:
         """Say that the stage's results are there."""
@@ -133,7 +142,7 @@ class WorkDir:
         stamp = self._stamp(stage)
         if not is_first() or not stamp.exists():
             return ""
-        old, folder = json.loads(stamp.read_text()), self.place(stage)
+        old, folder = read_record(stamp), self.place(stage)
         kept = folder.with_name(f"{folder.name}-{digest(old)}")
         move_aside(folder, kept, stamp.name)  # over one of the same values: the same results
         changed = differences(old, stage.values)

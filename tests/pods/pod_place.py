@@ -181,7 +181,8 @@ class Place:
         for argv in self.cloud.calls():
             words = [word for word in argv if not word.startswith("-")]
             host = re.search(r"host\.sh (\S+)", " ".join(argv)) if "ssh" in argv else None
-            n = {"gcloud": 5 if "tpus" in argv else 3, "xpk": 3, "git": 2}.get(argv[0], 1)
+            gcloud = 5 + ("alpha" in argv) if "tpus" in argv else 3
+            n = {"gcloud": gcloud, "xpk": 3, "git": 2}.get(argv[0], 1)
             steps.append(host[1] if host else " ".join(words[:n][-2:]))
         return steps
 

@@ -13,8 +13,12 @@ import sys
 import time
 
 WHERE = {"--zone", "--project", "--quiet"}
-CREATE = WHERE | {"--accelerator-type", "--spot", "--service-account", "--network", "--subnetwork"}
+CREATE = WHERE | {"--accelerator-type", "--spot", "--reserved", "--internal-ips",
+                  "--service-account", "--network", "--subnetwork"}  # fmt: skip
 QUEUED, VM = "gcloud compute tpus queued-resources", "gcloud compute tpus tpu-vm"
+ALPHA = "gcloud alpha compute tpus tpu-vm"
+SSH = WHERE | {"--worker", "--command", "--output-directory"}
+SCP = WHERE | {"--worker", "--recurse"}
 ON_CLUSTER = {"--cluster", "--zone", "--project"}
 # https://cloud.google.com/sdk/gcloud/reference, xpk 1.16 `--help`, https://slurm.schedmd.com:
 # call -> flags it takes, flags it wants, number of other arguments.
@@ -22,10 +26,10 @@ CALLS: dict[str, tuple[set[str], set[str], int]] = {
     f"{VM} create": (CREATE | {"--version"}, {"--zone", "--accelerator-type", "--version"}, 1),
     f"{VM} describe": (WHERE | {"--format"}, {"--zone"}, 1),
     f"{VM} delete": (WHERE, {"--zone", "--quiet"}, 1),
-    f"{VM} ssh": (
-        WHERE | {"--worker", "--command", "--output-directory"}, {"--zone", "--command"}, 1,
-    ),
-    f"{VM} scp": (WHERE | {"--worker", "--recurse"}, {"--zone", "--worker"}, 2),
+    f"{VM} ssh": (SSH | {"--internal-ip"}, {"--zone", "--command"}, 1),
+    f"{VM} scp": (SCP | {"--internal-ip"}, {"--zone", "--worker"}, 2),
+    f"{ALPHA} ssh": (SSH | {"--tunnel-through-iap"}, {"--zone", "--command"}, 1),
+    f"{ALPHA} scp": (SCP | {"--tunnel-through-iap"}, {"--zone", "--worker"}, 2),
     f"{QUEUED} create": (
         CREATE | {"--runtime-version", "--node-id", "--valid-until-duration"},
         {"--zone", "--accelerator-type", "--runtime-version", "--node-id"}, 1,

@@ -6,7 +6,7 @@ import signal
 import subprocess
 
 import pytest
-from pod_place import BUCKET, COSTS, NASTY, NEW_TPU, TPU, UP, interrupt, wait_for
+from pod_place import BUCKET, CONFIG, COSTS, NASTY, NEW_TPU, TPU, UP, interrupt, wait_for
 
 ONCE = ["tpu-vm create", "tpu-vm describe", "git archive", "tpu-vm scp", "setup", "start", "status"]
 LOOK = ["git status", "tpu-vm describe"]
@@ -39,6 +39,25 @@ def test_a_queued_spot_tpu(place):
     create, *_ = [argv for argv in place.cloud.calls() if "create" in argv]
     assert {"--spot", "--valid-until-duration=7200s", "--node-id=my-tpu"} <= set(create)
     assert place.steps().count("queued-resources delete") == 1
+
+
+@pytest.mark.parametrize("how, program", [
+    ("--internal-ip", ["gcloud", "compute"]),
+    ("--tunnel-through-iap", ["gcloud", "alpha", "compute"]),  # no other gcloud has it
+])  # fmt: skip
+def test_a_tpu_without_external_addresses(place, how, program):
+    where = ["--name=my-tpu", "--zone=us-central1-ai1a", "--project=example.com:my-project"]
+    what = ["--type=v5litepod-16", how, "--reserved", "--", CONFIG, "--workdir=/nfs/run"]
+    result = place.run("cloud_tpu", "up", *where, *what)
+    assert result.returncode == 0, result.stderr
+    assert place.steps() == [*LOOK, *ONCE, "logs", "tpu-vm scp", "tpu-vm delete"]
+    for argv in place.cloud.calls()[1:]:
+        if {"ssh", "scp"} & set(argv):
+            assert argv[: len(program)] == program and how in argv
+        elif "tpus" in argv:
+            assert argv[:2] == ["gcloud", "compute"] and how not in argv
+            assert set(where[1:]) <= set(argv)
+            assert ({"--internal-ips", "--reserved"} <= set(argv)) == ("create" in argv)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,17 @@ def test_a_job_is_submitted(place):
     assert sbatch[-4:] == ["launch/pods/slurm_job.sh", "100", *SUBMIT[-2:]]
 
 
+def test_names_are_the_clusters_own(place):
+    gpus(place)
+    given = ["--account=abc@v100", "--partition=gpu_p13,_debug", "--qos=qos_gpu-t3", "--mem=64GB",
+             "--time=UNLIMITED"]  # fmt: skip
+    more = [word for word in SUBMIT if not word.startswith(("--gpus", "--time", "slurm", "submit"))]
+    result = place.run("slurm", "submit", *given, "--gpus-per-node=nvidia_h100:4", *more)
+    assert result.returncode == 0, result.stderr
+    (sbatch,) = place.cloud.calls()
+    assert {*given, "--gpus-per-node=nvidia_h100:4", "--ntasks-per-node=4"} <= set(sbatch)
+
+
 def test_ctrl_c_while_submitting_finds_the_job(place):
     gpus(place)
     status, stderr = interrupt(place, SUBMIT, "sbatch:1", first=True)
@@ -240,6 +251,8 @@ COMMANDS: list[tuple[list[str], str]] = [  # and what has to be there before
     (["cloud_tpu", "fetch", *TPU, "--out=some where", "--", *BUCKET], "tpu"),
     (["cloud_tpu", "stop", *TPU], "tpu"), (["cloud_tpu", "delete", *TPU], "tpu"), (GKE_UP, ""),
     (["gke", "create", *WORKLOAD, "--type=v6e-16", "--base-image=python:3.12", "--", *BUCKET], ""),
+    (["gke", "create", "--name=study", "--cluster=c", "--zone=us-central1-ai1a", "--image=i",
+      "--project=example.com:my-project", "--type=tpu7x-2x2x2", "--", *BUCKET], ""),
     (["gke", "wait", *WORKLOAD], "workload"), (["gke", "logs", *WORKLOAD, "--follow"], "workload"),
     (["gke", "logs", *WORKLOAD, "--past"], ""), (["gke", "fetch", *WORKLOAD, "--", *BUCKET], ""),
     (["gke", "status", *WORKLOAD], "workload"), (["gke", "delete", *WORKLOAD], "workload"),
@@ -274,6 +287,9 @@ def test_a_dry_run_prints_what_a_run_does(place, arguments, before):
       ("a b", "it's", "a;touch pwned", "$(touch pwned)", "-a", "UP", "a\nb")),
     (["cloud_tpu", "delete", "--name=", TPU[1]], "--name has no value"),
     (["cloud_tpu", "delete", *TPU[:1], "--zone=moon"], "--zone=moon is not valid"),
+    (["cloud_tpu", "delete", *TPU[:1], "--zone=us-west4"], "--zone=us-west4 is not valid"),
+    (["cloud_tpu", "delete", *TPU, "--project=My Project"], "--project='My Project' is not valid"),
+    (["cloud_tpu", "stop", *TPU, "--internal-ip", "--tunnel-through-iap"], "one of --internal-ip"),
     (["cloud_tpu", "create", *TPU, "--type=h100-8"], "no runtime image is known"),
     (["cloud_tpu", "create", *TPU, "--typ=v4-8"], "unknown option --typ"),
     (["cloud_tpu", "create", *NEW_TPU, "--wait=soon"], "--wait=soon is not valid"),
@@ -287,6 +303,10 @@ def test_a_dry_run_prints_what_a_run_does(place, arguments, before):
     (["gke", "create", *WORKLOAD, "--type=v4-8", "--", *BUCKET], "one of --image="),
     ([*GKE_UP, "--set=$$"], "Kubernetes rewrites"),
     (["slurm", "submit", "--name=a", "--time=now", "--", *BUCKET], "--time=now is not valid"),
+    (["slurm", "submit", "--name=a", "--time=1", "--account=a b", "--", *BUCKET], "--account='a b"),
+    (["slurm", "submit", "--name=a", "--time=1", "--mem=lots", "--", *BUCKET], "--mem=lots is not"),
+    (["slurm", "submit", "--name=a", "--time=1", "--gpus-per-node=a100", "--", *BUCKET],
+     "--gpus-per-node=a100 is not valid"),
     (["slurm", "logs", "--job=x"], "--job=x is not valid"),
     (["host", "setup"], "--accelerator is missing"),
     (["host", "setup", "--accelerator"], "--accelerator wants a value"),
