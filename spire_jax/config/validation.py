@@ -51,11 +51,12 @@ def validate(config: ExperimentConfig) -> None:
           f"decode.depths={decode.depths} must all be 1 or more; () = decode.k alone")  # fmt: skip
     positive(ev, "eval", "contexts output_length batch_size bootstrap timing_repeats heldout_rows")
     not_negative(ev, "eval", "examples decoder_samples")
-    not_negative(decode, "decode", "temperature top_k")
+    check(0 <= decode.temperature < math.inf,
+          f"decode.temperature={decode.temperature} must be 0 (greedy) or more, and "
+          f"finite")  # fmt: skip
+    not_negative(decode, "decode", "top_k")
     not_negative(config.data, "data", "workers")
-    check(config.seed >= 0, f"seed={config.seed} is negative; use 0 or more")
-    check(math.isfinite(decode.temperature), f"decode.temperature={decode.temperature}: use a "
-                                             f"finite one, or 0 for greedy")  # fmt: skip
+    check(0 <= config.seed < 2**64, f"seed={config.seed} must lie between 0 and 2**64 - 1")
     heldout = config.data.heldout_percent
     check(0 < heldout < 100, f"data.heldout_percent={heldout} must lie between 1 and 99")
     choice("decode.verification", decode.verification, "token block")

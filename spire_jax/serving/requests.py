@@ -98,7 +98,7 @@ def request_of(
         found = " and ".join(given) or "none"
         raise RequestError(f"give one of prompt, tokens and messages; found {found}")
     max_tokens = _integer(values, "max_tokens", defaults.max_tokens, 1, 2**31)
-    seed = _integer(values, "seed", derived_seed(defaults.seed, index), 0, 2**32)
+    seed = _integer(values, "seed", derived_seed(defaults.seed, index), -(2**63), 2**63)
     stop = values.get("stop", defaults.stop)
     stop = (stop,) if isinstance(stop, str) else stop
     if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
