@@ -144,18 +144,18 @@ def test_an_end_of_sequence_in_the_prompt_ends_nothing():
 
 @pytest.mark.parametrize("kind", ["spire", pytest.param("vanilla", marks=pytest.mark.slow)])
 def test_the_last_position_of_the_model_is_used(kind):
-    """context + budget + k = max_len: as with room to spare; one position more is refused."""
+    """context + budget = max_len: as with room to spare; one position more is refused."""
     p = pair(kind, SMALL)
     longest = 31
     narrow = dataclasses.replace(p.target, config=dataclasses.replace(SMALL, max_len=longest))
     prompts, k, seeds = ragged((20, 4, *[24] * 14), seed=3), 2, range(16)
-    budgets = [longest - k - len(prompt) for prompt in prompts]
+    budgets = [longest - len(prompt) for prompt in prompts]
     decoders = [Decoder(m, p.strategy, k, Sampling()) for m in (narrow, p.target)]
     tight, roomy = (
         generate(decoder, p.weights, prompts, budgets, seeds, width=width)
         for decoder, width in zip(decoders, (0, WIDTH), strict=True)
     )
-    assert tight.tokens.shape[1] == longest
+    assert tight.tokens.shape[1] == longest + k
     same(rows_of(tight), rows_of(roomy))
     with pytest.raises(DecodeError, match=r"row 1: .* = 32 goes beyond the model's 31"):
         start(decoders[0], p.weights, prompts, [budgets[0], budgets[1] + 1, *budgets[2:]], seeds)
@@ -213,7 +213,7 @@ GOOD = [1, 2, 3]
         (GOOD, 0, "row 1: the budget is 0"),
         (GOOD, -3, "row 1: the budget is -3"),
         (GOOD, 15, r"row 1: context 3 \+ budget 15 \+ k 3 = 21 .* the decoder's 20 positions"),
-        (GOOD, 95, r"row 1: context 3 \+ budget 95 \+ k 3 = 101 .* the model's 100 positions"),
+        (GOOD, 98, r"row 1: context 3 \+ budget 98 = 101 .* the model's 100 positions"),
     ],
 )
 def test_bad_requests_name_their_row(prompt, budget, message):

@@ -130,7 +130,9 @@ class Server:
                 self._admit(item, received)
             clean = not self._prefill()
             for result in self._rounds(clean, watch):
-                following = next_turn(result, self.tokenizer)
+                following = None
+                if isinstance(result, Result):
+                    following = next_turn(result, self.tokenizer)
                 if following is None:
                     yield result
                 else:
