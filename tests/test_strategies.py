@@ -45,6 +45,12 @@ OPTIONS: dict[str, list[dict]] = {
     ],
     "magicdec": [{"window": WINDOW, "sink": SINK}, {"window": WINDOW, "sink": 0}],
     "snapkv": [{"budget": 7, "observed": 3}],
+    "stride": [
+        {"window": WINDOW, "sink": SINK, "stride": 2},
+        {"window": WINDOW, "stride": 3, "head": "markov", "head_rank": 4},
+        {"window": 0, "stride": 2, "head": "recurrent", "head_rank": 4, "head_tokens": 12},
+        {"window": WINDOW, "stride": 2, "draws": "argmax", "feedback": False},
+    ],
 }  # fmt: skip
 CASES = [(kind, options) for kind in DRAFT_KINDS.names() for options in OPTIONS.get(kind, [{}])]
 

@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from spire_jax.config.checks import check, choice, not_negative, positive, share
 from spire_jax.config.readers import DRAFT, read_by
@@ -22,15 +22,21 @@ if TYPE_CHECKING:  # what a draft makes is below this folder
     from spire_jax.models.transformer import Params
 
 
+class Pass(NamedTuple):
+    """A forward pass of a draft, of one request's tokens."""
+
+    tokens: int = 1  # that it processes
+    drafted: int = 1  # of which it computes logits
+    projections: int = 0  # of tokens to keys and values, besides the transformer's own
+
+
 @dataclasses.dataclass(frozen=True)
 class DraftCost:
     """What drafting costs one request in a round, whatever the chip (costs/roofline.py)."""
 
     rows: float  # cached tokens that a pass reads, mean over the draft's layers
     slots: float  # cached tokens that its state has room for, likewise
-    passes: int  # forward passes of the draft
-    tokens: int = 1  # that each pass processes
-    projections: int = 0  # of a token to keys and values, besides the transformer's own
+    passes: tuple[Pass, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +101,7 @@ class DraftOptions:
         return DraftCost(
             rows=over_layers(views, lambda v: v.sink + min(context, v.window), float(context)),
             slots=over_layers(views, lambda v: v.sink + v.window + k, float(context)),
-            passes=k,
+            passes=(Pass(),) * k,
         )
 
     def filled(self, train: "TrainConfig") -> "DraftOptions":

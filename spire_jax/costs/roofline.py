@@ -32,7 +32,7 @@ class RoundCost:
     """One speculation round of the whole batch, in FLOP-equivalents."""
 
     target_step: float  # one autoregressive step of the target
-    draft_step: float  # one pass of the draft
+    draft_step: float  # one pass of the draft, mean over a round's
     verification: float  # the target's pass over k + 1 tokens per request
     k: int  # drafted tokens; 0 = autoregressive decoding
     passes: int  # of the draft
@@ -85,9 +85,9 @@ class Group:
         return others / self.chips + keys_values / self.cache_shards(model)
 
     def communication(
-        self, model: ModelConfig, *, batch: int, tokens: int, with_head: bool
+        self, model: ModelConfig, *, batch: int, tokens: int, drafted: int, with_head: bool
     ) -> float:
-        """What a forward pass over `tokens` tokens of each request sends.
+        """What a forward pass over `tokens` tokens of each request sends, `drafted` with logits.
 
         All-reduces of the activations, by a ring (each chip sends 2 (chips - 1) / chips of them):
         after attention and after the MLP of every layer and, where the unembedding counts, of the
@@ -100,7 +100,7 @@ class Group:
         activations = batch * tokens * model.d_model * self.activation_bytes
         sent = all_reduces * 2 * (self.chips - 1) / self.chips * activations
         if with_head:
-            sent += (self.chips - 1) * batch * tokens * SHARD_BYTES
+            sent += (self.chips - 1) * batch * drafted * SHARD_BYTES
         return sent * self.byte_cost + (all_reduces + with_head) * self.collective_cost
 
     def handover(self, model: ModelConfig, *, batch: int, k: int) -> float:
@@ -145,16 +145,19 @@ class Roofline:
         tokens: int,
         rows: float,
         projections: int = 0,
+        drafted: int | None = None,
     ) -> float:
         """A forward pass over `tokens` tokens of each request, reading `rows` cached tokens.
 
-        Of every chip in the group: `batch` is what the group decodes.
+        Of every chip in the group: `batch` is what the group decodes. Logits are computed of
+        `drafted` tokens, by default all; `projections` tokens become keys and values once more.
         """
+        drafted = tokens if drafted is None else drafted
         weights, row = self.group.weights(model), model.cache_row()
         flops = 2.0 * weights * batch * tokens
         shards = self.group.cache_shards(model)
         if projections:
-            flops += 2 * projections * batch * tokens * _keys_values(model) / shards
+            flops += 2 * projections * batch * _keys_values(model) / shards
         weight_reads = weights * self.weight_bytes * self.hoi
         cache_reads = batch * rows * row * self.cache_bytes * self.hoi / shards
         with_head = self.variant == "with_head"
@@ -164,8 +167,10 @@ class Roofline:
             cost = max(flops, weight_reads) + cache_reads
         if with_head:
             head = model.d_model * head_size(model) / self.group.chips
-            cost += max(2 * head * batch * tokens, head * self.weight_bytes * self.hoi)
-        sent = self.group.communication(model, batch=batch, tokens=tokens, with_head=with_head)
+            cost += max(2 * head * batch * drafted, head * self.weight_bytes * self.hoi)
+        sent = self.group.communication(
+            model, batch=batch, tokens=tokens, drafted=drafted, with_head=with_head
+        )
         return max(cost, sent) if self.group.overlap else cost + sent
 
     def round(
@@ -181,14 +186,11 @@ class Roofline:
         step, handover, passes, group = 0.0, 0.0, 0, self.group
         if draft:
             model, cost = draft
-            passes = cost.passes
-            step = dataclasses.replace(self, group=group.drafting).forward(
-                model,
-                batch=group.drafted(batch),
-                tokens=cost.tokens,
-                rows=cost.rows,
-                projections=cost.projections,
-            )
+            passes, of_group = len(cost.passes), dataclasses.replace(self, group=group.drafting)
+            step = sum(
+                of_group.forward(model, batch=group.drafted(batch), rows=cost.rows, **one._asdict())
+                for one in cost.passes
+            ) / passes  # fmt: skip
             if group.drafting is not group and self.variant == "with_head":
                 handover = group.handover(model, batch=batch, k=k)
         rows = visible_rows(target, context)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from spire_jax.config.checks import check, positive
-from spire_jax.config.drafts import DraftCost, DraftOptions, over_layers
+from spire_jax.config.drafts import DraftCost, DraftOptions, Pass, over_layers
 from spire_jax.config.registry import DRAFT_KINDS
 from spire_jax.config.schema import ModelConfig
 from spire_jax.drafting.magicdec import check_budget, check_target
@@ -51,7 +51,9 @@ class SnapKvOptions(DraftOptions):
         # The query's own entry counts as one of the budget, as it does in MagicDec's.
         kept = float(min(self.budget, context))
         rows = over_layers(self.views(target), lambda v: min(kept, v.window + v.sink), kept)
-        return DraftCost(rows=rows, slots=float(min(self.budget + k, context)), passes=k)
+        return DraftCost(
+            rows=rows, slots=float(min(self.budget + k, context)), passes=(Pass(),) * k
+        )
 
     def check(self, at, config):
         positive(self, at, "budget observed")

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from spire_jax.config.checks import check, choice, not_negative
-from spire_jax.config.drafts import TransformerOptions
+from spire_jax.config.drafts import Pass, TransformerOptions
 from spire_jax.config.readers import DRAFT, read_by
 from spire_jax.config.registry import DRAFT_KINDS
 from spire_jax.config.schema import ModelConfig
@@ -73,7 +73,8 @@ class SpireOptions(TransformerOptions):
     def cost(self, target, context, k):
         # A second projection, of memories beside layer inputs; without feedback they are the same.
         twice = int(self.attend_self and self.feedback)
-        return dataclasses.replace(super().cost(target, context, k), projections=twice)
+        passes = (Pass(projections=twice),) * k
+        return dataclasses.replace(super().cost(target, context, k), passes=passes)
 
     def check(self, at, config):
         super().check(at, config)

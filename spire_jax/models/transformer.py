@@ -63,10 +63,13 @@ class Transformer(nnx.Module):
 
         That is the padding of the vocabulary, and all that a trimmed head leaves out.
         """
-        logits = self.unembed_head(x)
+        return self.widened(self.unembed_head(x))
+
+    def widened(self, logits: Float[Array, "*rows Vh"]) -> Float[Array, "*rows V"]:
+        """Logits over the vocabulary from those of the head: -inf for what it leaves out."""
         if not self.config.head_tokens:
             return logits
-        whole = jnp.full((*x.shape[:-1], self.config.vocab_size), -jnp.inf)
+        whole = jnp.full((*logits.shape[:-1], self.config.vocab_size), -jnp.inf)
         return whole.at[..., self.head_ids[...]].set(logits, unique_indices=True)
 
     def unembed_head(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows Vh"]:

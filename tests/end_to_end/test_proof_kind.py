@@ -17,7 +17,7 @@ from flax import nnx
 from test_lossless import SMALL, check_joint
 
 from spire_jax.config.checks import not_negative, positive
-from spire_jax.config.drafts import DraftCost, TrainedOptions
+from spire_jax.config.drafts import DraftCost, Pass, TrainedOptions
 from spire_jax.config.readers import DRAFT, read_by
 from spire_jax.config.registry import DRAFT_KINDS, LOSSES
 from spire_jax.config.schema import ModelConfig
@@ -71,7 +71,7 @@ class RecurrentOptions(TrainedOptions):
         return WithRegression(super().learns(strategy, k), self.regression)
 
     def cost(self, target, context, k):
-        return DraftCost(rows=1.0, slots=k + 2.0, passes=k)
+        return DraftCost(rows=1.0, slots=k + 2.0, passes=(Pass(),) * k)
 
     def check(self, at, config):
         super().check(at, config)

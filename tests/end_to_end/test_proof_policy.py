@@ -15,7 +15,7 @@ import test_strategies
 from test_lossless import SMALL, check_joint
 
 from spire_jax.config.checks import check, positive
-from spire_jax.config.drafts import DraftCost, DraftOptions
+from spire_jax.config.drafts import DraftCost, DraftOptions, Pass
 from spire_jax.config.registry import DRAFT_KINDS
 from spire_jax.config.schema import ConfigError
 from spire_jax.drafting.self_drafting import SelfDrafting, drafting_target
@@ -46,7 +46,7 @@ class StridedOptions(DraftOptions):
         return DraftCost(
             rows=float(newest + self._strided(context - newest)),
             slots=float(self._strided(context) + self.window + k),
-            passes=k,
+            passes=(Pass(),) * k,
         )
 
     def _strided(self, tokens):

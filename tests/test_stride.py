@@ -1,0 +1,170 @@
+"""SPIRe with a stride: its two ends, what a slot depends on, heads, and what is drawn."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import SINK, TINY, WINDOW, init, pair, target, texts
+
+from spire_jax.drafting.stride import StrideOptions, passes
+from spire_jax.models.attention import Compute
+from spire_jax.models.masks import may_attend
+
+T, K = 24, 8
+STARTS = np.arange(0, T - K + 1, 3)
+VALID = slice(0, TINY.n_tokens)
+DRAFT = StrideOptions(window=WINDOW, sink=SINK, head_rank=4)
+
+
+@functools.cache
+def strategy(**options):
+    return dataclasses.replace(DRAFT, **options).strategy(TINY, Compute())
+
+
+@functools.cache
+def params(head: str = "none"):
+    return init(strategy(head=head).model, 1)
+
+
+@functools.cache
+def given():
+    """Texts, and the target's activations that a draft of two layers reads."""
+    model, of_target = target()
+    tokens = jnp.asarray(texts(2, T))
+    return tokens, jax.jit(lambda w, x: model.bind(w).prefill(x, strategy().collect)[0])(
+        of_target, tokens
+    )
+
+
+def rollout(own, stride: int, k: int = K, head: str = "none") -> np.ndarray:
+    of = strategy(head=head).model
+    run = jax.jit(lambda w, *x: of.bind(w).strided_rollout(*x, STARTS, k, stride))
+    return np.asarray(run(own, *given()))[..., VALID]
+
+
+@functools.cache
+def plain(stride: int) -> np.ndarray:
+    return rollout(params(), stride)
+
+
+def spires() -> np.ndarray:
+    """SPIRe's own rollout with the same parameters."""
+    of, own = pair("spire").strategy.model, dict(params())
+    del own["mask"]
+    run = jax.jit(lambda w, *x: of.bind(w).rollout(*x, STARTS, K))
+    return np.asarray(run(own, *given()))[..., VALID]
+
+
+def close(found, expected, tolerance=1e-5):
+    np.testing.assert_allclose(found, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_a_stride_of_one_is_spire_and_every_stride_begins_like_it():
+    close(plain(1), spires())
+    for stride in (2, 4, 8):
+        close(plain(stride)[:, :, 0], spires()[:, :, 0])
+        assert np.abs(plain(stride)[:, :, 1] - spires()[:, :, 1]).max() > 0.1
+
+
+def one_pass(start: int) -> np.ndarray:
+    """The block draft by definition: the last token and masks, over the target's memories."""
+    tokens, activations = given()
+    module = strategy().model.bind(params())
+    positions, read = start + np.arange(K), np.arange(start)
+    mask = jnp.broadcast_to(module.mask[...], (2, K - 1, TINY.d_model))
+    x = jnp.concatenate([module.embed(tokens[:, start : start + 1]), mask], axis=1)
+    k_pos = np.concatenate([read, positions])
+    sees = may_attend(positions[:, None], k_pos[None], WINDOW, SINK)
+    for i, block in enumerate(module.blocks):
+        q = block.queries(x, positions)
+        memory = module.read_target(
+            i, tokens[:, :start], tuple(y[:, :start] for y in activations), read
+        )
+        k, v = (jnp.concatenate(y, axis=1)
+                for y in zip(memory, block.keys_values(x, positions), strict=True))  # fmt: skip
+        logits = module.views[i].scale * jnp.einsum("btkgh,bskh->bkgts", q, k)
+        weights = jax.nn.softmax(jnp.where(sees, logits, -jnp.inf), axis=-1)
+        x = block.finish(x, jnp.einsum("bkgts,bskh->btkgh", weights, v))
+    return np.asarray(module.unembed(x))[..., VALID]
+
+
+def test_a_stride_of_k_is_a_block_draft():
+    for r, start in enumerate(STARTS):
+        close(plain(K)[:, r], one_pass(int(start)))
+
+
+@pytest.mark.parametrize("stride", [2, 3])
+def test_a_shallower_round_is_the_beginning_of_a_deeper_one(stride):
+    close(rollout(params(), stride, 5), rollout(params(), stride)[:, :, :5])
+
+
+def test_passes_of_a_round():
+    assert passes(4, 1) == [(1, 1)] * 4 and passes(4, 4) == [(1, 4)]
+    assert passes(8, 3) == [(1, 3), (3, 3), (3, 2)] and passes(3, 8) == [(1, 3)]
+
+
+def test_masks_leave_no_memory_and_known_tokens_do():
+    """The first slot of a pass sees no mask at all, the others do; a pass sees those before it."""
+    changed = params() | {"mask": params()["mask"] + 1.0}
+    differs = np.abs(rollout(changed, 4) - plain(4)).max(axis=(0, 1, 3)) > 1e-3
+    assert differs.tolist() == [False, True, True, True] * 2
+    of, (tokens, activations) = strategy().model, given()
+    run = jax.jit(lambda x: of.bind(params()).strided_rollout(x, activations, STARTS, K, 4))
+    for place, first in ((1, 4), (4, 4), (5, 8)):  # offsets of a known token: seen from pass 1 on
+        other = tokens.at[:, STARTS[0] + place].add(1) % TINY.n_tokens
+        after = np.asarray(run(other))[:, 0, :, VALID]
+        differs = np.abs(after - plain(4)[:, 0]).max(axis=(0, 2)) > 1e-4
+        assert differs.tolist() == [j >= first for j in range(K)], place
+
+
+@pytest.mark.parametrize("head", ["markov", "recurrent"])
+def test_heads_add_what_follows_from_the_tokens_before(head):
+    own, base = params(head) | params(), plain(4)
+    tokens = np.asarray(given()[0])
+    expected = np.zeros_like(base)
+    w1, w2 = np.asarray(own["head_in"]), np.asarray(own["head_out"])[:, VALID]
+    for r, start in enumerate(STARTS):
+        for j in range(K):
+            h = w1[tokens[:, start + j]]
+            if head == "recurrent":
+                state = np.zeros_like(h) if j % 4 == 0 else state
+                h = state = np.tanh(h + state @ np.asarray(own["head_mix"]))
+            expected[:, r, j] = h @ w2
+    close(rollout(own, 4, head=head) - base, expected, 2e-5)
+    assert np.abs(expected).max() > 0.1
+    own["head_out"] = jnp.zeros_like(own["head_out"])
+    close(rollout(own, 4, head=head), base)
+
+
+def test_before_training_the_mask_is_the_mean_embedding_and_the_head_says_nothing():
+    draft = dataclasses.replace(DRAFT, head="markov")
+    _, of_target = target()
+    fresh = draft.strategy(TINY, Compute()).model.init(jax.random.key(0))
+    begun = draft.initial(of_target, fresh)
+    close(begun["mask"], np.asarray(of_target["embedding"]).mean(axis=0))
+    assert not np.asarray(begun["head_out"]).any() and np.asarray(begun["head_in"]).any()
+    shared = dataclasses.replace(draft, share_embedding=True)
+    own = {name: x for name, x in fresh.items() if name != "embedding"}
+    close(shared.initial(of_target, own)["mask"], begun["mask"])
+
+
+def test_each_batch_is_of_one_of_the_strides():
+    """Which, its tokens say: the same in another run, and all of them come up."""
+    of, (tokens, activations) = strategy(strides=(1, 2, 4)), given()
+    predict = jax.jit(lambda x: of.predict(params(), x, activations, 4))
+    starts, seen = np.arange(0, T, 4), set()
+    run = jax.jit(
+        lambda x, stride: of.model.bind(params()).strided_rollout(
+            x, activations, starts, 4, stride, in_head=True
+        ),
+        static_argnums=1,
+    )
+    for shift in range(4):
+        x = tokens.at[0, 0].set(shift)
+        stride = (1, 2, 4)[int(x.sum()) % 3]
+        close(predict(x)[..., VALID], run(x, stride).reshape(2, T, -1)[..., VALID])
+        seen.add(stride)
+    assert seen == {1, 2, 4}
