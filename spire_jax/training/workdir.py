@@ -46,8 +46,10 @@ class WorkDir:
         self.corpus: Corpus = load_corpus(config.data, cache_folder(self.folder))
         n_tokens, of_data = config.target.n_tokens, self.corpus.tokenizer.n_tokens
         if n_tokens < of_data:
-            raise ConfigError(f"target.n_tokens={n_tokens} is under the {of_data} tokens of "
-                              f"data.tokenizer={config.data.tokenizer!r}; leave it out")  # fmt: skip
+            raise ConfigError(
+                f"target.n_tokens={n_tokens} is under the {of_data} tokens of data.tokenizer="
+                f"{config.data.tokenizer!r}; leave it out"
+            )
         self.dataset = Dataset(self.corpus, config.train.seq_len)
         self.pretrained = open_checkpoint(path) if (path := config.pretrained.path) else None
         of_target = self.target_sha256 if self.pretrained else ""
