@@ -28,6 +28,7 @@ class Pass(NamedTuple):
     tokens: int = 1  # that it processes
     drafted: int = 1  # of which it computes logits
     projections: int = 0  # of tokens to keys and values, besides the transformer's own
+    head: int = 0  # weights that each drafted token reads anew, after those before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class DraftCost:
     rows: float  # cached tokens that a pass reads, mean over the draft's layers
     slots: float  # cached tokens that its state has room for, likewise
     passes: tuple[Pass, ...]
+    more: int = 0  # weights beside its transformer's
 
 
 @dataclasses.dataclass(frozen=True)

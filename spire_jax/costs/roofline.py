@@ -146,11 +146,13 @@ class Roofline:
         rows: float,
         projections: int = 0,
         drafted: int | None = None,
+        head: int = 0,
     ) -> float:
         """A forward pass over `tokens` tokens of each request, reading `rows` cached tokens.
 
         Of every chip in the group: `batch` is what the group decodes. Logits are computed of
-        `drafted` tokens, by default all; `projections` tokens become keys and values once more.
+        `drafted` tokens, by default all, each of which reads `head` more weights by itself;
+        `projections` tokens become keys and values once more.
         """
         drafted = tokens if drafted is None else drafted
         weights, row = self.group.weights(model), model.cache_row()
@@ -166,8 +168,11 @@ class Roofline:
         else:
             cost = max(flops, weight_reads) + cache_reads
         if with_head:
-            head = model.d_model * head_size(model) / self.group.chips
-            cost += max(2 * head * batch * drafted, head * self.weight_bytes * self.hoi)
+            unembedding = model.d_model * head_size(model) / self.group.chips
+            cost += max(
+                2 * unembedding * batch * drafted, unembedding * self.weight_bytes * self.hoi
+            )
+            cost += drafted * max(2 * head * batch, head * self.weight_bytes * self.hoi)
         sent = self.group.communication(
             model, batch=batch, tokens=tokens, drafted=drafted, with_head=with_head
         )

@@ -140,7 +140,7 @@ def memory_bytes(
         lent = options.shared if drafting is group else ()
         rows = 0 if "embedding" in lent else model.vocab_size
         columns = 0 if model.tied or "unembedding" in lent else head_size(model)
-        held += weights(drafting, model, rows + columns)
+        held += weights(drafting, model, rows + columns) + at.weight_bytes * cost.more
     return held + cache(drafting, model, group.drafted(batch), cost.slots)
 
 

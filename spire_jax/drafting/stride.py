@@ -32,6 +32,7 @@ from spire_jax.config.checks import check, choice, positive
 from spire_jax.config.drafts import Pass
 from spire_jax.config.readers import EVALUATE, STUDY, read_by
 from spire_jax.config.registry import DRAFT_KINDS
+from spire_jax.config.schema import head_size
 from spire_jax.drafting.spire import Spire, SpireDraft, SpireOptions, of_family
 from spire_jax.drafting.strategy import Proposal
 from spire_jax.models.attention import attention, merge_attention
@@ -69,10 +70,15 @@ class StrideOptions(SpireOptions):
         return params | {"mask": jnp.mean(table, axis=0).astype(fresh["mask"].dtype)}
 
     def cost(self, target, context, k):
+        sizes = self.model(target)
         twice = int(self.feedback)  # memories beside layer inputs, of the known tokens
-        of_passes = tuple(Pass(known + slots - 1, slots, twice * known)
+        out = self.head_rank * head_size(sizes) if self.head != "none" else 0
+        mix = self.head_rank**2 if self.head == "recurrent" else 0
+        table = self.head_rank * sizes.vocab_size if self.head != "none" else 0
+        of_passes = tuple(Pass(known + slots - 1, slots, twice * known, out + mix)
                           for known, slots in passes(k, self.stride))  # fmt: skip
-        return dataclasses.replace(super().cost(target, context, k), passes=of_passes)
+        more = sizes.d_model + table + out + mix
+        return dataclasses.replace(super().cost(target, context, k), passes=of_passes, more=more)
 
     def check(self, at, config):
         super().check(at, config)
