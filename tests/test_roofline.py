@@ -121,12 +121,12 @@ _MUTANTS = {
         "max(flops, weight_reads) + cache_reads",
         "max(flops, weight_reads + cache_reads)",
     ),
-    "head read, never multiplied": ("max(2 * head * batch * tokens, ", "max(0, "),
+    "head read, never multiplied": ("max(2 * table * batch * drafted, ", "max(0, "),
     "head multiplied, never read": (
-        ", head * self.weight_bytes * self.hoi)",
+        ", table * self.weight_bytes * self.hoi)",
         ", 0)",
     ),
-    "head of one token": ("2 * head * batch * tokens", "2 * head * batch"),
+    "head of one token": ("2 * table * batch * drafted", "2 * table * batch"),
 }
 
 
@@ -135,7 +135,7 @@ _OF_DRAFTS = {
     "no sink": ("lambda v: v.sink + min", "lambda v: min"),
     "window beyond the context": ("min(context, v.window)", "v.window"),
     "dense draft is sparse": ("v.window), float(context))", "v.window), context // 8)"),
-    "one pass fewer": ("passes=k,", "passes=k - 1,"),
+    "one pass fewer": ("passes=(Pass(),) * k", "passes=(Pass(),) * (k - 1)"),
 }  # fmt: skip
 _OF_THE_PAPER = {"window of a quarter": ("context // 8", "context // 4"),
                  "the paper's sparse draft has no sink": ("float(sink +", "float(")}  # fmt: skip

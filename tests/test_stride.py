@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import SINK, TINY, WINDOW, init, pair, target, texts
+from models import SINK, TINY, WINDOW, init, target, texts
+from models import pair as pair_of
 
+from spire_jax.costs.throughput import round_cost
 from spire_jax.drafting.stride import StrideOptions, passes
 from spire_jax.models.attention import Compute
 from spire_jax.models.masks import may_attend
@@ -52,7 +54,7 @@ def plain(stride: int) -> np.ndarray:
 
 def spires() -> np.ndarray:
     """SPIRe's own rollout with the same parameters."""
-    of, own = pair("spire").strategy.model, dict(params())
+    of, own = pair_of("spire").strategy.model, dict(params())
     del own["mask"]
     run = jax.jit(lambda w, *x: of.bind(w).rollout(*x, STARTS, K))
     return np.asarray(run(own, *given()))[..., VALID]
@@ -168,3 +170,19 @@ def test_each_batch_is_of_one_of_the_strides():
         close(predict(x)[..., VALID], run(x, stride).reshape(2, T, -1)[..., VALID])
         seen.add(stride)
     assert seen == {1, 2, 4}
+
+
+@pytest.mark.parametrize(
+    "context, wanted",
+    [(32, [2.06, 2.68, 1.56, 1.86, 1.30, 1.46]), (512, [1.23, 1.39, 1.12, 1.20, 1.06, 1.11]),
+     (4096, [1.03, 1.06, 1.02, 1.03, 1.01, 1.02])],
+)  # fmt: skip
+def test_a_rounds_cost_is_the_methods_table(pair, context, wanted):
+    """method.md section 8: per operator, without and with the unembedding, strides 1, 2 and 4."""
+    found = []
+    for stride in (1, 2, 4):
+        draft = StrideOptions(window=64, stride=stride)
+        of = dataclasses.replace(pair, drafts=(("it", draft),))
+        found += [round_cost(of, "it", batch=64, context=context, k=4, variant=variant).delta_t
+                  for variant in ("per_operator", "with_head")]  # fmt: skip
+    assert found == pytest.approx(wanted, abs=0.013)

@@ -168,10 +168,8 @@ class Roofline:
         else:
             cost = max(flops, weight_reads) + cache_reads
         if with_head:
-            unembedding = model.d_model * head_size(model) / self.group.chips
-            cost += max(
-                2 * unembedding * batch * drafted, unembedding * self.weight_bytes * self.hoi
-            )
+            table = model.d_model * head_size(model) / self.group.chips
+            cost += max(2 * table * batch * drafted, table * self.weight_bytes * self.hoi)
             cost += drafted * max(2 * head * batch, head * self.weight_bytes * self.hoi)
         sent = self.group.communication(
             model, batch=batch, tokens=tokens, drafted=drafted, with_head=with_head
