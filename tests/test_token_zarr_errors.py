@@ -132,7 +132,7 @@ BAD = {
     missing: r"row \d+: columns \d+..\d+ cannot be read \(NOT_FOUND.*; copy or make the arra",
     few: "of 1 documents none fell to the",
     unfinished: "is not finished: it is being written, .*; give the same write_zarr command again",
-    tokenized_otherwise: r"written with the tokenizer bpe-9-abc, but data.tokenizer='bytes' is by",
+    tokenized_otherwise: r"written with the tokenizer 'bpe-9-abc', but data.tokenizer='bytes' is by",
     of_other_shape: r"tells of 60 rows of 7, but .*t.zarr has 60 of 6; they do not belong together",
 }
 

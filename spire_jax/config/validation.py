@@ -1,7 +1,6 @@
 """What cannot work together in a config: errors that name the key and the remedy, at once."""
 
 import dataclasses
-import json
 import math
 import pathlib
 
@@ -17,7 +16,7 @@ from spire_jax.config.schema import (
     ModelConfig,
     oracle_depth,
 )
-from spire_jax.config.values import MOST
+from spire_jax.config.values import MOST, parse_json
 
 MOST_THREADS = 1000  # of `data.workers`
 MOST_RESAMPLES = 10**6
@@ -41,7 +40,7 @@ def tokenizer_size(tokenizer: str) -> int:
         if is_checkpoint(tokenizer):
             return below("pretrained.checkpoint").open_checkpoint(path).model.n_tokens
         check(path.is_file(), f"{at} does not exist; {make}")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
         check(values["model"].get("type", "BPE") == "BPE", "")
         return max(values["model"]["vocab"].values()) + 2
     except OSError as error:

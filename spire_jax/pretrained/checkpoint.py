@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from spire_jax.config.schema import ModelConfig
+from spire_jax.config.values import parse_json
 from spire_jax.models.sharding import spec
 from spire_jax.models.transformer import Model, Params, Transformer
 from spire_jax.pretrained import PretrainedError
@@ -72,7 +73,7 @@ class Checkpoint:
         names = json.dumps([name for name, _, _ in files])
         place = pathlib.Path(cache_dir) / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.json"
         try:
-            kept = json.loads(place.read_text())
+            kept = parse_json(place.read_bytes())
             if kept["files"] == files:
                 return str(kept["model_sha256"])
         except (OSError, ValueError, KeyError, TypeError):

@@ -5,7 +5,6 @@ gives anything out: sizes, dtypes, shapes, offsets without holes or overlaps.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
+from spire_jax.config.values import parse_json
 from spire_jax.pretrained import PretrainedError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -149,8 +149,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON:
         raise PretrainedError(f"{path} is larger than {MAX_JSON} bytes, no file of this kind")
     try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        values = parse_json(path.read_bytes())
+    except ValueError as error:
         raise PretrainedError(f"{path} is not JSON ({error}); fetch it again") from error
     if not isinstance(values, dict):
         raise PretrainedError(f"{path} holds {type(values).__name__}, not a JSON object")

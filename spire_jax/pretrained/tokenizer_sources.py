@@ -19,6 +19,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from spire_jax.config.values import parse_json
 from spire_jax.pretrained import PretrainedError
 from spire_jax.pretrained.chat import choose_template
 from spire_jax.pretrained.gguf_file import is_gguf, read_gguf
@@ -152,8 +153,8 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     try:
-        value = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(_text(path))
+    except ValueError as error:
         raise PretrainedError(f"{path} is no JSON: {error}; fetch it again") from None
     if not isinstance(value, dict):
         raise PretrainedError(f"{path} is no JSON object; fetch it again")

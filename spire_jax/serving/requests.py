@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from spire_jax.config.identity import digest
+from spire_jax.config.values import parse_json
 from spire_jax.data.tokenizer import Tokenizer
 from spire_jax.serving.prompts import PROMPTS, RequestError, encode, encode_turns
 from spire_jax.serving.records import Failure, Id, Request, Result, refused
@@ -123,7 +124,7 @@ def _read(line, number, index, form, tokenizer, defaults) -> Request | Failure:
     name: Id = index
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # a file may begin with a BOM
-        values = json.loads(text) if form == "jsonl" else {"prompt": text}
+        values = parse_json(text) if form == "jsonl" else {"prompt": text}
         if form == "lines":
             values = {"prompt": text.rstrip("\r\n")}
         if not isinstance(values, dict):
@@ -136,9 +137,7 @@ def _read(line, number, index, form, tokenizer, defaults) -> Request | Failure:
     except json.JSONDecodeError as error:
         return Failure(name, f"line {number} is not JSON: {error.msg} at column {error.colno}; "
                              f"for plain text use --format=text or lines", number)  # fmt: skip
-    except RecursionError:
-        return Failure(name, f"line {number}: it is nested too deeply", number)
-    except ValueError as error:  # RequestError; a whole number of too many digits
+    except ValueError as error:  # RequestError; JSON that is nested too deeply, and the like
         return Failure(name, f"line {number}: {error}", number)
 
 
