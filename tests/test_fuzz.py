@@ -41,15 +41,16 @@ from spire_jax.serving.prompts import RequestError
 from spire_jax.serving.records import Failure
 from spire_jax.serving.requests import Defaults, read_requests
 
-SECONDS, BYTES = 20, 2**27
+SECONDS = 20
 INDEX = "model.safetensors.index.json"
 
 
 @contextlib.contextmanager
-def bounded():
-    """Whatever an input holds, it takes no more time, and no more memory than there was, than this.
+def bounded(mib: int = 512):
+    """Whatever an input holds, it takes no more time, nor more memory beside what was taken before.
 
-    The system refuses what is beyond, as a MemoryError; counting what is taken is slow.
+    The system refuses what is beyond, as a MemoryError; to count it is slow. The stacks of threads
+    are memory, too: 8 MiB each.
     """
 
     def late(*_):
@@ -59,7 +60,7 @@ def bounded():
     statm = pathlib.Path("/proc/self/statm")
     if statm.exists():
         used = int(statm.read_text().split()[5]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_DATA, (used + BYTES, limits[1]))
+        resource.setrlimit(resource.RLIMIT_DATA, (used + mib * 2**20, limits[1]))
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
@@ -70,10 +71,10 @@ def bounded():
 
 
 @contextlib.contextmanager
-def named(*kinds: type[Exception], of: object = ""):
+def named(*kinds: type[Exception], of: object = "", mib: int = 512):
     """Nothing but these errors, each a line that says something, about `of`; all in bounds."""
     try:
-        with bounded():
+        with bounded(mib):
             yield
     except kinds as error:
         assert "\n" not in str(error).strip() and 20 < len(str(error)) < 3000, error
@@ -209,7 +210,7 @@ def gguf_file(tmp_path_factory):
 
 
 def use_weights(path: pathlib.Path) -> None:
-    with named(PretrainedError, of=path):
+    with named(PretrainedError, of=path, mib=64):
         found = open_checkpoint(path)
         params = found.load(Model(Transformer, found.model, Compute()), None)
         assert params["embedding"].shape == (found.model.vocab_size, found.model.d_model)
