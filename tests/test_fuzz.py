@@ -26,6 +26,7 @@ from token_arrays import ids, opened, store_array
 
 from spire_jax.config import files
 from spire_jax.config.checks import ConfigError
+from spire_jax.config.validation import tokenizer_size
 from spire_jax.data.corpus import DataError
 from spire_jax.data.tokenizer import BpeTokenizer, ByteTokenizer, train_bpe
 from spire_jax.drafting.spire import SpireOptions
@@ -39,7 +40,7 @@ from spire_jax.pretrained.tokenizer import load_tokenizer
 from spire_jax.serving.outputs import open_results
 from spire_jax.serving.prompts import RequestError
 from spire_jax.serving.records import Failure
-from spire_jax.serving.requests import Defaults, read_requests
+from spire_jax.serving.requests import Defaults, positions, read_requests
 
 SECONDS = 20
 INDEX = "model.safetensors.index.json"
@@ -77,8 +78,8 @@ def named(*kinds: type[Exception], of: object = "", mib: int = 512):
         with bounded(mib):
             yield
     except kinds as error:
-        assert "\n" not in str(error).strip() and 20 < len(str(error)) < 3000, error
-        assert str(of) in str(error), error
+        said = files.in_words(error)
+        assert said.isprintable() and 20 < len(said) < 3000 and str(of) in said, said
 
 
 # --- what is done to valid content ---------------------------------------------------------------
@@ -90,7 +91,11 @@ NUMBERS = st.one_of(
 # What Python's own values cannot be, or not without trouble in the test: written when dumped.
 DEEP, LONG = "<nested 95 times>", "<5000 digits>"
 LEAVES = st.one_of(
-    st.none(), st.booleans(), NUMBERS, st.text(max_size=9), st.sampled_from([DEEP, LONG, "\ud800"])
+    st.none(),
+    st.booleans(),
+    NUMBERS,
+    st.text(max_size=9),
+    st.sampled_from([DEEP, LONG, "\ud800", "x" * 4000]),
 )
 JSON = st.recursive(
     LEAVES,
@@ -270,6 +275,7 @@ def test_tokenizer_files(folder, data):
 def test_tokenizer_of_data(bpe_file, data):
     with replaced(bpe_file, data.draw(changed(json.loads(bpe_file.read_text())))):
         with named(ConfigError, of=bpe_file):
+            assert type(tokenizer_size(str(bpe_file))) is int
             tokenizer = BpeTokenizer(bpe_file)
             assert tokenizer.decode(tokenizer.encode("def f(x):\n")) is not None
 
@@ -281,20 +287,22 @@ def bpe_file(tmp_path_factory):
     return path
 
 
+DRAFT = {"blocks": {0: {"query": np.ones((4, 2), np.float32)}}, "mix": np.ones(())}
+
+
 @hypothesis.given(st.data())
 def test_exported_drafts(draft, data):
     path = draft / "config.json"
     with replaced(path, data.draw(changed(json.loads(path.read_text())))):
         with named(PretrainedError, of=draft):
-            assert import_draft(draft, "a" * 64).load()["blocks"][0]["query"].shape == (4, 2)
+            assert import_draft(draft, "a" * 64).load(DRAFT)["blocks"][0]["query"].shape == (4, 2)
 
 
 @pytest.fixture(scope="module")
 def draft(tmp_path_factory):
-    params = {"blocks": {0: {"query": np.ones((4, 2), np.float32)}}, "mix": np.ones(())}
     target = dataclasses.replace(TINY, rope_base=500000.0)
     where = tmp_path_factory.mktemp("draft") / "draft"
-    return export_draft(where, params, SpireOptions(n_layers=1, window=6), target, "a" * 64,
+    return export_draft(where, DRAFT, SpireOptions(n_layers=1, window=6), target, "a" * 64,
                         {"text": "a folder", "steps": 12})  # fmt: skip
 
 
@@ -347,9 +355,10 @@ def test_prompt_lines(tokenizers, data):
     tokenizer = data.draw(st.sampled_from(tokenizers))
     with bounded():
         for found in read_requests([content], form, tokenizer, Defaults()):
-            json.dumps(found.record() if isinstance(found, Failure) else found.id)
+            assert len(json.dumps(found.record() if isinstance(found, Failure) else 0)) < 10_000
             if not isinstance(found, Failure):
-                assert found.tokens.dtype == np.int32 and len(found.tokens)
+                assert found.tokens.dtype == np.int32
+                assert 0 < len(found.tokens) < positions(found, tokenizer)
                 assert 0 <= found.tokens.min() <= found.tokens.max() < tokenizer.n_tokens
 
 
@@ -419,7 +428,7 @@ def test_configs(data):
             values = data.draw(edited(VALUES))
             files.build(values if isinstance(values, dict) else {"seed": values})
         else:
-            keys = [".".join(map(str, path)) for path in places(VALUES) if path]
-            made = [f"{data.draw(st.sampled_from(keys))}={data.draw(LEAVES)}"
+            keys = [".".join(map(str, path)) for path in places(VALUES)]
+            made = [f"{data.draw(st.sampled_from(keys) | st.text(max_size=9))}={data.draw(LEAVES)}"
                     for _ in range(data.draw(st.integers(1, 3)))]  # fmt: skip
             files.load(QUICKSTART, made)

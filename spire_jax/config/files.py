@@ -30,6 +30,7 @@ from spire_jax.config.values import Text, convert, known, section
 from spire_jax.config.variants import variants
 
 Check = Callable[[ExperimentConfig], None]  # raises ConfigError
+MOST_SAID = 2000  # characters of an error
 # Of a config, and what reads each.
 PATHS = (("data", "source", path_or_url), ("data", "heldout_source", path_or_url),
          ("data", "tokenizer", local), ("pretrained", "path", local))  # fmt: skip
@@ -242,14 +243,21 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def in_words(error: Exception | str) -> str:
-    """An error as one line: what is wrong, and what to do."""
+    """An error as one line: what is wrong, and what to do.
+
+    Names and values in it are of files that others wrote: what a terminal would not show, or obey,
+    is escaped, and of what is too long to read the middle is left out.
+    """
+    text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return (f"{os.fsdecode(error.filename)!r}: {error.strerror}; check the path and its "
+        text = (f"{os.fsdecode(error.filename)!r}: {error.strerror}; check the path and its "
                 f"permissions, or name another")  # fmt: skip
-    if isinstance(error, Exception) and is_out_of_memory(error):
-        reason = str(error).partition("\n")[0] or "no more of it"
-        return f"out of memory ({reason}); lower the sizes: batch, length, width, layers"
-    return str(error)
+    elif isinstance(error, Exception) and is_out_of_memory(error):
+        reason = text.partition("\n")[0] or "no more of it"
+        text = f"out of memory ({reason}); lower the sizes: batch, length, width, layers"
+    if len(text) > MOST_SAID:
+        text = f"{text[: MOST_SAID // 2]} ... {text[-MOST_SAID // 4 :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _plain(config: Any, path: pathlib.Path) -> dict[str, Any]:

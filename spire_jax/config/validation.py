@@ -42,7 +42,9 @@ def tokenizer_size(tokenizer: str) -> int:
         check(path.is_file(), f"{at} does not exist; {make}")
         values = parse_json(path.read_bytes())
         check(values["model"].get("type", "BPE") == "BPE", "")
-        return max(values["model"]["vocab"].values()) + 2
+        ids = values["model"]["vocab"].values()
+        check(all(type(i) is int and 0 <= i < MOST for i in ids), "")
+        return max(ids) + 2
     except OSError as error:
         raise ConfigError(f"{at} cannot be read ({error.strerror}); {make}") from None
     except below("pretrained").PretrainedError as error:

@@ -423,7 +423,7 @@ def _hashes(array: RowArray, tokenizer: Tokenizer, named: str) -> Any:
         raise DataError(f"{place} is not as write_zarr writes it; copy it again, or move it away "
                         f"to read the arrays without it") from None  # fmt: skip
     if theirs != tokenizer.name:
-        raise DataError(f"{array.place} was written with the tokenizer {theirs!r:.100}, but "
+        raise DataError(f"{array.place} was written with the tokenizer {theirs!s:.100}, but "
                         f"data.tokenizer={named!r} is {tokenizer.name}; name the other "
                         f"one")  # fmt: skip
     if [rows, width] != [array.rows, array.width]:

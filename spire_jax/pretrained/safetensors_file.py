@@ -19,6 +19,7 @@ from spire_jax.pretrained import PretrainedError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE = {"F32": 4, "F16": 2, "BF16": 2}  # types of weights, and their bytes
+MAX_NAME = 255  # bytes of a file's name, in most file systems
 MAX_JSON = 1 << 27  # bytes of an index or a config; an index of 100,000 tensors takes a tenth
 
 
@@ -116,9 +117,10 @@ def read_directory(directory: pathlib.Path) -> SafetensorsFiles:
         raise PretrainedError(f"{path}: weight_map must give a file for each tensor's name")
     shards = sorted(set(places.values()))
     for shard in shards:
-        if shard in ("", ".", "..") or {"/", "\\", "\0"} & set(shard):
+        bad = shard in ("", ".", "..") or {"/", "\\", "\0"} & set(shard)
+        if bad or len(shard.encode(errors="replace")) > MAX_NAME:
             raise PretrainedError(
-                f"{path}: {shard!r} is no plain file name; shards lie beside the index"
+                f"{path}: {shard!r:.100} is no plain file name; shards lie beside the index"
             )
     weights = read_safetensors(*(directory / shard for shard in shards))
     held = {name: tensor.path.name for name, tensor in weights.tensors.items()}

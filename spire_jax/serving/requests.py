@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from spire_jax.config.files import in_words
 from spire_jax.config.identity import digest
 from spire_jax.config.values import parse_json
 from spire_jax.data.tokenizer import Tokenizer
@@ -138,7 +139,7 @@ def _read(line, number, index, form, tokenizer, defaults) -> Request | Failure:
         return Failure(name, f"line {number} is not JSON: {error.msg} at column {error.colno}; "
                              f"for plain text use --format=text or lines", number)  # fmt: skip
     except ValueError as error:  # RequestError; JSON that is nested too deeply, and the like
-        return Failure(name, f"line {number}: {error}", number)
+        return Failure(name, f"line {number}: {in_words(error)}", number)
 
 
 def _id(values: dict[str, Any], index: int) -> Id:
