@@ -117,7 +117,7 @@ class Pipeline:
         task = target_task(self.config)
         key = stream_key(self.config.seed, "init target")
         job = _Job(self.at.plan.target, task, lambda: init_params(task.model, key, self.at.mesh))
-        self._train([job], self.config.seed, None, None)
+        self._train([job], batch_seed(self.config.seed, 0), None, None)
 
     def write_continuations(self) -> None:
         """Let the target write the rows that drafts are trained on besides text."""

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from models import TINY
 
+from spire_jax.config.schema import ModelConfig
+from spire_jax.models import cpu
 from spire_jax.models.attention import Compute
 from spire_jax.models.caches import (
     FullCache,
     RingCache,
     SelectedCache,
+    allocated,
     empty_full,
     empty_windowed,
     full_cache,
@@ -252,6 +255,100 @@ def test_a_prompt_is_read_over_what_rounds_left_while_it_waited(view, chunk):
         for i, query in enumerate(range(begin, min(begin + chunk, len(text)))):
             np.testing.assert_allclose(found[0, i, 0, 0], mean_of_the_seen(query, view), atol=1e-6,
                                        err_msg=f"query {query}")  # fmt: skip
+
+
+# --- numbers that broke ------------------------------------------------------------------------
+
+HEADS = ModelConfig(n_layers=1, n_kv_heads=2, q_per_kv=2, d_head=32)  # that the kernels take
+
+
+def cache_of(kind: str, dead, compute: Compute):
+    """Two rows of an earlier request that wrote `dead` to all slots; or a selection of prompts of
+    3 and 2 tokens, whose longer one leaves the other a slot."""
+    if kind == "selected":
+        (k, v), e = normal(7, 3), int(EMPTY)
+        k, v = (x.at[1, 2].set(y[1, 2]) for x, y in zip((k, v), dead, strict=True))
+        chosen = jnp.asarray([[[2, 1, 0]] * 2, [[1, 0, e]] * 2])
+        used = jnp.asarray([3, 2])
+        return SelectedCache(*allocated(k, v, 20, compute), chosen, used, used)
+    if kind == "full":
+        (cache,) = empty_full(HEADS, 2, 20, compute)
+    else:
+        (cache,) = empty_windowed(HEADS, [VIEW], 2, K, 20, compute)
+    return cache.append(jnp.tile(jnp.arange(20), (2, 1)), *dead)
+
+
+def normal(seed: int, tokens: int = 20):
+    """Keys and values, or, of other shapes, queries."""
+    shape = 2, 2, tokens, HEADS.n_kv_heads, HEADS.d_head
+    return tuple(jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32))
+
+
+def broken(which: str):
+    """Keys and values of which some, or all, of the numbers are nan or inf."""
+    rng, (k, v) = np.random.default_rng(5), normal(1)
+    bad = jnp.asarray(rng.choice([np.nan, np.inf, -np.inf], v.shape), jnp.float32)
+    some = v.at[..., 3].set(bad[..., 3])
+    return {"all": (bad, bad), "values": (k, bad), "a few": (k, some)}[which]
+
+
+CACHES = [(kind, path) for kind in ("full", "ring", "selected")
+          for path in ("where they are", "unpacked", "kernel")]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, path", CACHES[:-1])  # no kernel has positions per KV head
+def test_what_nobody_sees_may_be_nan(kind, path, monkeypatch):
+    """Bit for bit the same, whatever an earlier request, rejected tokens and padding left."""
+    compute = Compute(attention="interpret" if path == "kernel" else "xla")
+    if path == "unpacked":
+        monkeypatch.setattr(cpu, "SLOT_ROWS", 0)
+    live, q = normal(0), normal(2)[0].reshape(2, -1, 2, 2, 32)
+    text = np.where(np.arange(9) < np.array([[9], [7]]), np.arange(9), -1)
+    after = np.array([[9], [7]]) + np.arange(3)
+
+    def put(cache, positions, entries):
+        at = np.maximum(positions, 0)[..., None, None]
+        entries = (jnp.take_along_axis(x, at, axis=1) for x in entries)
+        return cache.append(jnp.asarray(positions), *entries)
+
+    @jax.jit
+    def run(dead):
+        cache, found = cache_of(kind, dead, compute), []
+        if kind != "selected":
+            chunk = jnp.asarray([[0, 1, 2, -1], [0, 1, 2, 3]])  # the first prompt ends
+            new = (x[:, :4].at[0, 3].set(y[0, 3]) for x, y in zip(live, dead, strict=True))
+            out, _ = read_then_append(cache, jnp.arange(2), q[:, :4], *new, chunk, VIEW, compute)
+            found += [out[0, :3], out[1]]
+        cache = put(cache, text, live)
+        cache = put(cache, after, dead)  # drafted, and not kept
+        cache = put(cache, after[:, :2], live)
+        for include_self in (True, False):
+            found += cache.attend(q[:, :2], jnp.asarray(after[:, :2]), VIEW, compute,
+                                  include_self=include_self)  # fmt: skip
+        return found
+
+    expected = run(normal(3))
+    for which in ("all", "values", "a few"):
+        for one, other in zip(run(broken(which)), expected, strict=True):
+            assert np.isfinite(one).all()
+            np.testing.assert_array_equal(one, other, err_msg=which)
+
+
+@pytest.mark.parametrize("dtype, number", [("float32", np.nan), ("float32", -np.inf),
+                                           ("bfloat16", 3.4e38)])  # fmt: skip
+def test_who_sees_what_broke_is_told(dtype, number):
+    """nan, in the output of the queries that see the entry; others of the block have theirs."""
+    compute = Compute(dtype)
+    k, v = normal(0, 4)
+    cache = empty_full(HEADS, 2, 8, compute)[0].append(
+        jnp.tile(jnp.arange(4), (2, 1)), k, v.at[0, 2, 1, 5].set(number)
+    )
+    assert np.isfinite(cache.values).all()
+    q = normal(1, 6)[0].reshape(2, 3, 2, 2, 32).astype(dtype)
+    out, _ = cache.attend(q, jnp.asarray([[1, 2, 3]] * 2), View(), compute)
+    finite = np.isfinite(out).all(axis=(3, 4))
+    assert finite[0].tolist() != [[True] * 2] * 3 and finite[1].all()
+    assert finite[0, 0].all() and not finite[0, 1:, 1].any()
 
 
 # --- making them -------------------------------------------------------------------------------

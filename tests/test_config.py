@@ -122,10 +122,15 @@ def test_every_value_can_be_overridden():
         ("train.peak_lr=0", "train.peak_lr=0.0 must be above 0"),
         ("decode.k=0", "decode.k=0 must be above 0"),
         ("decode.top_p=0", "decode.top_p=0.0 must lie in (0, 1]"),
-        ("decode.temperature=-1", "decode.temperature=-1.0 is negative"),
+        ("decode.temperature=-1", "decode.temperature=-1.0 must be 0 (greedy) or more, and finite"),
+        (
+            "decode.temperature=nan",
+            "decode.temperature='nan' is beyond all use; give a finite number",
+        ),
         ("mesh.tensor=0", "mesh.tensor=0; use 1 or more"),
         ("mesh.tensor=-1", "mesh: at most one axis can be -1"),
-        ("seed=-1", "seed=-1 is negative"),
+        ("seed=-1", "seed=-1 must lie between 0 and 2**64 - 1"),
+        ("seed=18446744073709551616", "seed='18446744073709551616' is beyond all use; give"),
         ("data.heldout_percent=0", "data.heldout_percent=0 must lie between"),
     ],
 )

@@ -144,21 +144,59 @@ def test_an_end_of_sequence_in_the_prompt_ends_nothing():
 
 @pytest.mark.parametrize("kind", ["spire", pytest.param("vanilla", marks=pytest.mark.slow)])
 def test_the_last_position_of_the_model_is_used(kind):
-    """context + budget + k = max_len: as with room to spare; one position more is refused."""
+    """context + budget = max_len: as with room to spare; one position more is refused."""
     p = pair(kind, SMALL)
     longest = 31
     narrow = dataclasses.replace(p.target, config=dataclasses.replace(SMALL, max_len=longest))
     prompts, k, seeds = ragged((20, 4, *[24] * 14), seed=3), 2, range(16)
-    budgets = [longest - k - len(prompt) for prompt in prompts]
+    budgets = [longest - len(prompt) for prompt in prompts]
     decoders = [Decoder(m, p.strategy, k, Sampling()) for m in (narrow, p.target)]
     tight, roomy = (
         generate(decoder, p.weights, prompts, budgets, seeds, width=width)
         for decoder, width in zip(decoders, (0, WIDTH), strict=True)
     )
-    assert tight.tokens.shape[1] == longest
+    assert tight.tokens.shape[1] == longest + k
     same(rows_of(tight), rows_of(roomy))
     with pytest.raises(DecodeError, match=r"row 1: .* = 32 goes beyond the model's 31"):
         start(decoders[0], p.weights, prompts, [budgets[0], budgets[1] + 1, *budgets[2:]], seeds)
+
+
+# --- numbers that broke ------------------------------------------------------------------------
+
+
+def broken(params, token: int):
+    """Parameters whose embedding of a token is nan."""
+    return params | {"embedding": params["embedding"].at[token].set(jnp.nan)}
+
+
+def test_logits_that_are_no_numbers_are_an_error_and_not_a_token():
+    p, prompts = pair("spire", SMALL), ragged(CONTEXTS)
+    prompts = [np.where(prompt == 4, 5, prompt) for prompt in prompts]
+    prompts[6][3] = 4
+    decoder, weights = p.decoder(K), Weights(broken(p.target_params, 4), p.draft_params)
+    state = start(decoder, weights, prompts, [1] * 8, SEEDS, width=WIDTH)
+    state = decode_rounds(decoder, weights, state, 1)
+    assert np.asarray(state.done)[6] and state.tokens[6, CONTEXTS[6]] == -1
+    others = np.arange(8) != 6
+    assert (np.asarray(state.tokens)[others] >= 0).all()
+    with pytest.raises(DecodeError, match=r"row 6: the target's logits are nan or inf: .*float32"):
+        finish(decoder, weights, state)
+
+
+def test_a_draft_of_no_numbers_drafts_nothing():
+    """Its texts are the target's, a token a round."""
+    p = pair("spire", SMALL)
+    weights = p.weights._replace(draft=jax.tree.map(lambda x: x * jnp.nan, p.draft_params))
+    state = generate(p.decoder(K), weights, ragged(CONTEXTS), BUDGETS, SEEDS, width=WIDTH)
+    np.testing.assert_array_equal(state.counts[:, 0], BUDGETS)
+    assert not np.asarray(state.counts)[:, 1:].any() and (np.asarray(state.tokens) >= 0).all()
+
+
+def test_seeds_beyond_32_bits_are_seeds_of_their_own():
+    found = rows_of(run(seeds=[5 + 2**32, 6 - 2**63, -7, 8, 9, 10, 11, 2**63 - 12]))
+    same(found[3:7], rows_of(free())[3:7])
+    for row in (0, 7):
+        assert found[row].tolist() != rows_of(free())[row].tolist()
 
 
 # --- requests that are refused -----------------------------------------------------------------
@@ -175,7 +213,7 @@ GOOD = [1, 2, 3]
         (GOOD, 0, "row 1: the budget is 0"),
         (GOOD, -3, "row 1: the budget is -3"),
         (GOOD, 15, r"row 1: context 3 \+ budget 15 \+ k 3 = 21 .* the decoder's 20 positions"),
-        (GOOD, 95, r"row 1: context 3 \+ budget 95 \+ k 3 = 101 .* the model's 100 positions"),
+        (GOOD, 98, r"row 1: context 3 \+ budget 98 = 101 .* the model's 100 positions"),
     ],
 )
 def test_bad_requests_name_their_row(prompt, budget, message):

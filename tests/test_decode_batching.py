@@ -15,6 +15,7 @@ from models import TINY, pair, ragged
 from spire_jax.config.schema import MeshConfig
 from spire_jax.data.tokenizer import ByteTokenizer
 from spire_jax.decoding import DecodeError, generate
+from spire_jax.decoding.rounds import NO_LOGITS
 from spire_jax.models.sharding import make_mesh, replicated
 from spire_jax.serving.batching import PROGRAMS, Inbox, Server, Serving
 from spire_jax.serving.records import Failure, Id, Request, Result
@@ -97,6 +98,26 @@ def test_requests_get_what_they_would_get_alone(kind):
         assert found[i].tokens == expected, f"request {i}"
         assert found[i].finish_reason == "length"
         assert found[i].text == Letters().decode(expected)
+
+
+def test_a_request_whose_numbers_break_fails_alone_and_leaves_nothing_behind():
+    """nan in the target's embedding of a token: in all that four prompts leave in the slots, and in
+    what the draft drafts for the others and is not kept."""
+    expected, one = alone("spire"), one_server()
+    texts = [{*r.tokens.tolist(), *out} for r, out in zip(requests(), expected, strict=True)]
+    token = min(range(TINY.n_tokens), key=lambda t: sum(t in text for text in texts))
+    embedding = one.weights.target["embedding"].at[token].set(np.nan)
+    weights = one.weights._replace(target=one.weights.target | {"embedding": embedding})
+    bad = [Request(f"bad {i}", np.full(50, token, np.int32), 9, i, line=i + 1) for i in range(4)]
+    good = [r for r, text in zip(requests(), texts, strict=True) if token not in text]
+    assert len(good) >= 4 and max(len(r.tokens) for r in good) > SHAPES.chunk
+    found = list(Server(one.decoder, weights, Letters(), SHAPES).serve([*bad, *good]))
+    failed = [result for result in found if isinstance(result, Failure)]
+    assert [f.record() for f in sorted(failed, key=lambda f: f.line)] == [
+        {"id": r.id, "line": r.line, "error": NO_LOGITS} for r in bad
+    ]
+    results = {r.request.id: r.tokens for r in found if isinstance(r, Result)}
+    assert results == {r.id: expected[int(r.id)] for r in good}
 
 
 def test_neither_order_nor_neighbours_nor_pace_matter():

@@ -373,7 +373,7 @@ def test_methods_by_name_and_by_kind():
     [
         ("snapkv", {}, "--method=chosen: .* selects over a whole prompt"),
         ("spire", {"top_p": 1.5}, "decode.top_p=1.5 must lie"),
-        ("spire", {"temperature": -1.0}, "decode.temperature=-1.0 is negative"),
+        ("spire", {"temperature": -1.0}, "decode.temperature=-1.0 must be 0"),
     ],
 )
 def test_what_is_refused_before_anything_is_read(method, options, message):

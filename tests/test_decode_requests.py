@@ -31,6 +31,11 @@ def test_a_line_says_what_it_wants():
     assert one(tokens=[1], stop="x").stop == ("x",) and one(tokens=[1], stop=[]).stop == ()
 
 
+def test_a_seed_has_64_bits():
+    for seed in (-(2**63), -1, 2**32, 2**63 - 1):
+        assert one(prompt="a", seed=seed).seed == seed
+
+
 def test_what_it_does_not_say_follows_from_its_place():
     """Blank lines are none; the index counts requests, the line the file's lines."""
     found = read(b'{"prompt": "a"}\n\n{"prompt": "b"}\n')
@@ -80,8 +85,12 @@ BAD = [
     (b'{"prompt": "a", "max_tokens": 0}', "max_tokens=0 must be a whole number from 1"),
     (b'{"prompt": "a", "max_tokens": 2.5}', "max_tokens=2.5 must be"),
     (b'{"prompt": "a", "max_tokens": true}', "max_tokens=True must be"),
-    (b'{"prompt": "a", "seed": -1}', "seed=-1 must be a whole number from 0 to 4294967295"),
-    (b'{"prompt": "a", "seed": 4294967296}', "seed=4294967296 must be"),
+    (
+        b'{"prompt": "a", "seed": 9223372036854775808}',
+        "whole number from -9223372036854775808 to 9",
+    ),
+    (b'{"prompt": "a", "seed": -9223372036854775809}', "seed=-9223372036854775809 must be"),
+    (b'{"prompt": "a", "seed": 1.0}', "seed=1.0 must be a whole number"),
     (b'{"prompt": "a", "stop": [""]}', "none empty"),
     (b'{"prompt": "a", "stop": 3}', "stop=3 must be"),
     (b'{"prompt": "a", "id": [1]}', "id=.1. must be a string or a whole number"),

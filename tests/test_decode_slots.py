@@ -13,6 +13,7 @@ from spire_jax.decoding.slots import admit, empty_slots, prefill_chunk, serve_ro
 from spire_jax.models.attention import Compute
 from spire_jax.models.caches import RingCache, empty_windowed
 from spire_jax.models.masks import EMPTY, View
+from spire_jax.models.sampling import seed_words
 
 SMALL = dataclasses.replace(TINY, n_layers=2)
 WINDOWED = dataclasses.replace(SMALL, window=7, sink=2)
@@ -29,7 +30,7 @@ def fill(p: Pair, decoder: Decoder, prompts, chunk: int, at_once: int = 1) -> De
         padded = np.zeros(WIDTH, np.int32)
         padded[: len(prompt)] = prompt
         state = admit(state, np.int32(row), padded, np.int32(len(prompt)),
-                      np.int32(len(prompt) + 20), np.uint32(row))  # fmt: skip
+                      np.int32(len(prompt) + 20), seed_words(row))  # fmt: skip
     read = np.zeros(batch, np.int32)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     while (left := np.flatnonzero(read < lengths - 1)).size:
@@ -98,7 +99,7 @@ def test_a_used_slot_is_as_new():
         padded = np.zeros(WIDTH, np.int32)
         padded[: len(prompt)] = prompt
         state = admit(state, np.int32(row), padded, np.int32(len(prompt)),
-                      np.int32(len(prompt) + 20), np.uint32(row))  # fmt: skip
+                      np.int32(len(prompt) + 20), seed_words(row))  # fmt: skip
         for read in range(0, len(prompt) - 1, 8):
             state = prefill_chunk(decoder, p.weights, state, np.array([row], np.int32),
                                   np.array([read], np.int32), np.array([len(prompt)], np.int32),
@@ -114,6 +115,28 @@ def test_a_used_slot_is_as_new():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("kind", ["ring", "spire", "magicdec"])
+def test_what_pads_shorter_prompts_may_be_nan(kind):
+    """`start` reads all prompts as long as the longest, padded with token 0: of no consequence,
+    bit for bit."""
+    p, prompts = pair(kind, SMALL), [np.maximum(prompt, 1) for prompt in ragged(LENGTHS)]
+    decoder, states = p.decoder(K), []
+    for number in (1.0, np.nan):
+        target, draft = (params | {"embedding": params["embedding"].at[0].set(number)}
+                         for params in p.weights)  # fmt: skip
+        weights = p.weights._replace(target=target, draft=draft)
+        states.append(start(decoder, weights, prompts, [20] * 8, range(8), width=WIDTH))
+    lengths = np.array(LENGTHS)
+    for name in ("target_cache", "draft_state"):
+        for clean, other in zip(*(getattr(state, name) for state in states), strict=True):
+            held = np.asarray(clean.held(jnp.asarray(lengths - 2)))
+            live = (held != EMPTY) & (held < lengths[:, None] - 1)
+            for of in ("keys", "values"):
+                one, two = (np.asarray(getattr(cache, of)) for cache in (clean, other))
+                np.testing.assert_array_equal(one[live], two[live])
+            assert np.isfinite(other.values).all()
+
+
 @pytest.mark.parametrize("kind", ["vanilla", "ring", "spire"])
 def test_a_neighbours_rounds_leave_a_waiting_row_as_it_is(kind):
     """Bit for bit what its prompt's chunks wrote, and what it is answered."""
@@ -123,7 +146,7 @@ def test_a_neighbours_rounds_leave_a_waiting_row_as_it_is(kind):
         state = fill(p, decoder, prompts[:1] + prompts[:1], 8)
         padded = np.zeros(WIDTH, np.int32)
         padded[:33] = prompts[1]
-        state = admit(state, np.int32(1), padded, np.int32(33), np.int32(40), np.uint32(1))
+        state = admit(state, np.int32(1), padded, np.int32(33), np.int32(40), seed_words(1))
         for read in range(0, 32, 8):
             state = prefill_chunk(decoder, p.weights, state, np.array([1], np.int32),
                                   np.array([read], np.int32), np.array([33], np.int32),

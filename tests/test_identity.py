@@ -7,7 +7,7 @@ import typing
 import pytest
 
 from spire_jax.config import files
-from spire_jax.config.identity import Plan, differences, made_with, plan
+from spire_jax.config.identity import Plan, batch_seed, differences, made_with, plan
 from spire_jax.config.readers import Reader
 from spire_jax.config.schema import ExperimentConfig
 from spire_jax.results.study import study_config
@@ -166,3 +166,10 @@ def test_a_study_evaluates_nothing_that_it_does_not_read():
     other = study_config(files.load(QUICKSTART, [*BASE, "eval.contexts=9",
                                                  "eval.context_lengths=48,96"]))  # fmt: skip
     assert config == other
+
+
+def test_orders_of_batches_have_seeds_of_32_bits():
+    """Grain's; those that have no more already stay, so that old runs go on."""
+    assert [batch_seed(seed, 0) for seed in (0, 7, 2**32 - 1)] == [0, 7, 2**32 - 1]
+    large = [batch_seed(seed, 0) for seed in (2**32, 2**32 + 7, 2**64 - 1)]
+    assert len({*large, 0, 7, 2**32 - 1}) == 6 and all(0 <= seed < 2**32 for seed in large)

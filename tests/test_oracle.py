@@ -142,6 +142,19 @@ def target_pass(model, params, tokens, context, sampling, config):
     return target_along(model, params, cache, tokens, context, served, sampling)
 
 
+def test_a_draft_of_no_numbers_has_a_token_a_round():
+    """As the decoder, which keeps none of its tokens."""
+    context, output, k = 4, 5, 3
+    p, tokens = pair("vanilla"), jnp.asarray(texts(6, context + output + k - 1))
+    target = target_pass(p.target, p.target_params, tokens, context, Sampling(), TINY)
+    broken = jax.tree.map(lambda x: x * jnp.nan, p.draft_params)
+    ratios = ratios_along(p.strategy, broken, tokens, target, context, output, k, Sampling())
+    for verification in ("token", "block"):
+        found = round_statistics(np.asarray(ratios), verification)
+        np.testing.assert_array_equal(found.lengths_by_k, np.full((6, k), output))
+        np.testing.assert_array_equal(found.rounds_by_k, found.lengths_by_k)
+
+
 @pytest.mark.parametrize("kind", ["vanilla", "spire"])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, 15, 0.95)], ids=["plain", "cut"])
 def test_acceptance_is_q_over_p_of_each_token_from_each_start(kind, sampling):

@@ -8,12 +8,16 @@ import scipy.special
 import scipy.stats
 
 from spire_jax.models.sampling import (
+    NO_TOKEN,
     Sampling,
     probabilities,
     probability_of,
     round_keys,
     sample,
+    seed_keys,
+    seed_words,
     stream,
+    transformed_logits,
 )
 
 HALVES = np.log([0.1, 0.4, 0.2, 0.3])  # logits of a distribution to work with by hand
@@ -54,6 +58,61 @@ def test_transforms_by_hand(options, p):
     assert result.dtype == np.float32
     np.testing.assert_allclose(result, p, atol=1e-6)
     np.testing.assert_array_equal(result == 0, np.array(p) == 0)
+
+
+@pytest.mark.parametrize(
+    "options, p",
+    [
+        # Subnormal in float32, which CPUs and TPUs take for 0; smaller than any float32; tiny.
+        *((dict(temperature=t), [0, 1, 0, 0, 0]) for t in (1e-40, 1e-50, 5e-324, 1e-9, 1e-5)),
+        # The reciprocal is subnormal; beyond float32. The padding stays impossible.
+        *((dict(temperature=t), [0.25] * 4 + [0]) for t in (1e29, 1e38, 3e38, 1e39, 1e300)),
+        *((dict(top_p=p), [0, 1, 0, 0, 0]) for p in (1e-40, 1e-50, 5e-324)),
+        (dict(temperature=1e-40, top_k=3, top_p=1e-50), [0, 1, 0, 0, 0]),
+        (dict(top_p=1 - 1e-12), [0.1, 0.4, 0.2, 0.3, 0]),  # 1 in float32
+        (dict(top_k=2**40), [0.1, 0.4, 0.2, 0.3, 0]),
+    ],
+)
+def test_options_beyond_float32(options, p):
+    np.testing.assert_allclose(transformed([*HALVES, -np.inf], **options), p, atol=1e-6)
+
+
+SAMPLINGS = [Sampling(), Sampling(0.0), Sampling(1e-5), Sampling(0.5), Sampling(1e38),
+             Sampling(top_k=2), Sampling(top_p=0.5), Sampling(0.7, 3, 1e-50)]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("high", [1e30, 3.4e38])
+def test_logits_at_the_ends_of_float32(sampling, high):
+    """The first by far has all of the probability, at any temperature far below the logits."""
+    rows = jnp.asarray([[high, -high, 0.0, -np.inf], [0.0, -high, -high, -np.inf]], jnp.float32)
+    p = np.asarray(probabilities(rows, sampling))
+    assert np.isfinite(p).all() and not p[:, 3].any()
+    if sampling.temperature < high / 10:
+        np.testing.assert_array_equal(p, [[1, 0, 0, 0]] * 2)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_without_a_distribution_there_is_no_token(sampling):
+    """Not the first one, or any that happens to come out; and the neighbours have theirs.
+
+    Of many rows: XLA's CPU loses a nan in a maximum where it computes them side by side.
+    """
+    some = np.random.default_rng(0).normal(size=33)
+    rows = [np.where(np.arange(33) == at, value, some)
+            for at in (0, 16, 32) for value in (np.nan, np.inf)]  # fmt: skip
+    rows += [np.full(33, -np.inf), np.full(33, np.nan), some, np.where(some < 0, -np.inf, some)]
+    rows = jnp.asarray(rows * 50, jnp.float32)
+
+    @jax.jit
+    def drawn(keys, rows):
+        logits = transformed_logits(rows, sampling)
+        # A draft's tokens; a target's, by way of its probabilities.
+        return sample(keys, logits), sample(keys, jnp.log(jax.nn.softmax(logits)))
+
+    for tokens in drawn(jax.random.split(jax.random.key(1), len(rows)), rows):
+        tokens = np.asarray(tokens).reshape(50, 10)
+        assert (tokens[:, :8] == NO_TOKEN).all() and (tokens[:, 8:] >= 0).all()
 
 
 def test_ties_go_to_the_lower_token():
@@ -145,6 +204,16 @@ def test_streams_are_named():
     distinct = {tuple(row) for name in names for row in bits(stream(keys, name))}
     distinct |= {tuple(row) for row in bits(keys)}
     assert len(distinct) == 3 * (len(names) + 1)
+
+
+def test_seeds_have_64_bits():
+    """Other seeds, other streams, whichever word they differ in; small ones are JAX's own."""
+    seeds = [0, 1, 5, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 5 * 2**32, 2**63 - 1, -(2**63), -1, -5]
+    keys = seed_keys(np.stack([seed_words(seed) for seed in seeds]))
+    assert len({tuple(row) for row in bits(stream(keys, "draft"))}) == len(seeds)
+    for seed, key in zip(seeds[:5], keys, strict=False):
+        np.testing.assert_array_equal(bits(key), bits(jax.random.key(seed)))
+    np.testing.assert_array_equal(seed_words(np.int64(-1)), [2**32 - 1] * 2)
 
 
 def test_round_keys_belong_to_a_request_and_its_own_round():

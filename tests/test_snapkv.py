@@ -75,6 +75,18 @@ def test_short_prompts_are_kept_whole():
             assert head[length:] == [EMPTY] * (BUDGET - length)
 
 
+def test_what_is_beyond_a_prompt_does_not_vote():
+    """Keys that are nan, as those of broken values are."""
+    p, lengths = pair("snapkv"), jnp.asarray([12, 9])
+    module, y = p.strategy.model.bind(p.target_params), layers_inputs(texts(2, 12))[1]
+    keys, _ = module.blocks[1].keys_values(y, np.arange(12))
+    expected, found = (
+        select(module.blocks[1], module.views[1], y, k, lengths, BUDGET, OBSERVED)
+        for k in (keys, keys.at[1, 9:].set(jnp.nan))
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("budget", [BUDGET, 64])
 def test_rounds_draft_from_what_was_kept(budget):
     """Every q of 12 rounds is that of a full pass under a mask of the kept tokens.

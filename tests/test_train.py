@@ -33,6 +33,7 @@ from spire_jax.training.tasks import (
     draft_task,
     init_params,
     initial_draft,
+    stream_key,
     target_task,
     teach,
     teacher,
@@ -327,3 +328,9 @@ def test_bfloat16_trains(mesh, tmp_path):
     lines = records(tmp_path, "target")
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+
+
+def test_a_seed_of_more_than_32_bits_starts_from_weights_of_its_own():
+    seeds = (0, 2**32, 2**63, 2**64 - 1, 2**32 - 1)
+    keys = {tuple(jax.random.key_data(stream_key(seed, "init target")).tolist()) for seed in seeds}
+    assert len(keys) == len(seeds)

@@ -26,7 +26,7 @@ from spire_jax.decoding.verification import (
 from spire_jax.drafting.vanilla import Vanilla
 from spire_jax.models.attention import Compute
 from spire_jax.models.caches import empty_full
-from spire_jax.models.sampling import Sampling
+from spire_jax.models.sampling import NO_TOKEN, Sampling, sample
 from spire_jax.models.transformer import Model, Transformer
 
 V, TRIALS, EMITTED = 16, 100_000, 3
@@ -227,6 +227,54 @@ def test_a_token_that_the_target_never_emits_is_never_accepted(verify):
     p = p.at[:, 0, 2].set(-jnp.inf)
     accepted, following = verify(keys_of(5000), jnp.full((5000, 1), 2), q, p)
     assert not accepted.any() and not (following == 2).any()
+
+
+@pytest.mark.parametrize("verify", VERIFICATIONS)
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_draft_without_a_distribution_drafts_nothing(verify, broken):
+    """At the second of three depths: the output is the target's, as of a block of one token."""
+    rows = 40_000
+    q, p = distributions(rows, 3)
+    q = q.at[:, 1].set(jnp.nan) if np.isnan(broken) else q.at[:, 1, 5].set(broken)
+    keys = jax.random.split(jax.random.key(6), (3, rows))
+    drafts = jnp.stack([sample(keys[i], q[:, i]) for i in range(3)], axis=1)
+    assert (drafts[:, 1] == NO_TOKEN).all()
+    accepted, following = (np.asarray(x) for x in verify(keys_of(rows), drafts, q, p))
+    assert set(accepted) == {0, 1}
+    first = np.where(accepted > 0, drafts[:, 0], following)
+    second = following[accepted == 1]
+    p = scipy.special.softmax(np.asarray(p[0], np.float64), axis=-1)
+    for depth, tokens in enumerate((first, second)):
+        assert chi_square(np.bincount(tokens, minlength=V), p[depth]) > SIGNIFICANCE
+
+
+@pytest.mark.parametrize("verify", VERIFICATIONS)
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_target_without_a_distribution_gives_no_token(verify, broken):
+    """Beyond what was accepted nothing is asked of it."""
+    rows, k = 2000, 3
+    q, p = distributions(rows, k)
+    drafts = jnp.full((rows, k), 3)
+    for depth in range(k + 1):
+        at = p.at[:, depth, 5].set(broken)
+        equal = at[:, :k].at[:, depth:].set(q[:, depth:])  # kept up to there
+        accepted, following = verify(keys_of(rows), drafts, equal, at)
+        assert (accepted == depth).all() and (following == NO_TOKEN).all()
+        accepted, following = verify(keys_of(rows), drafts, q, at)
+        assert (accepted <= depth).all()
+        np.testing.assert_array_equal(following == NO_TOKEN, accepted == depth)
+
+
+def test_probabilities_that_underflow():
+    """q = 0, p = 0, both, or equal up to rounding: counts and tokens that p can give."""
+    low = jnp.full(V, -200.0).at[2].set(0.0)  # exp(-200) is 0
+    high = jnp.full(V, -200.0).at[7].set(0.0)
+    p = jnp.stack([low, low])[None].repeat(100, axis=0)
+    for drafted, q, kept in ((2, low, True), (7, high, False), (4, low, False), (2, high, True)):
+        q = jnp.broadcast_to(q, (100, 1, V))
+        for verify in VERIFICATIONS:
+            accepted, following = verify(keys_of(100), jnp.full((100, 1), drafted), q, p)
+            assert (accepted == kept).all() and (following == 2).all()
 
 
 def test_block_acceptance_by_hand():

@@ -25,7 +25,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -90,8 +90,9 @@ def servers(config: ExperimentConfig) -> dict[str, Server]:
               for name in config.trained}  # fmt: skip
     made = {}
     for name, method, depths, sampling in SERVERS:
-        k = {"decode": dataclasses.replace(config.decode, k=max(*depths, 1))}
-        decoder = make_decoder(dataclasses.replace(config, **k), method, ENDS, sampling)
+        decode = dataclasses.replace(config.decode, k=max(*depths, 1))
+        of = dataclasses.replace(config, decode=decode)
+        decoder = make_decoder(of, method, ENDS, sampling)
         draft = drafts.get(method, target if decoder.strategy else None)
         made[name] = Server(decoder, Weights(target, draft), Chatty(), SHAPES, depths)
     return made
@@ -108,13 +109,14 @@ def line(rng: random.Random, index: int) -> tuple[dict[str, Any] | str, bool]:
     def message(role: str) -> dict[str, str]:
         return {"role": role, "content": text(20)}
 
-    values: dict[str, Any] = rng.choice([
+    kinds: list[Callable[[], dict[str, Any]]] = [
         lambda: {"prompt": text(60)},
         lambda: {"tokens": rng.choices(range(257), k=rng.choice([1, 2, 16, 17, 90]))},
         lambda: {"messages": [message("system"), message("user")]},
         lambda: {"turns": [text(5) for _ in range(rng.randint(1, 3))],
                  "max_tokens": rng.randint(1, 9), "category": rng.choice("ab")},
-    ])()  # fmt: skip
+    ]  # fmt: skip
+    values = rng.choice(kinds)()
     if rng.random() < 0.5:
         values["id"] = rng.choice([f"é{index}", 1000 + index])
     if rng.random() < 0.3:

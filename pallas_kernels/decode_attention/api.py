@@ -69,7 +69,8 @@ def decode_attention(
         q: rotated queries, 1 to 16 tokens per row; G query heads share a KV head.
         k, v: the cache, a slot's heads side by side: head h in k[..., h * H : (h + 1) * H]. Wider
             slots than K * H are allowed, their rest is not used (`cache_shape`).
-        lengths: leading slots of each row that hold something, int32, at most S.
+        lengths: leading slots of each row that hold something, int32, at most S. Their values are
+            finite, whether a query sees them or not; keys, and all beyond, may be anything.
         q_positions: position of each row's first query, int32; its others follow it.
         k_positions: position that each slot holds, int32, for a ring cache; slot j holds position
             j unless given. A slot that holds nothing has a position after all queries.

@@ -41,7 +41,8 @@ def streaming_attention(
     """Softmax attention under a sink and window mask, and its log-sum-exp, both differentiable.
 
     Args:
-        q, k, v: rotated queries and keys, and values; G query heads share a KV head.
+        q, k, v: rotated queries and keys, and values; G query heads share a KV head. Values are
+            finite; keys may be anything where no query sees them.
         q_positions, k_positions: NumPy arrays, the same for all rows; the keys' ascending.
         window: visible positions, the query's own included; None for all earlier ones.
         sink: first positions that stay visible beyond the window.

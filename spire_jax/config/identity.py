@@ -146,8 +146,10 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def batch_seed(seed: int, draft_seed: int) -> int:
-    """The order of a draft's batches; by default the target's."""
-    return zlib.crc32(f"{seed}/{draft_seed}".encode()) if draft_seed else seed
+    """The seed of the order of a draft's batches, in Grain's 32 bits; by default the target's."""
+    if draft_seed or seed >= 2**32:
+        return zlib.crc32(f"{seed}/{draft_seed}".encode())
+    return seed
 
 
 def digest(values: Any) -> str:

@@ -188,7 +188,7 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
     k: int = 4  # drafted tokens per round
-    temperature: float = 1.0  # 0 = greedy
+    temperature: float = 1.0  # 0 = greedy, as are all below 1e-5
     top_k: int = 0  # 0 = off
     top_p: float = 1.0  # 1 = off
     verification: str = "token"  # "token" by token, or a "block" at once
@@ -263,7 +263,7 @@ class ExperimentConfig:
     eval: EvalConfig = read_by(EvalConfig(), EVALUATE)
     throughput: ThroughputConfig = read_by(ThroughputConfig(), REPORT, STUDY)
     mesh: MeshConfig = read_by(MeshConfig())
-    seed: int = read_by(0, TARGET, CONTINUATIONS, DRAFT, EVALUATE, STUDY)
+    seed: int = read_by(0, TARGET, CONTINUATIONS, DRAFT, EVALUATE, STUDY)  # 0 to 2**64 - 1
     variants: tuple[tuple[str, DraftOptions], ...] = ()  # the study's, made from its names
 
     def draft(self, name: str) -> DraftOptions:

@@ -75,7 +75,7 @@ def validate(config: ExperimentConfig) -> None:
           f"data.workers={config.data.workers} are too many threads; use {MOST_THREADS} or "
           f"fewer")  # fmt: skip
     check(bool(config.data.source), "data.source is empty; give a folder, or 'stdlib'")
-    check(config.seed >= 0, f"seed={config.seed} is negative; use 0 or more")
+    check(0 <= config.seed < 2**64, f"seed={config.seed} must lie between 0 and 2**64 - 1")
     heldout = config.data.heldout_percent
     check(0 < heldout < 100, f"data.heldout_percent={heldout} must lie between 1 and 99")
     choice("data.split", config.data.split, "file folder")
@@ -114,9 +114,10 @@ def validate_decoding(config: ExperimentConfig) -> None:
     positive(decode, "decode", "k rounds_per_call chunk chunks_per_round")
     check(all(k >= 1 for k in decode.depths),
           f"decode.depths={decode.depths} must all be 1 or more; () = decode.k alone")  # fmt: skip
-    not_negative(decode, "decode", "temperature top_k")
-    check(math.isfinite(decode.temperature), f"decode.temperature={decode.temperature}: use a "
-                                             f"finite one, or 0 for greedy")  # fmt: skip
+    check(0 <= decode.temperature < math.inf,
+          f"decode.temperature={decode.temperature} must be 0 (greedy) or more, and "
+          f"finite")  # fmt: skip
+    not_negative(decode, "decode", "top_k")
     choice("decode.verification", decode.verification, "token block")
     check(0 < decode.top_p <= 1, f"decode.top_p={decode.top_p} must lie in (0, 1]")
     choice("decode.products", decode.products, "auto xla")

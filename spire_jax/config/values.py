@@ -84,7 +84,7 @@ def known(name: str, names: Iterable[str], key: str) -> None:
 
 
 # Whole numbers, seeds, and others from these on overflow in NumPy, JAX or Grain, each in its way.
-MOST, MOST_SEED, MOST_FLOAT = 2**31, 2**32, 3.4e38
+MOST, MOST_SEED, MOST_FLOAT = 2**31, 2**64, 3.4e38
 
 
 def convert(value: Any, hint: Any, key: str, default: Any) -> Any:

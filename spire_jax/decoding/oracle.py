@@ -119,6 +119,8 @@ def ratios_along(
     activations = tuple(along.activations[layer] for layer in strategy.collect)
     q = strategy.along(params, tokens, activations, along.cache, along.read, starts, k, sampling)
     p = along.p[:, starts[:, None] + np.arange(k) - starts[0]]
+    # Where the draft has no distribution, nothing that it drafts is kept.
+    q = jnp.where(jnp.isnan(q), 0.0, q)
     # A sampled token has p > 0, but another pass may round it to 0.
     return q / jnp.maximum(p, jnp.finfo(jnp.float32).tiny)
 

@@ -18,12 +18,22 @@ from spire_jax.decoding.verification import VERIFICATIONS
 from spire_jax.drafting.strategy import Processed, Proposal, State, Strategy, sampled
 from spire_jax.models.caches import Caches, empty_full, full_cache
 from spire_jax.models.records import record
-from spire_jax.models.sampling import Sampling, round_keys, transformed_logits
+from spire_jax.models.sampling import (
+    NO_TOKEN,
+    Sampling,
+    round_keys,
+    seed_keys,
+    seed_words,
+    transformed_logits,
+)
 from spire_jax.models.sharding import constrain, place_rows
 from spire_jax.models.transformer import Model, Params
 
 # What a token of the text is (`DecodeState.kinds`).
 PROMPT, ACCEPTED, CORRECTION, BONUS = range(4)
+# Why a text ends with NO_TOKEN.
+NO_LOGITS = ("the target's logits are nan or inf: look for such numbers in its weights, or decode "
+             "in float32 (decode.dtype)")  # fmt: skip
 
 
 class DecodeError(ValueError):
@@ -69,7 +79,7 @@ class Weights(NamedTuple):
 class DecodeState:
     """A batch of requests between two rounds."""
 
-    tokens: Int[Array, "B C"]  # the text so far: prompt, then output
+    tokens: Int[Array, "B C"]  # the text so far: prompt, then output; NO_TOKEN ends it (NO_LOGITS)
     kinds: Int[Array, "B C"]  # PROMPT, ACCEPTED, CORRECTION or BONUS, token by token
     lengths: Int[Array, " B"]  # tokens in the text; the last one is not in the target's cache
     ends: Int[Array, " B"]  # length at which the row's budget is spent
@@ -138,12 +148,9 @@ def _emit(
     new = jnp.where(at_following, following[:, None], jnp.pad(drafts, ((0, 0), (0, 1))))
     kinds = jnp.where(at_following, jnp.where(depth == k, BONUS, CORRECTION), ACCEPTED)
     emitted = depth <= accepted[:, None]
-    if decoder.ends:
-        is_end = emitted & jnp.isin(new, jnp.array(decoder.ends))
-        emitted &= jnp.cumsum(is_end, axis=1) - is_end == 0  # up to and with the first
-        ended = jnp.any(is_end & emitted, axis=1)
-    else:
-        ended = jnp.zeros_like(state.done)
+    is_end = emitted & jnp.isin(new, jnp.array((*decoder.ends, NO_TOKEN)))
+    emitted &= jnp.cumsum(is_end, axis=1) - is_end == 0  # up to and with the first
+    ended = jnp.any(is_end & emitted, axis=1)
     active = ~state.done
     # A cut by the budget also cuts an EOS beyond it; the row is done either way.
     emitted &= active[:, None] & (state.lengths[:, None] + depth < state.ends[:, None])
@@ -220,7 +227,7 @@ def start(
     Args:
         prompts: token ids, at least one each.
         budgets: tokens to generate for each.
-        seeds: each request's own random seed.
+        seeds: each request's own random seed, of 64 bits.
         width: positions to make room for: prompt, budget and k; 0 = what these need. A fixed
             width keeps the compiled shapes the same from batch to batch.
 
@@ -263,7 +270,7 @@ def start(
         done=place_rows(np.zeros(batch, bool)),
         rounds=place_rows(np.zeros(batch, np.int32)),
         counts=place_rows(np.zeros((batch, decoder.k + 1), np.int32)),
-        seeds=jax.vmap(jax.random.key)(place_rows(np.asarray(seeds, np.uint32))),
+        seeds=seed_keys(place_rows(np.stack([seed_words(seed) for seed in seeds]))),
         target_cache=cache,
         draft_state=draft_state,
     )
@@ -272,9 +279,16 @@ def start(
 def finish(
     decoder: Decoder, weights: Weights, state: DecodeState, rounds_per_call: int = 64
 ) -> DecodeState:
-    """Decode until every row is done."""
+    """Decode until every row is done.
+
+    Raises:
+        DecodeError: a row whose text the target has no distribution for.
+    """
     while not bool(jnp.all(state.done)):
         state = decode_rounds(decoder, weights, state, rounds_per_call)
+    if int(jnp.min(state.tokens)) == NO_TOKEN:
+        row = int(jnp.argmin(jnp.min(state.tokens, axis=1)))
+        raise DecodeError(f"row {row}: {NO_LOGITS}")
     return state
 
 

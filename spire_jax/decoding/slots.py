@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Int, UInt32
 from spire_jax.decoding.rounds import Decoder, DecodeState, Weights, speculation_round
 from spire_jax.drafting.strategy import Processed
 from spire_jax.models.caches import empty_full
+from spire_jax.models.sampling import seed_keys
 from spire_jax.models.sharding import constrain
 
 
@@ -39,7 +40,7 @@ def empty_slots(decoder: Decoder, weights: Weights, batch: int, width: int) -> D
         done=jnp.ones(batch, bool),
         rounds=zeros,
         counts=jnp.zeros((batch, decoder.k + 1), jnp.int32),
-        seeds=jax.vmap(jax.random.key)(jnp.zeros(batch, jnp.uint32)),
+        seeds=seed_keys(jnp.zeros((batch, 2), jnp.uint32)),
         target_cache=empty_full(target.config, batch, width, target.compute),
         draft_state=draft_state,
     )
@@ -53,7 +54,7 @@ def admit(
     prompt: Int[np.ndarray | Array, " C"],
     length: int | Int[Array, ""],
     end: int | Int[Array, ""],
-    seed: np.uint32 | UInt32[Array, ""],
+    seed: UInt32[np.ndarray | Array, "2"],
 ) -> DecodeState:
     """The state with a request in `row`, still to be prefilled unless its prompt is one token.
 
@@ -63,6 +64,7 @@ def admit(
     Args:
         prompt: its tokens, `length` of them, padded to the width of the slots.
         end: the length at which its budget is spent.
+        seed: the words of its random seed (`sampling.seed_words`).
     """
     state = dataclasses.replace(
         state,
@@ -73,7 +75,7 @@ def admit(
         done=state.done.at[row].set(length > 1),
         rounds=state.rounds.at[row].set(0),
         counts=state.counts.at[row].set(0),
-        seeds=state.seeds.at[row].set(jax.random.key(seed)),
+        seeds=state.seeds.at[row].set(seed_keys(seed)),
     )
     return _pinned(state)
 

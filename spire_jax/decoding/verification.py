@@ -2,14 +2,16 @@
 
 Token by token (Leviathan et al. 2023, Chen et al. 2023; method.md section 4), or a block at once
 (Sun et al. 2024, arXiv 2403.10444), which never keeps fewer in expectation. Distributions come as
-transformed logits (`sampling.transformed_logits`).
+transformed logits (`sampling.transformed_logits`). A drafted NO_TOKEN, of a draft whose logits are
+of no distribution, is never kept, and what follows is drawn from p; where p is of none, NO_TOKEN
+follows.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from spire_jax.models.sampling import sample, share_of, stream
+from spire_jax.models.sampling import NO_TOKEN, sample, share_of, stream
 
 
 def verify_tokens(
@@ -36,7 +38,7 @@ def verify_tokens(
     q_drafted, p_drafted = share_of(q, drafts), share_of(p[:, :k], drafts)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (k,)))(stream(keys, "accept"))
     # u < p/q without the division; u lies in [0, 1), so p = 0 never passes and p = q always does.
-    accept = uniform * q_drafted < p_drafted
+    accept = (uniform * q_drafted < p_drafted) & (drafts != NO_TOKEN)
     accepted = jnp.sum(jnp.cumprod(accept.astype(jnp.int32), axis=1), axis=1)
     return accepted, _following(keys, accepted, q, p, jnp.ones_like(p[:, :, 0]))
 
@@ -69,7 +71,8 @@ def block_acceptance(
     i drafted tokens are all kept with probability b_i. `q` and `p` are logits.
     """
     k = drafts.shape[1]
-    q_drafted, p_drafted = share_of(q, drafts), share_of(p[:, :k], drafts)
+    q_drafted = jnp.where(drafts == NO_TOKEN, jnp.inf, share_of(q, drafts))
+    p_drafted = share_of(p[:, :k], drafts)
     b = [jnp.ones(drafts.shape[0], p.dtype)]
     for i in range(k):
         # A drafted token has q > 0. The quotient is taken only where it is below 1.
@@ -82,7 +85,10 @@ def block_acceptance(
         p_i, q_i = jax.nn.softmax(p[:, i]), jax.nn.softmax(q[:, i])
         r = jnp.sum(jnp.maximum(b[i][:, None] * p_i - q_i, 0.0), axis=-1)
         total = r + 1 - b[i]
-        h.append(jnp.where(total > 0, r / jnp.where(total > 0, total, 1.0), 0.0))
+        ratio = jnp.where(total > 0, r / jnp.where(total > 0, total, 1.0), 0.0)
+        # Where one of the two is of no distribution the block ends: what is later is never kept.
+        # (Not asked of r: XLA's CPU may take the higher of nan and 0 for 0.)
+        h.append(jnp.where(jnp.isnan(p_i[:, 0] + q_i[:, 0]), b[i], ratio))
     h += b[k:] if k else []
     return jnp.stack(b, axis=1), jnp.stack(h, axis=1) if h else jnp.zeros_like(q_drafted)
 
@@ -117,7 +123,7 @@ VERIFICATIONS = {"token": verify_tokens, "block": verify_blocks}
 def residual_distribution(
     p: Float[Array, "B V"], q: Float[Array, "B V"], b: Float[Array, "B 1"] | float = 1.0
 ) -> Float[Array, "B V"]:
-    """normalize(max(b p - q, 0)); `p` itself where nothing is left."""
+    """normalize(max(b p - q, 0)); `p` itself where nothing is left, or q is nan."""
     excess = jnp.maximum(b * p - q, 0.0)
     total = jnp.sum(excess, axis=-1, keepdims=True)
     return jnp.where(total > 0, excess / jnp.where(total > 0, total, 1.0), p)

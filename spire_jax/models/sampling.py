@@ -5,6 +5,9 @@ draft's q and the target's p are the distributions that tokens really come from.
 are transformed *logits*: most of a distribution over the vocabulary is never asked for. Greedy
 decoding is the limit temperature -> 0: a one-hot distribution, for which token verification
 accepts exactly the argmax and nothing else needs to change.
+
+Logits with a nan or an inf among them, or with nothing but -inf, are of no distribution. Every
+transform of them is none either, and the token that is drawn is NO_TOKEN.
 """
 
 import dataclasses
@@ -14,17 +17,22 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 from spire_jax.models.sharding import RULES
+
+NO_TOKEN = -1  # drawn where there is no distribution
+GREEDY = 1e-5  # temperatures below it are greedy, as in vLLM: logits are not known any better
+HOTTEST = 1e30  # higher ones are this: 1 / temperature stays a normal float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How logits become a distribution; static under jit."""
 
-    temperature: float = 1.0  # 0 = greedy
+    temperature: float = 1.0  # 0, and all below GREEDY: greedy
     top_k: int = 0  # 0 = off
     top_p: float = 1.0  # 1 = off
 
@@ -38,22 +46,31 @@ def transformed_logits(
     set of most likely tokens whose probability reaches `top_p` (at least one). Nothing is sorted
     unless one of the two asks for it.
     """
-    logits = logits.astype(jnp.float32)
-    if sampling.temperature == 0:
-        best = jnp.argmax(logits, axis=-1, keepdims=True)
-        return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
-    logits = logits / sampling.temperature
+    logits, rank = logits.astype(jnp.float32), jnp.arange(logits.shape[-1])
+    if sampling.temperature < GREEDY:
+        best = rank == jnp.argmax(logits, axis=-1, keepdims=True)  # the first nan, if there is one
+        top = jnp.sum(jnp.where(best, logits, 0.0), axis=-1, keepdims=True)
+        return jnp.where(best, jnp.where(jnp.isfinite(top), 0.0, jnp.nan), -jnp.inf)
     keep_k = 0 < sampling.top_k < logits.shape[-1]
-    if not keep_k and sampling.top_p >= 1:
+    keep_p = np.float32(sampling.top_p) < 1
+    if sampling.temperature == 1 and not keep_k and not keep_p:
+        return logits
+    # Less the highest, so that no quotient overflows; inf less inf is nan.
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    logits = logits / min(sampling.temperature, HOTTEST)
+    if not keep_k and not keep_p:
         return logits
     order = jnp.argsort(-logits, axis=-1, stable=True)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
+    # A nan comes last, where it would be cut. (XLA's CPU may lose it in the highest.)
+    ranked = jnp.where(jnp.isnan(ranked[..., -1:]), jnp.nan, ranked)
     if keep_k:
-        ranked = jnp.where(jnp.arange(logits.shape[-1]) < sampling.top_k, ranked, -jnp.inf)
-    if sampling.top_p < 1:
+        ranked = jnp.where(rank < sampling.top_k, ranked, -jnp.inf)
+    if keep_p:
         p = jax.nn.softmax(ranked)
         before = jnp.cumsum(p, axis=-1) - p
-        ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
+        # The first by its rank: a tiny top_p is 0 in float32.
+        ranked = jnp.where((before < sampling.top_p) | (rank == 0), ranked, -jnp.inf)
     return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
 
 
@@ -78,15 +95,19 @@ def share_of(logits: Float[Array, "*rows V"], tokens: Int[Array, "*rows"]) -> Fl
 def sample(keys: Key[Array, " B"], logits: Float[Array, "B V"]) -> Int[Array, " B"]:
     """One token per row from softmax(logits), one key per row; a logit of -inf is never drawn.
 
+    NO_TOKEN for a row whose logits are of no distribution.
+
     First a run of about sqrt(V) tokens, by its share, then a token of it: two draws of sqrt(V)
     random numbers instead of V, which would be most of a round's sampling. Where a mesh splits the
     vocabulary, devices exchange the runs' shares and the run drawn, never the logits.
     """
     width = math.isqrt(logits.shape[1] - 1) + 1
     draw = jax.vmap(jax.random.categorical)
-    run = draw(stream(keys, "run"), _shares(logits, width))
+    shares = _shares(logits, width)
+    run = draw(stream(keys, "run"), shares)
     inside = _run_of(logits, run, width)
-    return (run * width + draw(stream(keys, "token"), inside)).astype(jnp.int32)
+    token = (run * width + draw(stream(keys, "token"), inside)).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(jax.nn.logsumexp(shares, axis=-1)), token, NO_TOKEN)
 
 
 def _shares(logits: Float[Array, "B V"], width: int) -> Float[Array, "B runs"]:
@@ -165,6 +186,19 @@ def _own_runs(
 
 
 # --- random keys -------------------------------------------------------------------------------
+
+
+def seed_words(seed: int | np.integer) -> UInt32[np.ndarray, "2"]:
+    """The high and the low word of a seed of 64 bits; of a negative one, its two's complement."""
+    return np.array(divmod(int(seed) % 2**64, 2**32), np.uint32)
+
+
+def seed_keys(words: UInt32[np.ndarray | Array, "*rows 2"]) -> Key[Array, "*rows"]:
+    """The keys of seeds, from their words: other words, other keys.
+
+    `jax.random.key` keeps the low word alone, unless all of JAX computes in 64 bits.
+    """
+    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
 
 def stream(keys: Key[Array, " B"], name: str) -> Key[Array, " B"]:

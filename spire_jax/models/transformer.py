@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from spire_jax.config.schema import ModelConfig, head_size
 from spire_jax.models.attention import Attended, Compute, attention, merge_attention
-from spire_jax.models.caches import Caches, KeysValues, LayerCache, read_then_append
+from spire_jax.models.caches import Caches, KeysValues, LayerCache, read_then_append, stored
 from spire_jax.models.layers import Block, RMSNorm, parameter, product, truncated_normal
 from spire_jax.models.masks import View
 from spire_jax.models.sharding import constrain
@@ -130,12 +130,17 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "B T"], collect: tuple[int, ...] = ()
     ) -> tuple[Activations, list[KeysValues]]:
         """Activations as `forward`, and each layer's keys and values; no logits."""
-        xs, keys_values = self.run(self.embed(tokens), self._over_text)
+
+        def kept(k: Array, v: Array) -> KeysValues:
+            return stored(k, v, self.compute.dtype)
+
+        over_text = functools.partial(self._over_text, kept=kept)
+        xs, keys_values = self.run(self.embed(tokens), over_text)
         return tuple(xs[i] for i in collect), keys_values
 
-    def _over_text(self, i: int, block: Block, x: Float[Array, "B T D"]):
+    def _over_text(self, i: int, block: Block, x: Float[Array, "B T D"], kept=lambda k, v: (k, v)):
         positions = np.arange(x.shape[1])
-        q, (k, v) = block.queries(x, positions), block.keys_values(x, positions)
+        q, (k, v) = block.queries(x, positions), kept(*block.keys_values(x, positions))
         attended, _ = attention(q, k, v, positions, positions, self.views[i], compute=self.compute)
         return attended, (k, v)
 

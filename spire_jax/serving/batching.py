@@ -21,7 +21,8 @@ import numpy as np
 
 from spire_jax.data.tokenizer import Tokenizer
 from spire_jax.decoding import slots
-from spire_jax.decoding.rounds import DecodeError, Decoder, DecodeState, Weights
+from spire_jax.decoding.rounds import NO_LOGITS, DecodeError, Decoder, DecodeState, Weights
+from spire_jax.models.sampling import NO_TOKEN, seed_words
 from spire_jax.serving.adaptive import DepthController
 from spire_jax.serving.records import EOS, LENGTH, STOP, Failure, Request, Result, refused
 from spire_jax.serving.requests import next_turn
@@ -129,7 +130,9 @@ class Server:
                 self._admit(item, received)
             clean = not self._prefill()
             for result in self._rounds(clean, watch):
-                following = next_turn(result, self.tokenizer)
+                following = None
+                if isinstance(result, Result):
+                    following = next_turn(result, self.tokenizer)
                 if following is None:
                     yield result
                 else:
@@ -169,7 +172,7 @@ class Server:
         end = length + request.max_tokens
         self._state = slots.admit(
             self._state, np.int32(row), prompt, np.int32(length), np.int32(end),
-            np.uint32(request.seed),
+            seed_words(request.seed),
         )  # fmt: skip
         stream = TextStream(self.tokenizer.decode) if request.stop else None
         self._slots[row] = _Slot(request, received, now, ready=now, stream=stream)
@@ -210,7 +213,7 @@ class Server:
 
     # --- rounds --------------------------------------------------------------------------------
 
-    def _rounds(self, clean: bool, watch: Watch | None) -> Iterator[Result]:
+    def _rounds(self, clean: bool, watch: Watch | None) -> Iterator[Result | Failure]:
         """One call of rounds for the rows that are ready; those that finish.
 
         `clean`: nothing else is under way on the device, so that the call can be timed.
@@ -239,7 +242,10 @@ class Server:
                 self._halted[row] = True
                 slot, self._slots[row] = self._slots[row], None
                 assert slot is not None
-                yield self._result(slot, reason, now)
+                if reason == NO_LOGITS:
+                    yield refused(slot.request, reason)
+                else:
+                    yield self._result(slot, reason, now)
 
     def _take_in(self, row: int, lines: list[list[int]], k: int, watch: Watch | None) -> str:
         """What the rounds of a call gave one row; why it ends, "" if it goes on."""
@@ -253,9 +259,11 @@ class Server:
             slot.lengths.append(accepted + 1)
             slot.depths.append(k)
             if watch:
-                watch(slot.request, tokens[:emitted], accepted, k)
+                watch(slot.request, [t for t in tokens[:emitted] if t != NO_TOKEN], accepted, k)
             # One by one, so that no end depends on how many tokens a round brings.
             for token in tokens[:emitted]:
+                if token == NO_TOKEN:
+                    return NO_LOGITS
                 slot.tokens.append(token)
                 if token in self.decoder.ends:
                     return EOS
@@ -301,7 +309,7 @@ class Server:
         # Twice: on a mesh, what one program hands to the next is placed otherwise than what is
         # made empty, and a placement is part of what a program is compiled for.
         for _ in range(2):
-            state = slots.admit(state, np.int32(0), prompt, np.int32(1), np.int32(1), np.uint32(0))
+            state = slots.admit(state, np.int32(0), prompt, np.int32(1), np.int32(1), seed_words(0))
             try:
                 state = slots.prefill_chunk(self.decoder, self.weights, state, nobody, nobody * 0,
                                             nobody * 0 + 1, s.chunk)  # fmt: skip

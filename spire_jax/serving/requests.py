@@ -8,8 +8,8 @@ failure; the others are served.
 """
 
 import dataclasses
+import hashlib
 import json
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -73,7 +73,7 @@ def request_of(
         raise RequestError(f"give one of {', '.join(PROMPTS)}; found {found}")
     name = _id(values, index)
     max_tokens = _integer(values, "max_tokens", defaults.max_tokens, 1, 2**31)
-    seed = _integer(values, "seed", derived_seed(defaults.seed, f"request/{name}"), 0, 2**32)
+    seed = _integer(values, "seed", derived_seed(defaults.seed, f"request/{name}"), -(2**63), 2**63)
     stop = values.get("stop", defaults.stop)
     stop = (stop,) if isinstance(stop, str) else stop
     if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
@@ -117,8 +117,9 @@ def positions(request: Request, tokenizer: Tokenizer) -> int:
 
 
 def derived_seed(seed: int, name: str) -> int:
-    """A seed for one of many, from that of all and what the one is called."""
-    return zlib.crc32(f"{seed}/{name}".encode())
+    """A seed for one of many, from that of all and what the one is called; of 63 bits."""
+    word = hashlib.blake2b(f"{seed}/{name}".encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(word) >> 1
 
 
 def _read(line, number, index, form, tokenizer, defaults) -> Request | Failure:

@@ -17,7 +17,7 @@ from spire_jax.config.schema import ExperimentConfig, head_size
 from spire_jax.drafting.build import compute_for, strategy, target_model
 from spire_jax.drafting.learning import DraftLoss, Lesson, Loss, TrainBatch
 from spire_jax.drafting.strategy import Strategy
-from spire_jax.models.sampling import stream
+from spire_jax.models.sampling import seed_keys, seed_words, stream
 from spire_jax.models.sharding import constrain, replicated, shardings
 from spire_jax.models.transformer import Model, Params
 
@@ -137,7 +137,7 @@ def initial_draft(
 
 def stream_key(seed: int, name: str) -> jax.Array:
     """A named random key of the experiment."""
-    return stream(jax.random.key(seed)[None], name)[0]
+    return stream(seed_keys(seed_words(seed)[None]), name)[0]
 
 
 def forward_flops(model: Model, seq_len: int, rolled_out: bool = False) -> float:
