@@ -4,15 +4,11 @@ Each property mutates what is valid: bytes at random places, values of JSON at r
 of a template. 50 cases of each in the fast tier, always the same; 1,000 others with --full.
 """
 
-import contextlib
-import copy
 import dataclasses
 import itertools
 import json
 import pathlib
 import re
-import resource
-import signal
 import struct
 
 import hypothesis
@@ -21,7 +17,29 @@ import pretrained_models
 import pytest
 from hypothesis import strategies as st
 from models import TINY
-from pretrained_tokenizers import ROWS, TEMPLATE, TEXTS, metadata, trained, write_directory
+from mutations import (
+    JSON,
+    LEAVES,
+    bounded,
+    changed,
+    dumped,
+    edited,
+    mutated,
+    named,
+    noise,
+    places,
+    replaced,
+)
+from pretrained_tokenizers import (
+    ROWS,
+    SPM,
+    TEMPLATE,
+    TEXTS,
+    metadata,
+    spm,
+    trained,
+    write_directory,
+)
 from token_arrays import ids, opened, store_array
 
 from spire_jax.config import files
@@ -38,152 +56,9 @@ from spire_jax.pretrained.exported_draft import export_draft, import_draft
 from spire_jax.pretrained.gguf_file import read_gguf
 from spire_jax.pretrained.tokenizer import load_tokenizer
 from spire_jax.serving.outputs import open_results
-from spire_jax.serving.prompts import RequestError
+from spire_jax.serving.prompts import PROMPTS, RequestError
 from spire_jax.serving.records import Failure
 from spire_jax.serving.requests import Defaults, positions, read_requests
-
-SECONDS = 20
-INDEX = "model.safetensors.index.json"
-
-
-@contextlib.contextmanager
-def bounded(mib: int = 512):
-    """Whatever an input holds, it takes no more time, nor more memory beside what was taken before.
-
-    The system refuses what is beyond, as a MemoryError; to count it is slow. The stacks of threads
-    are memory, too: 8 MiB each.
-    """
-
-    def late(*_):
-        raise AssertionError(f"it takes longer than {SECONDS} s")
-
-    before, limits = signal.signal(signal.SIGALRM, late), resource.getrlimit(resource.RLIMIT_DATA)
-    statm = pathlib.Path("/proc/self/statm")
-    if statm.exists():
-        used = int(statm.read_text().split()[5]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_DATA, (used + mib * 2**20, limits[1]))
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_DATA, limits)
-
-
-@contextlib.contextmanager
-def named(*kinds: type[Exception], of: object = "", mib: int = 512):
-    """Nothing but these errors, each a line that says something, about `of`; all in bounds."""
-    try:
-        with bounded(mib):
-            yield
-    except kinds as error:
-        said = files.in_words(error)
-        assert said.isprintable() and 20 < len(said) < 3000 and str(of) in said, said
-
-
-# --- what is done to valid content ---------------------------------------------------------------
-
-EXTREMES = [0, 1, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**53 + 1, 2**63 - 1, 2**64 - 1]
-NUMBERS = st.one_of(
-    st.sampled_from([*EXTREMES, *(-x for x in EXTREMES), 10**400]), st.integers(-9, 9), st.floats()
-)
-# What Python's own values cannot be, or not without trouble in the test: written when dumped.
-DEEP, LONG = "<nested 95 times>", "<5000 digits>"
-LEAVES = st.one_of(
-    st.none(),
-    st.booleans(),
-    NUMBERS,
-    st.text(max_size=9),
-    st.sampled_from([DEEP, LONG, "\ud800", "x" * 4000]),
-)
-JSON = st.recursive(
-    LEAVES,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=5,
-)
-WHOLE = [b"", b"[]", b"{}", b"null", b'"error"', b"1" * 5000, b"[" * 10**5, b'{"a":' * 10**5]
-
-
-def dumped(value) -> bytes:
-    text = json.dumps(value, ensure_ascii=False)
-    text = text.replace(f'"{DEEP}"', "[" * 95 + "]" * 95).replace(f'"{LONG}"', "1" * 5000)
-    return text.encode(errors="surrogatepass")
-
-
-@st.composite
-def noise(draw, content: bytes, end: int | None = None) -> bytes:
-    """Bytes changed, put in, taken out, and the rest cut off, before `end`."""
-    out, end = bytearray(content), end or len(content)
-    for _ in range(draw(st.integers(1, 3))):
-        at = draw(st.integers(0, min(end, len(out))))
-        what = draw(st.sampled_from(["byte", "number", "insert", "remove", "cut"]))
-        if what == "byte":
-            out[at : at + 1] = bytes([draw(st.sampled_from([0, 1, 0x7F, 0x80, 0xFF, 0x22, 0x7D]))])
-        elif what == "number":
-            kind = draw(st.sampled_from(["<I", "<Q", "<d"]))
-            value = draw(st.sampled_from(EXTREMES)) % 2 ** (8 * struct.calcsize(kind))
-            packed = struct.pack(kind, float(value) if kind == "<d" else value)
-            out[at : at + len(packed)] = packed
-        elif what == "insert":
-            out[at:at] = draw(st.binary(max_size=9))
-        elif what == "remove":
-            del out[at : at + draw(st.integers(1, 30))]
-        elif draw(st.integers(0, 3)) == 0:
-            del out[at:]
-    return bytes(out)
-
-
-def places(value, path=()):
-    """Every path into nested lists and objects."""
-    yield path
-    inner = [*value.items()] if isinstance(value, dict) else []
-    inner = [*enumerate(value)] if isinstance(value, list) else inner
-    for key, item in inner if len(inner) < 40 else inner[:3]:  # of a vocabulary some are as good
-        yield from places(item, (*path, key))
-
-
-@st.composite
-def edited(draw, value):
-    """Nested JSON with one to three values replaced, removed, doubled or renamed."""
-    value = copy.deepcopy(value)
-    for _ in range(draw(st.integers(1, 3))):
-        paths = [path for path in places(value) if path]
-        if not paths:
-            break
-        path = draw(st.sampled_from(paths))
-        parent = value
-        for key in path[:-1]:
-            parent = parent[key]
-        what = draw(st.sampled_from(["replace", "replace", "remove", "rename", "double"]))
-        old = parent[path[-1]]
-        if what == "replace":
-            near = [-old, old + 1, old * 1000, str(old)] if type(old) is int else [[old], {"": old}]
-            parent[path[-1]] = draw(st.sampled_from(near) | JSON)
-        elif what == "remove":
-            del parent[path[-1]]
-        elif what == "rename" and isinstance(parent, dict):
-            parent[draw(st.text(max_size=9))] = parent.pop(path[-1])
-        elif isinstance(parent, list):
-            parent.append(old)
-    return value
-
-
-def changed(value):
-    """The JSON of a value, or what is left of it."""
-    whole = st.sampled_from(WHOLE) | JSON.map(dumped)
-    return edited(value).map(dumped) | edited(value).map(dumped) | noise(dumped(value)) | whole
-
-
-@contextlib.contextmanager
-def replaced(path: pathlib.Path, content: bytes):
-    before = path.read_bytes()
-    path.write_bytes(content)
-    try:
-        yield
-    finally:
-        path.write_bytes(before)
-
 
 # --- checkpoints ---------------------------------------------------------------------------------
 
@@ -197,12 +72,14 @@ def folder(tmp_path_factory):
     return write_directory(path)
 
 
-@pytest.fixture(scope="module")
-def gguf_file(tmp_path_factory):
-    config, tensors = pretrained_models.tiny("llama3", num_hidden_layers=1, vocab_size=ROWS)
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def gguf_file(request, tmp_path_factory):
+    """The file, of a byte-level or a SentencePiece vocabulary, and its rows."""
+    given, rows = (metadata(trained()), ROWS) if request.param == "gpt2" else (spm(), len(SPM))
+    config, tensors = pretrained_models.tiny("llama3", num_hidden_layers=1, vocab_size=rows)
 
     def tokenizer(writer):
-        for key, value in (metadata(trained()) | {"tokenizer.chat_template": TEMPLATE}).items():
+        for key, value in (given | {"tokenizer.chat_template": TEMPLATE}).items():
             if isinstance(value, int):
                 writer.add_uint32(key, value)
             elif isinstance(value, str):
@@ -211,7 +88,7 @@ def gguf_file(tmp_path_factory):
                 writer.add_array(key, value if isinstance(value, list) else value.tolist())
 
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    return pretrained_models.write_gguf(path, config, tensors, "Q8_0", tokenizer)
+    return pretrained_models.write_gguf(path, config, tensors, "Q8_0", tokenizer), rows
 
 
 def use_weights(path: pathlib.Path) -> None:
@@ -221,63 +98,53 @@ def use_weights(path: pathlib.Path) -> None:
         assert params["embedding"].shape == (found.model.vocab_size, found.model.d_model)
 
 
-def use_tokenizer(path: pathlib.Path) -> None:
+def use_tokenizer(path: pathlib.Path, rows: int) -> None:
+    tokenizer = None
     with named(PretrainedError, of=path):
-        tokenizer = load_tokenizer(path, ROWS)
-    with named(PretrainedError):
-        tokenizer = load_tokenizer(path, ROWS)
-        assert isinstance(tokenizer.decode(tokenizer.encode("def f(x):\n")), str)
-        assert (tokenizer.chat([{"role": "user", "content": "<|bot|>x"}]) < ROWS).all()
+        tokenizer = load_tokenizer(path, rows)
+    if tokenizer:
+        with named(PretrainedError):
+            assert isinstance(tokenizer.decode(tokenizer.encode("def f(x):\n")), str)
+            assert (tokenizer.chat([{"role": "user", "content": "<|bot|>x"}]) < rows).all()
 
 
 @hypothesis.given(st.data())
 def test_gguf(gguf_file, data):
-    begin = min(info.begin for info in read_gguf(gguf_file).tensors.values())
-    with replaced(gguf_file, data.draw(noise(gguf_file.read_bytes(), begin))):
-        use_weights(gguf_file)
-        use_tokenizer(gguf_file)
+    path, rows = gguf_file
+    begin = min(info.begin for info in read_gguf(path).tensors.values())
+    with replaced(path, data.draw(noise(path.read_bytes(), begin))):
+        use_weights(path)
+        use_tokenizer(path, rows)
 
 
 @hypothesis.given(st.data())
 def test_safetensors(folder, data):
-    weights, index = folder / "model-00001-of-00002.safetensors", folder / INDEX
+    weights = folder / "model-00001-of-00002.safetensors"
     content = weights.read_bytes()
     size = struct.unpack("<Q", content[:8])[0]
     what = data.draw(st.sampled_from(["bytes", "header", "index"]))
     if what == "index":
-        path, content = index, data.draw(changed(json.loads(index.read_text())))
+        other = mutated(folder / "model.safetensors.index.json", data)
     elif what == "bytes":
-        path, content = weights, data.draw(noise(content, 8 + size))
+        other = replaced(weights, data.draw(noise(content, 8 + size)))
     else:
         header = data.draw(changed(json.loads(content[8 : 8 + size])))
-        path = weights
-        content = struct.pack("<Q", len(header)) + header + content[8 + size :]
-    with replaced(path, content):
+        other = replaced(weights, struct.pack("<Q", len(header)) + header + content[8 + size :])
+    with other:
         use_weights(folder)
 
 
 @hypothesis.given(st.data())
 def test_config_json(folder, data):
-    path = folder / "config.json"
-    with replaced(path, data.draw(changed(json.loads(path.read_text())))):
+    with mutated(folder / "config.json", data):
         use_weights(folder)
 
 
 @hypothesis.given(st.data())
 def test_tokenizer_files(folder, data):
     names = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
-    path = folder / data.draw(st.sampled_from([names[0], *names]))
-    with replaced(path, data.draw(changed(json.loads(path.read_text())))):
-        use_tokenizer(folder)
-
-
-@hypothesis.given(st.data())
-def test_tokenizer_of_data(bpe_file, data):
-    with replaced(bpe_file, data.draw(changed(json.loads(bpe_file.read_text())))):
-        with named(ConfigError, of=bpe_file):
-            assert type(tokenizer_size(str(bpe_file))) is int
-            tokenizer = BpeTokenizer(bpe_file)
-            assert tokenizer.decode(tokenizer.encode("def f(x):\n")) is not None
+    with mutated(folder / data.draw(st.sampled_from([names[0], *names])), data):
+        use_tokenizer(folder, ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -287,15 +154,15 @@ def bpe_file(tmp_path_factory):
     return path
 
 
-DRAFT = {"blocks": {0: {"query": np.ones((4, 2), np.float32)}}, "mix": np.ones(())}
-
-
 @hypothesis.given(st.data())
-def test_exported_drafts(draft, data):
-    path = draft / "config.json"
-    with replaced(path, data.draw(changed(json.loads(path.read_text())))):
-        with named(PretrainedError, of=draft):
-            assert import_draft(draft, "a" * 64).load(DRAFT)["blocks"][0]["query"].shape == (4, 2)
+def test_tokenizer_of_data(bpe_file, data):
+    with mutated(bpe_file, data), named(ConfigError, of=bpe_file):
+        assert type(tokenizer_size(str(bpe_file))) is int
+        tokenizer = BpeTokenizer(bpe_file)
+        assert isinstance(tokenizer.decode(tokenizer.encode("def f(x):\n")), str)
+
+
+DRAFT = {"blocks": {0: {"query": np.ones((4, 2), np.float32)}}, "mix": np.ones(())}
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +171,12 @@ def draft(tmp_path_factory):
     where = tmp_path_factory.mktemp("draft") / "draft"
     return export_draft(where, DRAFT, SpireOptions(n_layers=1, window=6), target, "a" * 64,
                         {"text": "a folder", "steps": 12})  # fmt: skip
+
+
+@hypothesis.given(st.data())
+def test_exported_drafts(draft, data):
+    with mutated(draft / "config.json", data), named(PretrainedError, of=draft):
+        assert import_draft(draft, "a" * 64).load(DRAFT)["blocks"][0]["query"].shape == (4, 2)
 
 
 PIECES = """
@@ -318,21 +191,22 @@ PIECES = """
 PIECES = [*re.findall(r"\{.*?[%}#]\}(?=\s)|\S+", PIECES), "\0"]
 
 
+@pytest.fixture(scope="module")
+def soon():
+    """Templates are stopped after half a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "SECONDS", 0.5)
+        yield
+
+
 @hypothesis.given(st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=9),
                   st.booleans(), JSON)  # fmt: skip
-def test_chat_templates(monkeypatch_module, pieces, whole, messages):
+def test_chat_templates(soon, pieces, whole, messages):
     """A template that does not end is stopped; one that would fill the memory is, too."""
     template = TEMPLATE + "".join(pieces) if whole else "".join(pieces)
     given = messages if isinstance(messages, list) else [{"role": "user", "content": messages}]
     with named(PretrainedError, of="chat template"):
         assert isinstance(chat.render(template, given), str)
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat, "SECONDS", 0.5)
-        yield
 
 
 # --- prompts, arrays, configs --------------------------------------------------------------------
@@ -394,11 +268,10 @@ def arrays(request, tmp_path_factory):
 def test_zarr_metadata(arrays, data):
     path = data.draw(st.sampled_from([arrays[0], *arrays]))
     fill = data.draw(st.sampled_from(["error", "fill"]))
-    with replaced(path, data.draw(changed(json.loads(path.read_text())))):
-        with named(DataError, of=path.parents[path.name != "manifest.json"]):
-            corpus = opened(arrays[2].parent, missing_chunks=fill)
-            for document in itertools.islice(corpus.documents, 30):
-                corpus.tokens_of(document)
+    with mutated(path, data), named(DataError, of=arrays[2].parent):
+        corpus = opened(arrays[2].parent, missing_chunks=fill)
+        for document in itertools.islice(corpus.documents, 30):
+            corpus.tokens[document.begin : min(document.end, document.begin + 999)]
 
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
@@ -426,9 +299,23 @@ def test_configs(data):
     with named(ConfigError):
         if data.draw(st.booleans()):
             values = data.draw(edited(VALUES))
-            files.build(values if isinstance(values, dict) else {"seed": values})
+            files.build(values)
         else:
             keys = [".".join(map(str, path)) for path in places(VALUES)]
             made = [f"{data.draw(st.sampled_from(keys) | st.text(max_size=9))}={data.draw(LEAVES)}"
                     for _ in range(data.draw(st.integers(1, 3)))]  # fmt: skip
             files.load(QUICKSTART, made)
+
+
+def test_what_is_mutated_is_valid(folder, gguf_file, draft, bpe_file, arrays):
+    """Or else every property would hold of a first error."""
+    for path, rows in ((folder, ROWS), gguf_file):
+        assert open_checkpoint(path).model.n_tokens == rows == load_tokenizer(path, rows).n_tokens
+    assert import_draft(draft, "a" * 64).load(DRAFT)["mix"] == 1
+    assert tokenizer_size(str(bpe_file)) == 301
+    assert len(opened(arrays[2].parent).documents) == 20
+    assert files.build(VALUES).seed == 0
+    for kind in PROMPTS:
+        line = {key: value for key, value in LINE.items() if key == kind or key not in PROMPTS}
+        (found,) = read_requests([dumped(line)], "jsonl", load_tokenizer(folder, ROWS), Defaults())
+        assert found.id == 3
