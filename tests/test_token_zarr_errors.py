@@ -96,6 +96,11 @@ def wide(folder):
     change(folder / "t.zarr" / ".zarray", shape=[60, 2**60])
 
 
+def coarse(folder):
+    store_array(folder / "t.zarr", ids(60, 6), version=2)
+    change(folder / "t.zarr" / ".zarray", chunks=[2**20, 2**20])
+
+
 def change(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
@@ -161,6 +166,7 @@ BAD = {
     no_manifest: "manifest.json is not as write_zarr writes it; copy it again, or move it away",
     half_a_manifest: "manifest.json is not as write_zarr writes it; copy it again, or move it away",
     long: r"row 1099511627775: columns 0..0 cannot be read \(NOT_FOUND.*; copy or make the array a",
+    coarse: r"has chunks of \[1048576, 1048576\], and more than 2147483648 bytes; make it again wi",
     wide: r"has the shape \[60, 1152921504606846976\], more ids than there can be; copy the arra",
     vocabulary: r"t.zarr, row \d+, column 0 holds the id 300, but data.tokenizer='bytes' has 0..25",
     negative: r"row \d+, column 0 holds the id -1, but",

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ METADATA = ("zarr.json", ".zarray")  # of zarr v3 and v2
 BAND_BYTES = 2**28  # of rows that are read together where chunks hold many
 CACHE_BYTES = 2**28, 2**31  # least and most of decoded chunks that a process keeps
 SAMPLES, SAMPLED = 32, 256  # pieces that a corpus's hash reads, and their tokens
+MOST_CHUNK = 2**31  # bytes
 MOST_IDS = 2**62  # of all arrays: what 64 bits can count, with room
 
 
@@ -112,6 +114,11 @@ def open_array(
         wanted = "rows of token ids (rank 2" if rank == 2 else "the lengths of rows (rank 1"
         raise DataError(f"{place} has shape {list(shape)} and dtype {array.dtype.name}; it should "
                         f"hold {wanted}, an integer dtype)")  # fmt: skip
+    # What is decoded at once; where there is no memory for it, TensorStore ends the process.
+    chunk = array.chunk_layout.read_chunk.shape or shape
+    if math.prod(n or 1 for n in chunk) * kind.itemsize > MOST_CHUNK:
+        raise DataError(f"{place} has chunks of {list(chunk)}, and more than {MOST_CHUNK} bytes; "
+                        f"make it again with smaller ones")  # fmt: skip
     return array, spec
 
 
