@@ -179,7 +179,7 @@ def test_exported_drafts(draft, data):
         assert import_draft(draft, "a" * 64).load(DRAFT)["blocks"][0]["query"].shape == (4, 2)
 
 
-PIECES = """
+TEMPLATES = """
 {% for m in messages %} {% endfor %} {{ m.content }} {{ m['role']|trim }} {% if loop.first %}
 {% endif %} {{ raise_exception('no') }} {{ 2**999999 }} {% set x = messages[0] %} {{ x|tojson }}
 {% macro a(b) %}{{ a(b) }}{% endmacro %} {{ a(1) }} {% for i in range(10**9) %}x{% endfor %}
@@ -188,7 +188,7 @@ PIECES = """
 {%- for k, v in messages[0].items() -%} {{ m.content.encode('utf-7') }} {{ }} {# #} {% raw %}
 {{ '%1000000000d' % 1 }} {{ namespace(a=1).a }}
 """
-PIECES = [*re.findall(r"\{.*?[%}#]\}(?=\s)|\S+", PIECES), "\0"]
+PIECES = [*re.findall(r"\{.*?[%}#]\}(?=\s)|\S+", TEMPLATES), "\0"]
 
 
 @pytest.fixture(scope="module")
