@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from models import TINY, pair
+from pretrained_models import tiny, write_safetensors
 from rich.console import Console
 
 from spire_jax.config.files import command_line
@@ -35,7 +36,8 @@ from spire_jax.serving.batching import Server, Serving
 from spire_jax.serving.interactive import Printer, converse, visible
 from spire_jax.serving.loading import Loaded, for_method, load_for_decoding, method_name
 from spire_jax.serving.records import Request, Result
-from spire_jax.serving.requests import Defaults, derived_seed
+from spire_jax.serving.requests import Defaults, derived_seed, request_of
+from spire_jax.training.workdir import params_sha256
 
 BYTES = dataclasses.replace(TINY, n_layers=2, vocab_size=264, n_tokens=257, max_len=120)
 LINES = [
@@ -93,6 +95,7 @@ def test_a_file_of_prompts(run, tmp_path):
     assert [len(found[i]["tokens"]) for i in ("a", 1, 3)] == [5, 4, 3]
     assert found[1]["text"] == ByteTokenizer().decode(np.array(found[1]["tokens"]))
     assert found[2]["line"] == 3 and "goes beyond the model's context of 120" in found[2]["error"]
+    assert "error: 2: prompt 200" in err
     assert "3 requests, 1 failed; 12 tokens" in err and "programs for serving" in err
     assert "batch 2, width 120, chunk 16" in err and "tau" in err
     assert re.search(r"time to first token: [0-9.]+ s .*, the first of all [0-9.]+ s", err)
@@ -101,7 +104,7 @@ def test_a_file_of_prompts(run, tmp_path):
     status, _, err = run(prompts(tmp_path), f"--out={out}")
     assert status == 2 and "exists" in err and out.read_bytes() == before
     status, _, err = run(prompts(tmp_path), f"--out={out}", "--resume")
-    assert status == 1 and "0 requests, 1 failed" in err
+    assert status == 1 and "0 requests, 1 failed" in err and "no rounds" in err
     assert out.read_bytes() == before + json.dumps(found[2]).encode() + b"\n"
     mended = [*LINES[:2], {"prompt": "y"}, LINES[3], {"prompt": "z", "id": "new"}]
     for said in ("2 requests, 0 failed", "all of"):
@@ -143,6 +146,16 @@ def test_stdin_and_the_seed(run):
 def test_what_cannot_be_started(run, argv, stdin, message):
     status, records, err = run(*argv, stdin=stdin)
     assert status == 2 and message in err and not records
+
+
+def test_where_a_draft_ends_beyond_the_row(run, monkeypatch):
+    """What is served of requests that are not known beforehand does not depend on k."""
+    monkeypatch.setattr(command, "WIDTH", 118)
+    lines = b"x" * 114 + b"\n" + b"x" * 115 + b"\n"
+    status, [good, bad], _ = run("--prompts=-", "--format=lines", stdin=lines, width=None)[:3]
+    good, bad = (good, bad) if "tokens" in good else (bad, good)
+    assert status == 1 and len(good["tokens"]) == 4
+    assert "115 + max_tokens 4 + k 2 = 121 goes beyond the 120 positions" in bad["error"]
 
 
 def test_an_empty_file(run, tmp_path):
@@ -213,7 +226,8 @@ def test_what_was_cut_is_not_in_what_was_kept(run, tmp_path):
     """tau counts what rounds accepted, whatever became of it; beside it is what became output."""
     status, records, err = run(prompts(tmp_path, [{"prompt": "abc", "max_tokens": 1}] * 3))
     emitted = sum(sum(r["generation_lengths"]) for r in records)
-    assert status == 0 and [r["tokens_per_round"] for r in records] == [1, 1, 1]
+    assert status == 0 and [r["kept_per_round"] for r in records] == [1, 1, 1]
+    assert [r["tau"] for r in records] == [r["generation_lengths"][0] for r in records]
     assert f"; tau {emitted / 3:.3f}, of which 1.000 tokens a round were kept; " in err
 
 
@@ -309,6 +323,20 @@ def test_the_width_is_what_the_longest_needs():
     assert width((100, 1900), (3, 10**9)) == 2048 and width((100, 1950)) == 256
     assert width((4000, 128), (3, 10**9)) == width((4000, 128)) == 4352
     assert width((100, 3000), (3, 10**9), max_len=4096) == 3328
+    assert width((4, 2044)) == 2304  # with k
+
+
+def test_of_several_turns_as_many_as_there_is_room_for():
+    """Where not all fit, the first still do; a budget of its own is no one else's width."""
+
+    def width(usual=128, max_len=0, **own) -> int:
+        values = {"turns": ["a" * 99] * 3, **own}
+        asked = request_of(values, 0, ByteTokenizer(), Defaults(usual))
+        return command._needed([asked], loaded_with(max_len=max_len), usual)
+
+    assert width() == 768 and width(max_len=500) == 512  # 304 + 3 * 128
+    assert width(2000) == 6400 and width(2000, 4096) == 4352
+    assert width(max_tokens=1500) == 2304 and width(max_tokens=10**9) == 256
 
 
 def test_a_batch_fits_the_mesh(monkeypatch):
@@ -366,6 +394,8 @@ def test_methods_by_name_and_by_kind():
         method_name(two, "spire")
     with pytest.raises(ConfigError, match=r"--method=eagle: unknown; choose from \['long'"):
         method_name(CONFIG, "eagle")
+    with pytest.raises(ConfigError, match=r"'autoregressive'\], or make one: --config.drafts.NAME"):
+        method_name(one, "vanilla")
 
 
 @pytest.mark.parametrize(
@@ -385,7 +415,7 @@ def test_what_is_refused_before_anything_is_read(method, options, message):
         load_for_decoding(args, CONFIG)
 
 
-def test_an_exported_draft_is_the_method_whatever_its_kind(monkeypatch):
+def test_an_exported_draft_is_the_method_whatever_its_kind(monkeypatch, tmp_path):
     """And nothing of the config's drafts is of it."""
     found = []
 
@@ -398,11 +428,24 @@ def test_an_exported_draft_is_the_method_whatever_its_kind(monkeypatch):
     monkeypatch.setattr(loading, "import_draft", lambda *_: exported)
     monkeypatch.setattr(loading, "method_name", checked)
     config = dataclasses.replace(CONFIG, study=StudyConfig(of="long", ablations=""))
-    args = argparse.Namespace(method=None, workdir="nowhere", draft="folder", ignore_eos=False,
+    args = argparse.Namespace(method=None, workdir="nowhere", draft=tmp_path, ignore_eos=False,
                               temperature=None, top_k=None, top_p=None, out="-")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"holds no config.json; give a folder that python -m"):
+        load_for_decoding(args, config)
+    (tmp_path / "config.json").touch()
     with pytest.raises(ConfigError, match="enough"):
         load_for_decoding(args, config)
     assert found == [("exported", ["exported"])]
+
+
+def test_a_target_of_a_work_directory_is_loaded_once(monkeypatch):
+    """For its hash and for decoding: two at a time may not fit."""
+    params, loads = {"w": np.ones(3, np.float32)}, []
+    at = types.SimpleNamespace(pretrained=None, mesh=None,
+                               target=lambda: loads.append(1) or params)  # fmt: skip
+    monkeypatch.setattr(loading, "WorkDir", lambda *_: at)
+    target = loading._Target(CONFIG, "somewhere")
+    assert target.sha256 == params_sha256(params) and target.params is params and loads == [1]
 
 
 SMALL = (  # the quickstart's drafts and rows do not fit it
@@ -429,6 +472,15 @@ def test_of_a_config_what_decoding_uses_is_checked(method, more, message):
         config, name = for_method(*found)
         assert config.target.max_len == 100 and name == method
         assert [n for n, _ in config.drafts] == ([] if method == "autoregressive" else [method])
+
+
+def test_a_target_takes_the_place_of_the_configs(tmp_path):
+    """Whose sizes are not its own; its drafts are there."""
+    checkpoint = write_safetensors(tmp_path / "target", *tiny("llama"))
+    argv = ["--config=configs/quickstart.py", f"--target={checkpoint}", "--method=magicdec"]
+    config, name = for_method(*command_line(command.arguments(), argv, decoding=True))
+    assert config.target.d_model == 64 and config.pretrained.path == str(checkpoint)
+    assert name == "magicdec" and config.draft(name).window == 32
 
 
 def test_neither_a_target_nor_a_workdir():
@@ -496,6 +548,16 @@ def test_a_stop_string_is_not_shown():
     for style, letters in (("32", "ab"), ("36", "E"), ("32", "d")):
         assert f"\x1b[{style}m{letters}" in text
     assert "N" not in text
+
+
+def test_what_may_be_a_stop_string_is_shown_once():
+    file = io.StringIO()
+    printer = Printer(ByteTokenizer(), (256,), ("abcdef",), Console(file=file))
+    request = Request(0, np.array([1], np.int32), 9, 0, ("abcdef",))
+    for letter in b"123456":
+        printer.watch(request, [letter], 0, 0)
+    printer.end(Result(request, [], "123456", [1] * 6, [0] * 6, "length", 0.0, 0.0, 0.0))
+    assert file.getvalue() == "123456"
 
 
 def test_output_cannot_steer_the_terminal():

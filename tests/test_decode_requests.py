@@ -77,6 +77,7 @@ BAD = [
     (b'{"prompt": ""}', "the prompt is empty"),
     (b'{"prompt": 3}', "prompt=3 must be a string"),
     (b'{"prompt": "\\ud800"}', "half a surrogate pair"),
+    (b'{"turns": ["a", "\\ud800"]}', "half a surrogate pair"),
     (b'{"tokens": []}', "the prompt is empty"),
     (b'{"tokens": [257]}', "ids below 257"),
     (b'{"tokens": [-1]}', "ids below 257"),

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from spire_jax.results.intervals import mean_generation_length
+
 Id = str | int
 EOS, STOP, LENGTH = "eos", "stop", "length"  # why a request ended
 
@@ -66,6 +68,16 @@ class Result:
     first_token: float = 0.0  # seconds from when it was read to its first token
 
     @property
+    def tau(self) -> float:
+        """Tokens per round, of what the rounds accepted (docs/words.md)."""
+        return float(mean_generation_length(self.generation_lengths, len(self.generation_lengths)))
+
+    @property
+    def kept(self) -> float:
+        """Tokens per round, of what became output."""
+        return float(mean_generation_length(len(self.tokens), len(self.generation_lengths)))
+
+    @property
     def every(self) -> "tuple[Result, ...]":
         """The answers to all turns."""
         return (*self.request.answers, self)
@@ -88,7 +100,8 @@ class Result:
             "tokens": self.tokens,
             "finish_reason": self.finish_reason,
             "generation_lengths": self.generation_lengths,
-            "tokens_per_round": round(len(self.tokens) / max(len(self.generation_lengths), 1), 6),
+            "tau": round(self.tau, 6),
+            "kept_per_round": round(self.kept, 6),
             "acceptance": acceptance(self.generation_lengths, self.depths),
             "timing": {
                 "queued": round(self.queued, 6),

@@ -104,9 +104,9 @@ def move_aside(folder: epath.Path, kept: epath.Path, stamp: str) -> None:
     folder.rmtree()
 
 
-def cache_folder(workdir: Place) -> pathlib.Path:
+def cache_folder(workdir: Place | None = None) -> pathlib.Path:
     """Where to keep what takes long to make and is the same for all runs: near, for a bucket."""
-    if not in_bucket(workdir):
+    if workdir is not None and not in_bucket(workdir):
         return pathlib.Path(workdir)
     named = os.environ.get("SPIRE_JAX_CACHE")
     return pathlib.Path(named) if named else pathlib.Path.home() / ".cache" / "spire_jax"
