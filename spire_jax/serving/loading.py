@@ -112,10 +112,10 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
     depths = config.decode.depths if decoder.strategy is not None else ()
     made_by = {}
     if args.out != "-":
-        weights = {"target": of_target.sha256[:16], "tokenizer": tokenizer.name}
+        of = {"target": of_target.sha256[:16], "tokenizer": tokenizer.name}
         if name in drafts:
-            weights["draft"] = params_sha256(drafts[name])[:16]
-        made_by = _made_by(config, name, decoder, depths) | weights
+            of["draft"] = params_sha256(drafts[name])[:16]
+        made_by = _made_by(config, name, decoder, depths) | of
     target, drafts = for_decoding(config, target, drafts)
     weights = Weights(target, drafts.get(name))
     return Loaded(decoder, weights, tokenizer, of_target.mesh, depths, made_by)
