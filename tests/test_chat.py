@@ -245,11 +245,16 @@ def test_a_lower_limit_of_ones_own_is_kept():
     assert json.loads(told.stdout)["bounded"], told.stderr
 
 
-def test_jinja_is_found_wherever_this_process_has_it():
+def test_jinja_is_found_wherever_this_process_has_it(tmp_path):
     """Here by PYTHONPATH alone, which the process that renders does not listen to."""
     code = "from spire_jax.pretrained.chat import render; print(render('{{ 6 * 7 }}', []))"
-    root = pathlib.Path(chat.__file__).parents[2]
-    python = getattr(sys, "_base_executable", sys.executable)  # beside no site-packages of ours
+    root, base = pathlib.Path(chat.__file__).parents[2], getattr(sys, "_base_executable")  # noqa: B009
+    python = tmp_path / "bin/python"  # of an environment with no packages
+    python.parent.mkdir()
+    python.symlink_to(base)
+    (tmp_path / "pyvenv.cfg").write_text(
+        f"home = {pathlib.Path(base).parent}\ninclude-system-site-packages = false\n"
+    )
     done = subprocess.run(
         [python, "-c", code], capture_output=True, text=True,
         env={"PYTHONPATH": os.pathsep.join(map(str, (root, SITE)))},

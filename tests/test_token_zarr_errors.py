@@ -227,9 +227,9 @@ def test_the_command_says_what_is_wrong_before_anything_is_made(tmp_path, capsys
 CODE = """
     import sys, numpy as np
     from spire_jax.config.schema import DataConfig
-    from spire_jax.data import token_zarr
+    from spire_jax.data import zarr_store
     from spire_jax.data.sources import DataError, load_corpus
-    token_zarr.SECONDS = float(sys.argv[2])
+    zarr_store.SECONDS = float(sys.argv[2])
     try:
         corpus = load_corpus(DataConfig(source=sys.argv[1], heldout_percent=30))
     except DataError as error:

@@ -15,9 +15,9 @@ from token_arrays import ROOT, command, contents, flags, killed_after, opened, t
 
 from spire_jax.data import write_zarr
 from spire_jax.data.corpus import DataError
-from spire_jax.data.token_zarr import open_store
 from spire_jax.data.tokenizer import train_bpe
 from spire_jax.data.write_zarr import main
+from spire_jax.data.zarr_store import open_store
 
 
 @pytest.fixture

@@ -36,7 +36,6 @@ from pallas_kernels.platform import cores_per_device
 from pallas_kernels.streaming_attention import reference as streaming_reference
 from pallas_kernels.streaming_attention import tpu as streaming_tpu
 from pallas_kernels.streaming_attention.specs import Spec as Text
-from spire_jax.config.files import ends_in_a_line
 from spire_jax.config.paths import local_path
 from spire_jax.costs.hardware import describe
 from spire_jax.models.attention import Compute, attention, cached_attention
@@ -322,5 +321,4 @@ def summary(run: Run) -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    with ends_in_a_line():
-        main()
+    main()

@@ -225,9 +225,10 @@ def exit_with_error(error: Exception | str) -> NoReturn:
 @contextlib.contextmanager
 def ends_in_a_line(*errors: type[Exception]) -> Iterator[None]:
     """Within it `errors`, and what the system or too large a size causes, `exit_with_error`."""
+    mended: tuple[type[Exception], ...] = (*errors, OSError)
     try:
         yield
-    except (*errors, OSError) as error:
+    except mended as error:
         exit_with_error(error)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -12,14 +12,13 @@ did so. Then, too, an array with holes that no padding leaves is refused.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,14 +26,15 @@ import tensorstore as ts
 from jaxtyping import Int, Integer, UInt64
 
 from spire_jax.config.schema import DataConfig
+from spire_jax.data import zarr_store
 from spire_jax.data.corpus import Corpus, DataError, Documents, check_split
 from spire_jax.data.tokenizer import Tokenizer, make_tokenizer
+from spire_jax.data.zarr_store import asked, open_store, read_json, read_key, reason
 
 TRAIN, HELDOUT = "train.zarr", "heldout.zarr"
 MANIFEST = "manifest.json"  # what `write_zarr` wrote: counts, and hashes of all rows
 UNFINISHED = ".progress/plan.json"  # is there while `write_zarr` writes
 METADATA = ("zarr.json", ".zarray")  # of zarr v3 and v2
-SECONDS = 30.0  # for one request when a corpus is opened; TensorStore's own retries take minutes
 BAND_BYTES = 2**28  # of rows that are read together where chunks hold many
 CACHE_BYTES = 2**28, 2**31  # least and most of decoded chunks that a process keeps
 SAMPLES, SAMPLED = 32, 256  # pieces that a corpus's hash reads, and their tokens
@@ -48,54 +48,6 @@ def holds_arrays(source: str) -> bool:
     folder = pathlib.Path(source)
     inside = (*METADATA, TRAIN, UNFINISHED)
     return "://" in source or folder.suffix == ".zarr" or any((folder / n).exists() for n in inside)
-
-
-def open_store(place: str) -> ts.KvStore:
-    """The folder or bucket prefix that `place` names, as TensorStore's key-value store.
-
-    Raises:
-        DataError: no such kind of store, or one that cannot be reached.
-    """
-    if "://" in place:
-        spec: Any = place.rstrip("/") + "/"
-    else:
-        spec = {"driver": "file", "path": f"{pathlib.Path(place).absolute()}/"}
-    with asked(place, "use a folder or a gs:// or s3:// URL, and check network and credentials"):
-        return ts.KvStore.open(spec).result(timeout=SECONDS)
-
-
-@contextlib.contextmanager
-def asked(place: str, remedy: str) -> Iterator[None]:
-    """A DataError that names the place for whatever TensorStore raises."""
-    try:
-        yield
-    except TimeoutError as error:
-        raise DataError(f"{place}: no answer in {SECONDS:.0f} s; {remedy}") from error
-    except (ValueError, RuntimeError, OSError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{place}: {reason(error)}; {remedy}") from error
-
-
-def reason(error: Exception) -> str:
-    """TensorStore's message without the specification that it ends with."""
-    return str(error).split(" [")[0].replace("\0", "/")
-
-
-def read_key(store: ts.KvStore, key: str) -> bytes | None:
-    """The content of a key, None if there is no such key; DataError if it cannot be read."""
-    with asked(store.url + key, "check that it can be read"):
-        found = store.read(key).result(timeout=SECONDS)
-    return found.value if found.state == "value" else None
-
-
-def read_json(store: ts.KvStore, key: str) -> Any:
-    """What a key holds, None if there is no such key; DataError if that is no JSON."""
-    content = read_key(store, key)
-    try:
-        return None if content is None else json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{store.url}{key} is no JSON ({error}); copy the data again") from error
 
 
 # --- arrays --------------------------------------------------------------------------------------
@@ -152,7 +104,7 @@ def open_array(
         raise DataError(f"{place} names no fill value, so that data.missing_chunks='fill' has "
                         f"nothing to fill in; make the array again with one")  # fmt: skip
     with asked(place, "the array cannot be opened; copy or make it again"):
-        array = ts.open(spec, read=True).result(timeout=SECONDS)
+        array = ts.open(spec, read=True).result(timeout=zarr_store.SECONDS)
     shape, kind = array.shape, np.dtype(array.dtype.numpy_dtype)
     if len(shape) != rank or kind.kind not in "iu" or 0 in shape:
         wanted = "rows of token ids (rank 2" if rank == 2 else "the lengths of rows (rank 1"
@@ -178,11 +130,12 @@ def _check_holes(place: str, array: ts.TensorStore) -> None:
 
     Padding stands at the end of rows. Asks for a list of all chunks, whose names end in i.j or i/j.
     """
-    steps = array.chunk_layout.write_chunk.shape or array.shape
+    chunk = array.chunk_layout.write_chunk.shape or array.shape
+    steps = [step or size for size, step in zip(array.shape, chunk, strict=True)]
     counts = [-(-size // step) for size, step in zip(array.shape, steps, strict=True)]
     there = np.zeros(counts, bool)
     with asked(place, "check that it can be listed"):
-        keys = open_store(place).list().result(timeout=20 * SECONDS)
+        keys = open_store(place).list().result(timeout=20 * zarr_store.SECONDS)
     for key in keys:
         if found := re.search(rb"(\d+)[./](\d+)$", key):
             at = int(found[1]), int(found[2])
@@ -375,7 +328,7 @@ def _lengths(array: RowArray, fill: bool) -> Int[np.ndarray, " rows"]:
         return np.full(array.rows, array.width)
     stored, _ = open_array(place, rank=1, fill=fill)
     with asked(place, "copy or make the arrays again"):
-        lengths = stored.read().result(timeout=2 * SECONDS).astype(np.int64)
+        lengths = stored.read().result(timeout=2 * zarr_store.SECONDS).astype(np.int64)
     if len(lengths) != array.rows:
         raise DataError(f"{place} tells the lengths of {len(lengths)} rows, but {array.place} has "
                         f"{array.rows}; they do not belong together")  # fmt: skip

@@ -35,20 +35,10 @@ from spire_jax.config.identity import differences, digest
 from spire_jax.config.paths import local, path_or_url
 from spire_jax.config.schema import BYTES, ConfigError
 from spire_jax.data.corpus import DataError
-from spire_jax.data.token_zarr import (
-    HELDOUT,
-    MANIFEST,
-    SECONDS,
-    TRAIN,
-    UNFINISHED,
-    asked,
-    lengths_name,
-    open_store,
-    read_json,
-    read_key,
-)
+from spire_jax.data.token_zarr import HELDOUT, MANIFEST, TRAIN, UNFINISHED, lengths_name
 from spire_jax.data.tokenizer import make_tokenizer
 from spire_jax.data.tokenizing import Plan, Source, Tokenized, Tokenizing, find_text, tokenized
+from spire_jax.data.zarr_store import SECONDS, asked, open_store, read_json, read_key
 from spire_jax.pretrained import PretrainedError
 from spire_jax.storage.metrics import Progress
 

@@ -194,7 +194,7 @@ def _worker() -> _Worker:
     # from where this process has it, however that came here.
     needed = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
     folders = {pathlib.Path(spec.origin).parents[1] for spec in needed if spec and spec.origin}
-    command = [sys.executable, "-I", "-S", WORKER, *sorted(folders)]
+    command = [sys.executable, "-I", "-S", *map(str, [WORKER, *sorted(folders)])]
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
