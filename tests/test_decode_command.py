@@ -23,6 +23,7 @@ from spire_jax.config.schema import (
     ConfigError,
     ExperimentConfig,
     ModelConfig,
+    PretrainedConfig,
     StudyConfig,
 )
 from spire_jax.data.tokenizer import ByteTokenizer
@@ -179,6 +180,13 @@ def test_only_what_was_made_alike_is_resumed(run, tmp_path):
         assert status == 2 and message in err and out.read_bytes() == before, err
     status, _, err = run(prompts(tmp_path, [*lines, {"prompt": "new"}]), f"--out={out}", "--resume")
     assert status == 0 and "1 requests, 0 failed" in err and out.read_bytes().startswith(before)
+    # Of a stream, too: what is another's ends it where it comes.
+    for third, said, end in (("new", "0 requests, 0 failed; 0 tokens", 0), ("x", "line 3 has", 2)):
+        stdin = "".join(json.dumps({"prompt": p}) + "\n" for p in ("abc", "de", third)).encode()
+        before = out.read_bytes()
+        status, _, err = run("--prompts=-", "--format=jsonl", f"--out={out}", "--resume",
+                             stdin=stdin, width=None)  # fmt: skip
+        assert status == end and said in err and out.read_bytes() == before
     # With ids a line may stand anywhere.
     named = [{"prompt": "abc", "id": "a"}, {"prompt": "de", "id": "b"}]
     out.unlink()
@@ -448,6 +456,16 @@ def test_a_target_of_a_work_directory_is_loaded_once(monkeypatch):
     assert target.sha256 == params_sha256(params) and target.params is params and loads == [1]
 
 
+def test_a_checkpoint_needs_no_work_directory(monkeypatch, tmp_path):
+    """Where nothing that was trained is asked for, one that is given is not opened."""
+    monkeypatch.setattr(loading, "WorkDir", None)
+    pretrained = PretrainedConfig(path=str(write_safetensors(tmp_path, *tiny("llama"))))
+    config = dataclasses.replace(CONFIG, pretrained=pretrained, drafts=CONFIG.drafts[2:])
+    assert loading._Target(config, "nowhere").workdir is None
+    with pytest.raises(TypeError):
+        loading._Target(dataclasses.replace(config, drafts=CONFIG.drafts), "nowhere")
+
+
 SMALL = (  # the quickstart's drafts and rows do not fit it
     "--config.target.d_model=64", "--config.target.d_head=16", "--config.target.max_len=100",
     "--config.drafts.spire.d_head=8",
@@ -481,6 +499,11 @@ def test_a_target_takes_the_place_of_the_configs(tmp_path):
     config, name = for_method(*command_line(command.arguments(), argv, decoding=True))
     assert config.target.d_model == 64 and config.pretrained.path == str(checkpoint)
     assert name == "magicdec" and config.draft(name).window == 32
+
+
+def test_a_workdir_without_its_config(capsys):
+    assert command.main(["--workdir=runs/x", "--prompts=x", "--method=spire"]) == 2
+    assert "--workdir=runs/x: give the --config that it was made with" in capsys.readouterr().err
 
 
 def test_neither_a_target_nor_a_workdir():

@@ -44,7 +44,7 @@ from spire_jax.serving.loading import Loaded, for_method, load_for_decoding
 from spire_jax.serving.outputs import Results, open_results
 from spire_jax.serving.prompts import RequestError
 from spire_jax.serving.records import Failure, Request, Result
-from spire_jax.serving.requests import FORMATS, Defaults, positions, read_requests
+from spire_jax.serving.requests import FORMATS, Defaults, prompt_length, read_requests
 from spire_jax.training.workdir import ERRORS
 
 WIDTH = 2048  # of a row, without k, where the requests are not known beforehand
@@ -80,7 +80,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--width", type=int, help="positions of a request: prompt + output + k; by default what "
         f"the requests need, or, where they are not known beforehand, {WIDTH} + k")  # fmt: skip
     add("--chunk", type=int, help="prompt tokens read at once (decode.chunk)")
-    add("--max-tokens", type=int, default=128, help="tokens to generate, unless a line says")
+    add("--max-tokens", type=int, default=128, help="tokens to generate, unless a line says; of "
+        "several turns, in each")  # fmt: skip
     add("--temperature", type=float, help="0 = greedy (decode.temperature)")
     add("--top-k", type=int, help="0 = off (decode.top_k)")
     add("--top-p", type=float, help="1 = off (decode.top_p)")
@@ -234,20 +235,23 @@ def _needed(requests: Sequence[Request | Failure], loaded: Loaded, max_tokens: i
 
     Those that no model's context limits are not to be had for the asking: a line whose own
     max_tokens goes beyond `WIDTH`, and beyond what the others need with `max_tokens`, fails alone.
-    Of several turns as many as there is room for are answered.
+    Of several turns as many as there is room for are answered. (As if answers, read as text, took
+    no more tokens than they were written in.)
     """
-    asked = [r for r in requests if isinstance(r, Request)]
-    usual = [dataclasses.replace(r, max_tokens=max_tokens) for r in asked]
-    longest = max((positions(r, loaded.tokenizer) for r in usual), default=0)
+    asked = [(r, prompt_length(r, loaded.tokenizer), max(len(r.turns), 1))
+             for r in requests if isinstance(r, Request)]  # fmt: skip
+    longest = max((length + max_tokens * turns for _, length, turns in asked), default=0)
     most = loaded.decoder.target.config.max_len or max(WIDTH, longest)
-    needs = [min(positions(r, loaded.tokenizer), most)
-             for r in asked if len(r.tokens) + r.max_tokens <= most]  # fmt: skip
+    needs = [min(length + r.max_tokens * turns, most)
+             for r, length, turns in asked if len(r.tokens) + r.max_tokens <= most]  # fmt: skip
     return -(-(max(needs, default=1) + loaded.deepest) // STEP) * STEP
 
 
 def _check(args: argparse.Namespace) -> None:
     if args.interactive == bool(args.prompts):
         raise RequestError("give --prompts=FILE (or -), or --interactive")
+    if args.workdir and not args.config:
+        raise RequestError(f"--workdir={args.workdir}: give the --config that it was made with")
     for name in ("batch_size", "width", "chunk", "max_tokens"):
         value = getattr(args, name)
         if value is not None and not 1 <= value < MOST:

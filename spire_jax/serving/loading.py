@@ -177,7 +177,8 @@ class _Target:
 
     def __init__(self, config: ExperimentConfig, workdir: str | None):
         self.config, self.workdir = config, None
-        if workdir is not None:
+        # A checkpoint by itself needs none, and no corpus, whose tokens may take long.
+        if workdir is not None and (config.trained or not config.pretrained.path):
             self.workdir = WorkDir(config, workdir)
             self.mesh = self.workdir.mesh
         else:
