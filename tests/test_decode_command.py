@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import re
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 from models import TINY, pair
 from pretrained_models import tiny, write_safetensors
-from rich.console import Console
 
 from spire_jax.config.files import command_line
 from spire_jax.config.schema import (
@@ -33,10 +31,9 @@ from spire_jax.drafting.spire import SpireOptions
 from spire_jax.drafting.vanilla import VanillaOptions
 from spire_jax.models.sharding import MESH_AXES, make_mesh
 from spire_jax.serving import command, loading
-from spire_jax.serving.batching import Server, Serving
-from spire_jax.serving.interactive import Printer, converse, visible
+from spire_jax.serving.batching import Server
 from spire_jax.serving.loading import Loaded, for_method, load_for_decoding, method_name
-from spire_jax.serving.records import Request, Result
+from spire_jax.serving.records import Request
 from spire_jax.serving.requests import Defaults, derived_seed, request_of
 from spire_jax.training.workdir import params_sha256
 
@@ -456,6 +453,17 @@ def test_a_target_of_a_work_directory_is_loaded_once(monkeypatch):
     assert target.sha256 == params_sha256(params) and target.params is params and loads == [1]
 
 
+def test_what_made_an_output_is_what_json_keeps():
+    """The draft's own values alone: every line holds them."""
+    config = dataclasses.replace(CONFIG, drafts=(("long", SpireOptions(window=9)),))
+    decoder = pair("spire", BYTES).decoder(2)
+    made = loading._made_by(config, "long", decoder, (1, 2))
+    assert made["method"] == {"kind": "spire", "window": 9} and made["k"] == [1, 2]
+    assert json.loads(json.dumps(made)) == made and "pretrained_dtype" in made
+    plain = loading._made_by(config, "autoregressive", decoder, ())
+    assert plain["method"] == {"kind": "autoregressive"} and plain["k"] == 2
+
+
 def test_a_checkpoint_needs_no_work_directory(monkeypatch, tmp_path):
     """Where nothing that was trained is asked for, one that is given is not opened."""
     monkeypatch.setattr(loading, "WorkDir", None)
@@ -509,79 +517,3 @@ def test_a_workdir_without_its_config(capsys):
 def test_neither_a_target_nor_a_workdir():
     with pytest.raises(ConfigError, match="give the --target that decodes"):
         for_method(*command_line(command.arguments(), [], decoding=True))
-
-
-# --- interactive -------------------------------------------------------------------------------
-
-
-class Asked:
-    """What a person types."""
-
-    def __init__(self, *lines):
-        self.lines = iter(lines)
-
-    def __call__(self, prompt: str) -> str:
-        line = next(self.lines, EOFError)
-        if not isinstance(line, str):
-            raise line
-        return line
-
-
-def test_answers_are_streamed_and_summed_up():
-    p, file = pair("spire", BYTES), io.StringIO()
-    server = Server(p.decoder(2), p.weights, ByteTokenizer(),
-                    Serving(batch=2, width=120, chunk=16, rounds_per_call=8))  # fmt: skip
-    console = Console(file=file, force_terminal=True, color_system="standard", width=10)
-    bad = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad")
-    converse(server, Defaults(20, 0), console, Asked("", bad, "ab", "x" * 130, "ab"))
-    shown = file.getvalue()
-    assert shown.count("drafted and accepted") == 1 and "\x1b[32m" in shown
-    assert shown.count("20 tokens in") == 2 and shown.count("tokens/s, tau") == 2
-    assert "not UTF-8" in shown and "goes beyond the model's context" in shown
-
-
-class Chatty(ByteTokenizer):
-    """Forty tokens a message."""
-
-    def chat(self, messages):
-        return np.full(40 * len(messages), 97, np.int32)
-
-
-def test_a_conversation_that_is_too_long_can_be_left():
-    p, file = pair("spire", BYTES), io.StringIO()
-    server = Server(p.decoder(2), p.weights, Chatty(), Serving(batch=2, width=120, chunk=16))
-    converse(server, Defaults(20, 0), Console(file=file, width=10),
-             Asked("hi", "hi", "hi", "/new", "hi"))  # fmt: skip
-    shown = file.getvalue()
-    assert shown.count("20 tokens in") == 2 and shown.count("/new begins another") == 2
-    assert shown.index("[a new conversation]") < shown.rindex("20 tokens in")
-
-
-def test_a_stop_string_is_not_shown():
-    """Neither in parts nor where one round brings all of it; colours follow the tokens."""
-    file = io.StringIO()
-    console = Console(file=file, force_terminal=True, color_system="standard")
-    printer = Printer(ByteTokenizer(), (256,), ("END",), console)
-    request = Request(0, np.array([1], np.int32), 9, 0, ("END",))
-    printer.watch(request, list(b"abcE"), 3, 3)
-    assert "ab" in file.getvalue() and "E" not in file.getvalue()
-    printer.watch(request, list(b"dEND"), 2, 3)
-    printer.end(Result(request, [], "abcEd", [4, 3], [3, 3], "stop", 0.0, 0.0, 0.0))
-    text = file.getvalue()
-    for style, letters in (("32", "ab"), ("36", "E"), ("32", "d")):
-        assert f"\x1b[{style}m{letters}" in text
-    assert "N" not in text
-
-
-def test_what_may_be_a_stop_string_is_shown_once():
-    file = io.StringIO()
-    printer = Printer(ByteTokenizer(), (256,), ("abcdef",), Console(file=file))
-    request = Request(0, np.array([1], np.int32), 9, 0, ("abcdef",))
-    for letter in b"123456":
-        printer.watch(request, [letter], 0, 0)
-    printer.end(Result(request, [], "123456", [1] * 6, [0] * 6, "length", 0.0, 0.0, 0.0))
-    assert file.getvalue() == "123456"
-
-
-def test_output_cannot_steer_the_terminal():
-    assert visible("a\x1b[2J\r\tb\n\x7fé") == "a␛[2J␍\tb\n\N{REPLACEMENT CHARACTER}é"
