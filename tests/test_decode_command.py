@@ -215,9 +215,10 @@ def test_questions_of_several_turns(run, tmp_path):
 
 
 def test_a_turn_that_is_too_long_keeps_the_answers_before(run, tmp_path):
-    turns = {"turns": ["ab", "c" * 120]}
+    turns = {"turns": ["ab", "c" * 120], "category": "long"}
     status, [record], err = run(prompts(tmp_path, [turns]))
     assert status == 1 and "0 requests, 1 failed" in err
+    assert list(record) == ["id", "line", "category", "turns", "error"]
     assert "turn 2: prompt 129 + max_tokens 4 = 133 goes beyond the model's" in record["error"]
     assert len(record["turns"]) == 1 and len(record["turns"][0]["tokens"]) == 4
 

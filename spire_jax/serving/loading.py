@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from spire_jax.config.identity import digest
 from spire_jax.config.registry import DRAFT_KINDS
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig, StudyConfig
 from spire_jax.config.validation import validate_decoding
@@ -113,6 +114,8 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
     made_by = {}
     if args.out != "-":
         of = {"target": of_target.sha256[:16], "tokenizer": tokenizer.name}
+        if template := getattr(tokenizer, "chat_template", None):
+            of["chat_template"] = digest(template)
         if name in drafts:
             of["draft"] = params_sha256(drafts[name])[:16]
         made_by = _made_by(config, name, decoder, depths) | of

@@ -35,11 +35,14 @@ class Failure:
     id: Id
     error: str
     line: int = 0
+    category: str = ""
     answers: tuple["Result", ...] = ()  # to the turns before the one that failed
 
     def record(self) -> dict[str, Any]:
         """The output line."""
         values: dict[str, Any] = {"id": self.id, "line": self.line}
+        if self.category:
+            values["category"] = self.category
         if self.answers:
             values["turns"] = [answer.answer() for answer in self.answers]
         return values | {"error": self.error}
@@ -49,7 +52,7 @@ def refused(request: Request, error: str) -> Failure:
     """A request, or a later turn of one, that cannot be served."""
     if request.answers:
         error = f"turn {len(request.answers) + 1}: {error}"
-    return Failure(request.id, error, request.line, request.answers)
+    return Failure(request.id, error, request.line, request.category, request.answers)
 
 
 @dataclasses.dataclass(frozen=True)

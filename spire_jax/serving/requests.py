@@ -81,7 +81,8 @@ def request_of(
         raise RequestError(f"category={category!r} must be a string")
     tokens = encode(given[0], values[given[0]], tokenizer)
     turns = tuple(values.get("turns", ()))
-    asked = digest([tokens.tolist(), turns, max_tokens, seed, stop])
+    # Not its tokens: a chat template may write the date.
+    asked = digest([given[0], values[given[0]], max_tokens, seed, stop])
     return Request(name, tokens, max_tokens, seed, tuple(stop), line, category, turns, (), asked)
 
 
