@@ -245,7 +245,7 @@ def test_every_setting_counts():
     assert line.get_ydata() == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("path", [PAPER, LLAMA])
+@pytest.mark.parametrize("path", [PAPER, pytest.param(LLAMA, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("end", [0, -1])
 def test_sliders_at_their_ends(path, end):
     """Every slider at its least, or most; then each variant."""

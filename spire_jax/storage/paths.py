@@ -24,14 +24,10 @@ def locate(path: str | os.PathLike[str]) -> epath.Path:
     """The absolute path of a folder or file, or of one in a bucket.
 
     Raises:
-        ConfigError: nothing, a URL that is none of a bucket's folder, or gcsfs is missing.
+        ConfigError: a URL that is none of a bucket's folder, or gcsfs is missing.
     """
     text = os.fspath(path)
-    if "://" in text:
-        return open_bucket(text)
-    if not text:
-        raise ConfigError("--workdir is empty; name a folder")
-    return epath.Path(os.path.abspath(os.path.expanduser(text)))
+    return open_bucket(text) if "://" in text else epath.Path(os.path.abspath(text))
 
 
 def read_record(path: Place) -> Any:
