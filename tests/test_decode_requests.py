@@ -77,6 +77,7 @@ BAD = [
     (b'{"prompt": ""}', "the prompt is empty"),
     (b'{"prompt": 3}', "prompt=3 must be a string"),
     (b'{"prompt": "\\ud800"}', "half a surrogate pair"),
+    (b'{"turns": ["a", "\\ud800"]}', "half a surrogate pair"),
     (b'{"tokens": []}', "the prompt is empty"),
     (b'{"tokens": [257]}', "ids below 257"),
     (b'{"tokens": [-1]}', "ids below 257"),
@@ -140,6 +141,27 @@ def test_messages_and_a_first_token_are_the_tokenizers_business():
     assert "no robots" in of(b'{"messages": [{"role": "robot", "content": ""}]}').error
     for bad in (b"[]", b'"hi"', b'[{"content": "hi"}]', b'[{"role": 3}]'):
         assert "must be a list of" in of(b'{"messages": ' + bad + b"}").error
+
+
+def test_what_was_asked_for_is_the_same_tomorrow():
+    """A template may write the date: what is resumed are the messages."""
+
+    class Dated(Chatty):
+        day = 0
+
+        def chat(self, messages):
+            return np.array([self.day, len(messages)], np.int32)
+
+    def of(day: int, **values) -> Request:
+        tokenizer = Dated()
+        tokenizer.day = day
+        return read(json.dumps(values).encode(), tokenizer=tokenizer)[0]
+
+    hi = {"messages": [{"role": "user", "content": "hi"}]}
+    assert of(1, **hi).asked == of(2, **hi).asked
+    others = [{"messages": [{"role": "user", "content": "ho"}]}, hi | {"max_tokens": 8},
+              hi | {"seed": 1}, hi | {"stop": "x"}, {"prompt": "hi"}]  # fmt: skip
+    assert len({of(1, **values).asked for values in (hi, *others)}) == 6
 
 
 # --- output files ------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_what_is_beyond_a_prompt_does_not_vote():
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("budget", [BUDGET, 64])
+@pytest.mark.parametrize("budget", [BUDGET, pytest.param(64, marks=pytest.mark.slow)])
 def test_rounds_draft_from_what_was_kept(budget):
     """Every q of 12 rounds is that of a full pass under a mask of the kept tokens.
 

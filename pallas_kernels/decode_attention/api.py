@@ -24,7 +24,7 @@ from pallas_kernels.checks import (
     check_window,
     unsupported_heads,
 )
-from pallas_kernels.decode_attention import gpu, reference, tpu
+from pallas_kernels.decode_attention import reference, tpu
 from pallas_kernels.platform import cores_per_device, is_tpu
 
 IMPLEMENTATIONS = ("tpu", "gpu", "interpret", "reference")
@@ -98,6 +98,8 @@ def decode_attention(
         arguments = q, k[..., :width], v[..., :width], *arguments[3:]
         return reference.decode_attention(*arguments, **options)
     if implementation == "gpu":
+        from pallas_kernels.decode_attention import gpu  # Mosaic GPU, a quarter of a second
+
         if reason := gpu.unsupported(q.shape[4], k.shape[1], k.shape[2], str(k.dtype)):
             raise ValueError(reason)
         return gpu.decode_attention(*arguments, **options)

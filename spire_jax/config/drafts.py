@@ -189,7 +189,7 @@ class TransformerOptions(TrainedOptions):
         choice(f"{at}.init", self.init, "pruned random")
         positive(self, at, "n_layers")
         not_negative(self, at, "d_model n_kv_heads q_per_kv d_head d_ff sink")
-        model.check(at, config)
+        below("config.schema").ModelConfig.check(model, at, config)  # a family's own is a target's
         check(self.window >= 0, f"{at}.window={self.window} is under 1; the window counts the "
                                 f"query itself (0 = dense)")  # fmt: skip
         check(0 <= self.head_tokens < target.n_tokens,

@@ -54,7 +54,7 @@ def load(
             raise ConfigError(f"override {override!r} is not of the form key=value")
         _override(values, key, text)
     for name, draft in _mapping(values["drafts"]).items():
-        if "kind" not in draft:  # the command line makes a draft by naming its kind
+        if "kind" not in draft and drafts:  # the command line makes one by naming its kind
             known(name, drafts, f"drafts.{name}")
     return build(values, check)
 
@@ -190,8 +190,9 @@ def command_line(
     the process's arguments. A bad config or an unknown argument ends the process with
     ``error: ...`` on stderr and status 2.
 
-    For `decoding` there may be no file, a ``--target`` of the parser is the checkpoint's path, and
-    nothing is validated yet: what the chosen method uses is (`serving.loading.for_method`).
+    For `decoding` there may be no file, a ``--target`` of the parser is a checkpoint's path and
+    takes the place of the file's target, and nothing is validated yet: what the chosen method uses
+    is (`serving.loading.for_method`).
     """
     parser.add_argument("--config", required=not decoding, type=local_path, metavar="FILE",
                         help="a file of configs/; change its values with "
@@ -207,7 +208,7 @@ def command_line(
             )
     overrides = [argument.removeprefix(prefix) for argument in rest]
     if decoding and args.target:
-        overrides.append(f"pretrained.path={args.target}")
+        overrides = ["target=", *overrides, f"pretrained.path={args.target}"]
     with ends_in_a_line(ConfigError):
         return args, load(args.config, overrides, _unchecked if decoding else validate)
 
@@ -285,8 +286,11 @@ def _mapping(values: Any, at: str = "drafts") -> Mapping[str, Any]:
 def _override(values: dict[str, Any], key: str, text: str) -> None:
     """Put a value of the command line in its place; what there is no place for, `build` says.
 
-    An empty draft, ``drafts.NAME=``, takes that of the file away.
+    An empty draft or target, ``drafts.NAME=``, takes that of the file away.
     """
+    if key == "target" and not text:
+        values[key] = {}
+        return
     if (name := key.removeprefix("drafts.")) in values["drafts"] and not text:
         del values["drafts"][name]
         return

@@ -97,9 +97,7 @@ def validate(config: ExperimentConfig) -> None:
         check(rows * length < MOST,
               f"{section}.batch_size={rows} rows of {length} tokens are more than an array can "
               f"count; use fewer or shorter ones")  # fmt: skip
-    check(t.max_len == 0 or longest <= t.max_len,
-          f"eval.context_lengths + eval.output_length + k = {longest} goes beyond "
-          f"target.max_len={t.max_len}; shorten the context or the output")  # fmt: skip
+    _check_oracle("eval.context_lengths", max(ev.context_lengths), oracle_depth(config), config)
     check(t.max_len == 0 or train.seq_len <= t.max_len,
           f"train.seq_len={train.seq_len} goes beyond target.max_len={t.max_len}")  # fmt: skip
 
@@ -202,6 +200,19 @@ def _validate_study(config: ExperimentConfig) -> None:
     check(
         all(k >= 1 for k in at.trained_k), f"study.trained_k={at.trained_k} must all be 1 or more"
     )
+    depth = max(oracle_depth(config), *at.trained_k, 0)
+    _check_oracle("study.context_length", at.context_length, depth, config)
+
+
+def _check_oracle(key: str, context: int, depth: int, config: ExperimentConfig) -> None:
+    """The target itself writes what the oracle reads: the output, and to where the last draft ends.
+
+    A decoder's own drafts may go on beyond the model's context.
+    """
+    longest, most = context + config.eval.output_length + depth - 1, config.target.max_len
+    check(most == 0 or longest <= most,
+          f"{key} + eval.output_length + k - 1 = {longest} goes beyond target.max_len={most}; "
+          f"shorten the context or the output")  # fmt: skip
 
 
 def _validate_throughput(config: ExperimentConfig) -> None:

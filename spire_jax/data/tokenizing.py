@@ -50,8 +50,6 @@ class Plan:
 
     def check(self) -> None:
         """DataError for values that cannot be."""
-        if not self.source:
-            raise DataError("--source is empty; give a folder of text, or a .jsonl file")
         if self.row_tokens < 2:
             raise DataError(f"--row-tokens={self.row_tokens}: a row needs two tokens or more")
         if not 2 <= self.min_tokens <= self.row_tokens:

@@ -418,8 +418,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan.check()
         if workers < 1:
             raise DataError(f"--workers={workers}: give 1 or more")
-        if not out:
-            raise DataError("--out is empty; name a folder, or a gs:// or s3:// URL")
         if dry_run:
             print(f"{out}: {estimate(plan, find_text(plan))}")
             return 0

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
 from jaxtyping import Float
 
 Interval = tuple[float, float] | None
@@ -49,6 +48,8 @@ def _bootstrap(
         return None
     # A fixed seed: every method sees the same resampled documents. The percentile interval
     # (not BCa) also holds for identical documents, and costs no jackknife over 65,536 of them.
+    import scipy.stats  # half a second, which decoding need not wait for
+
     found = scipy.stats.bootstrap(
         arrays, statistic, n_resamples=resamples, batch=max(1, 2**22 // documents),
         vectorized=True, paired=True, confidence_level=0.95, method="percentile",

@@ -83,7 +83,8 @@ def request_of(
         raise RequestError(f"category={category!r} must be a string")
     tokens = encode(given[0], values[given[0]], tokenizer)
     turns = tuple(values.get("turns", ()))
-    asked = digest([tokens.tolist(), turns, max_tokens, seed, stop])
+    # Not its tokens: a chat template may write the date.
+    asked = digest([given[0], values[given[0]], max_tokens, seed, stop])
     return Request(name, tokens, max_tokens, seed, tuple(stop), line, category, turns, (), asked)
 
 
@@ -102,18 +103,14 @@ def next_turn(result: Result, tokenizer: Tokenizer) -> Request | Failure | None:
     return dataclasses.replace(request, tokens=tokens, seed=seed, answers=answers)
 
 
-def positions(request: Request, tokenizer: Tokenizer) -> int:
-    """Positions that a request takes, prompt and output; of several turns, all of them.
-
-    As if answers, read as text, took no more tokens than they were written in.
-    """
-    if not request.turns:
-        return len(request.tokens) + request.max_tokens
+def prompt_length(request: Request, tokenizer: Tokenizer) -> int:
+    """Tokens of a prompt; of several turns, of all of them, with answers of none."""
+    if len(request.turns) < 2:
+        return len(request.tokens)
     try:
-        prompt = encode_turns(request.turns, [((), "")] * (len(request.turns) - 1), tokenizer)
+        return len(encode_turns(request.turns, [((), "")] * (len(request.turns) - 1), tokenizer))
     except RequestError:  # a template that wants more of an answer
-        prompt = request.tokens
-    return len(prompt) + request.max_tokens * len(request.turns)
+        return len(request.tokens)
 
 
 def derived_seed(seed: int, name: str) -> int:

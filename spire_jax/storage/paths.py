@@ -24,14 +24,10 @@ def locate(path: str | os.PathLike[str]) -> epath.Path:
     """The absolute path of a folder or file, or of one in a bucket.
 
     Raises:
-        ConfigError: nothing, a URL that is none of a bucket's folder, or gcsfs is missing.
+        ConfigError: a URL that is none of a bucket's folder, or gcsfs is missing.
     """
     text = os.fspath(path)
-    if "://" in text:
-        return open_bucket(text)
-    if not text:
-        raise ConfigError("--workdir is empty; name a folder")
-    return epath.Path(os.path.abspath(os.path.expanduser(text)))
+    return open_bucket(text) if "://" in text else epath.Path(os.path.abspath(text))
 
 
 def read_record(path: Place) -> Any:
@@ -104,9 +100,9 @@ def move_aside(folder: epath.Path, kept: epath.Path, stamp: str) -> None:
     folder.rmtree()
 
 
-def cache_folder(workdir: Place) -> pathlib.Path:
+def cache_folder(workdir: Place | None = None) -> pathlib.Path:
     """Where to keep what takes long to make and is the same for all runs: near, for a bucket."""
-    if not in_bucket(workdir):
+    if workdir is not None and not in_bucket(workdir):
         return pathlib.Path(workdir)
     named = os.environ.get("SPIRE_JAX_CACHE")
     return pathlib.Path(named) if named else pathlib.Path.home() / ".cache" / "spire_jax"
