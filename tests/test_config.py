@@ -106,7 +106,7 @@ def test_every_value_can_be_overridden():
         ("drafts.spire.loss=kl", "drafts.spire.loss='kl'; choose from"),
         ("drafts.spire.omega=2", "drafts.spire.omega=2.0 must lie in [0, 1]"),
         ("target.vocab_size=200", "target.vocab_size=200 is under the data's 257"),
-        ("target.max_len=250", "= 252 goes beyond target.max_len=250"),
+        ("target.max_len=250", "k - 1 = 251 goes beyond target.max_len=250"),
         ("target.d_head=7", "target.d_head=7 is odd"),
         (
             "data.tokenizer=words",
@@ -197,6 +197,7 @@ def test_ablations_that_do_not_exist_are_named():
         ("study.ablations=hard_target,hard_target", "names an ablation twice"),
         ("drafts.spire.kind=vanilla", "changes the option 'feedback', which the draft of study.of"),
         ("study.trained_k=3", "the study's spire-k3.k=3 does not divide train.seq_len"),
+        ("target.max_len=260", "study.context_length + eval.output_length + k - 1 = 335 goes bey"),
     ):
         with pytest.raises(ConfigError) as error:
             load("study.of=spire", override)

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import re
@@ -15,13 +14,14 @@ import jax
 import numpy as np
 import pytest
 from models import TINY, pair
-from rich.console import Console
+from pretrained_models import tiny, write_safetensors
 
 from spire_jax.config.files import command_line
 from spire_jax.config.schema import (
     ConfigError,
     ExperimentConfig,
     ModelConfig,
+    PretrainedConfig,
     StudyConfig,
 )
 from spire_jax.data.tokenizer import ByteTokenizer
@@ -31,11 +31,11 @@ from spire_jax.drafting.spire import SpireOptions
 from spire_jax.drafting.vanilla import VanillaOptions
 from spire_jax.models.sharding import MESH_AXES, make_mesh
 from spire_jax.serving import command, loading
-from spire_jax.serving.batching import Server, Serving
-from spire_jax.serving.interactive import Printer, converse, visible
+from spire_jax.serving.batching import Server
 from spire_jax.serving.loading import Loaded, for_method, load_for_decoding, method_name
-from spire_jax.serving.records import Request, Result
-from spire_jax.serving.requests import Defaults, derived_seed
+from spire_jax.serving.records import Request
+from spire_jax.serving.requests import Defaults, derived_seed, request_of
+from spire_jax.training.workdir import params_sha256
 
 BYTES = dataclasses.replace(TINY, n_layers=2, vocab_size=264, n_tokens=257, max_len=120)
 LINES = [
@@ -93,6 +93,7 @@ def test_a_file_of_prompts(run, tmp_path):
     assert [len(found[i]["tokens"]) for i in ("a", 1, 3)] == [5, 4, 3]
     assert found[1]["text"] == ByteTokenizer().decode(np.array(found[1]["tokens"]))
     assert found[2]["line"] == 3 and "goes beyond the model's context of 120" in found[2]["error"]
+    assert "error: 2: prompt 200" in err
     assert "3 requests, 1 failed; 12 tokens" in err and "programs for serving" in err
     assert "batch 2, width 120, chunk 16" in err and "tau" in err
     assert re.search(r"time to first token: [0-9.]+ s .*, the first of all [0-9.]+ s", err)
@@ -101,7 +102,7 @@ def test_a_file_of_prompts(run, tmp_path):
     status, _, err = run(prompts(tmp_path), f"--out={out}")
     assert status == 2 and "exists" in err and out.read_bytes() == before
     status, _, err = run(prompts(tmp_path), f"--out={out}", "--resume")
-    assert status == 1 and "0 requests, 1 failed" in err
+    assert status == 1 and "0 requests, 1 failed" in err and "no rounds" in err
     assert out.read_bytes() == before + json.dumps(found[2]).encode() + b"\n"
     mended = [*LINES[:2], {"prompt": "y"}, LINES[3], {"prompt": "z", "id": "new"}]
     for said in ("2 requests, 0 failed", "all of"):
@@ -145,6 +146,16 @@ def test_what_cannot_be_started(run, argv, stdin, message):
     assert status == 2 and message in err and not records
 
 
+def test_where_a_draft_ends_beyond_the_row(run, monkeypatch):
+    """What is served of requests that are not known beforehand does not depend on k."""
+    monkeypatch.setattr(command, "WIDTH", 118)
+    lines = b"x" * 114 + b"\n" + b"x" * 115 + b"\n"
+    status, [good, bad], _ = run("--prompts=-", "--format=lines", stdin=lines, width=None)[:3]
+    good, bad = (good, bad) if "tokens" in good else (bad, good)
+    assert status == 1 and len(good["tokens"]) == 4
+    assert "115 + max_tokens 4 + k 2 = 121 goes beyond the 120 positions" in bad["error"]
+
+
 def test_an_empty_file(run, tmp_path):
     status, _, err = run(prompts(tmp_path, []))
     assert status == 2 and "is empty" in err
@@ -166,6 +177,13 @@ def test_only_what_was_made_alike_is_resumed(run, tmp_path):
         assert status == 2 and message in err and out.read_bytes() == before, err
     status, _, err = run(prompts(tmp_path, [*lines, {"prompt": "new"}]), f"--out={out}", "--resume")
     assert status == 0 and "1 requests, 0 failed" in err and out.read_bytes().startswith(before)
+    # Of a stream, too: what is another's ends it where it comes.
+    for third, said, end in (("new", "0 requests, 0 failed; 0 tokens", 0), ("x", "line 3 has", 2)):
+        stdin = "".join(json.dumps({"prompt": p}) + "\n" for p in ("abc", "de", third)).encode()
+        before = out.read_bytes()
+        status, _, err = run("--prompts=-", "--format=jsonl", f"--out={out}", "--resume",
+                             stdin=stdin, width=None)  # fmt: skip
+        assert status == end and said in err and out.read_bytes() == before
     # With ids a line may stand anywhere.
     named = [{"prompt": "abc", "id": "a"}, {"prompt": "de", "id": "b"}]
     out.unlink()
@@ -197,9 +215,10 @@ def test_questions_of_several_turns(run, tmp_path):
 
 
 def test_a_turn_that_is_too_long_keeps_the_answers_before(run, tmp_path):
-    turns = {"turns": ["ab", "c" * 120]}
+    turns = {"turns": ["ab", "c" * 120], "category": "long"}
     status, [record], err = run(prompts(tmp_path, [turns]))
     assert status == 1 and "0 requests, 1 failed" in err
+    assert list(record) == ["id", "line", "category", "turns", "error"]
     assert "turn 2: prompt 129 + max_tokens 4 = 133 goes beyond the model's" in record["error"]
     assert len(record["turns"]) == 1 and len(record["turns"][0]["tokens"]) == 4
 
@@ -213,7 +232,8 @@ def test_what_was_cut_is_not_in_what_was_kept(run, tmp_path):
     """tau counts what rounds accepted, whatever became of it; beside it is what became output."""
     status, records, err = run(prompts(tmp_path, [{"prompt": "abc", "max_tokens": 1}] * 3))
     emitted = sum(sum(r["generation_lengths"]) for r in records)
-    assert status == 0 and [r["tokens_per_round"] for r in records] == [1, 1, 1]
+    assert status == 0 and [r["kept_per_round"] for r in records] == [1, 1, 1]
+    assert [r["tau"] for r in records] == [r["generation_lengths"][0] for r in records]
     assert f"; tau {emitted / 3:.3f}, of which 1.000 tokens a round were kept; " in err
 
 
@@ -309,6 +329,20 @@ def test_the_width_is_what_the_longest_needs():
     assert width((100, 1900), (3, 10**9)) == 2048 and width((100, 1950)) == 256
     assert width((4000, 128), (3, 10**9)) == width((4000, 128)) == 4352
     assert width((100, 3000), (3, 10**9), max_len=4096) == 3328
+    assert width((4, 2044)) == 2304  # with k
+
+
+def test_of_several_turns_as_many_as_there_is_room_for():
+    """Where not all fit, the first still do; a budget of its own is no one else's width."""
+
+    def width(usual=128, max_len=0, **own) -> int:
+        values = {"turns": ["a" * 99] * 3, **own}
+        asked = request_of(values, 0, ByteTokenizer(), Defaults(usual))
+        return command._needed([asked], loaded_with(max_len=max_len), usual)
+
+    assert width() == 768 and width(max_len=500) == 512  # 304 + 3 * 128
+    assert width(2000) == 6400 and width(2000, 4096) == 4352
+    assert width(max_tokens=1500) == 2304 and width(max_tokens=10**9) == 256
 
 
 def test_a_batch_fits_the_mesh(monkeypatch):
@@ -366,6 +400,8 @@ def test_methods_by_name_and_by_kind():
         method_name(two, "spire")
     with pytest.raises(ConfigError, match=r"--method=eagle: unknown; choose from \['long'"):
         method_name(CONFIG, "eagle")
+    with pytest.raises(ConfigError, match=r"'autoregressive'\], or make one: --config.drafts.NAME"):
+        method_name(one, "vanilla")
 
 
 @pytest.mark.parametrize(
@@ -385,7 +421,7 @@ def test_what_is_refused_before_anything_is_read(method, options, message):
         load_for_decoding(args, CONFIG)
 
 
-def test_an_exported_draft_is_the_method_whatever_its_kind(monkeypatch):
+def test_an_exported_draft_is_the_method_whatever_its_kind(monkeypatch, tmp_path):
     """And nothing of the config's drafts is of it."""
     found = []
 
@@ -398,11 +434,45 @@ def test_an_exported_draft_is_the_method_whatever_its_kind(monkeypatch):
     monkeypatch.setattr(loading, "import_draft", lambda *_: exported)
     monkeypatch.setattr(loading, "method_name", checked)
     config = dataclasses.replace(CONFIG, study=StudyConfig(of="long", ablations=""))
-    args = argparse.Namespace(method=None, workdir="nowhere", draft="folder", ignore_eos=False,
+    args = argparse.Namespace(method=None, workdir="nowhere", draft=tmp_path, ignore_eos=False,
                               temperature=None, top_k=None, top_p=None, out="-")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"holds no config.json; give a folder that python -m"):
+        load_for_decoding(args, config)
+    (tmp_path / "config.json").touch()
     with pytest.raises(ConfigError, match="enough"):
         load_for_decoding(args, config)
     assert found == [("exported", ["exported"])]
+
+
+def test_a_target_of_a_work_directory_is_loaded_once(monkeypatch):
+    """For its hash and for decoding: two at a time may not fit."""
+    params, loads = {"w": np.ones(3, np.float32)}, []
+    at = types.SimpleNamespace(pretrained=None, mesh=None,
+                               target=lambda: loads.append(1) or params)  # fmt: skip
+    monkeypatch.setattr(loading, "WorkDir", lambda *_: at)
+    target = loading._Target(CONFIG, "somewhere")
+    assert target.sha256 == params_sha256(params) and target.params is params and loads == [1]
+
+
+def test_what_made_an_output_is_what_json_keeps():
+    """The draft's own values alone: every line holds them."""
+    config = dataclasses.replace(CONFIG, drafts=(("long", SpireOptions(window=9)),))
+    decoder = pair("spire", BYTES).decoder(2)
+    made = loading._made_by(config, "long", decoder, (1, 2))
+    assert made["method"] == {"kind": "spire", "window": 9} and made["k"] == [1, 2]
+    assert json.loads(json.dumps(made)) == made and "pretrained_dtype" in made
+    plain = loading._made_by(config, "autoregressive", decoder, ())
+    assert plain["method"] == {"kind": "autoregressive"} and plain["k"] == 2
+
+
+def test_a_checkpoint_needs_no_work_directory(monkeypatch, tmp_path):
+    """Where nothing that was trained is asked for, one that is given is not opened."""
+    monkeypatch.setattr(loading, "WorkDir", None)
+    pretrained = PretrainedConfig(path=str(write_safetensors(tmp_path, *tiny("llama"))))
+    config = dataclasses.replace(CONFIG, pretrained=pretrained, drafts=CONFIG.drafts[2:])
+    assert loading._Target(config, "nowhere").workdir is None
+    with pytest.raises(TypeError):
+        loading._Target(dataclasses.replace(config, drafts=CONFIG.drafts), "nowhere")
 
 
 SMALL = (  # the quickstart's drafts and rows do not fit it
@@ -431,72 +501,20 @@ def test_of_a_config_what_decoding_uses_is_checked(method, more, message):
         assert [n for n, _ in config.drafts] == ([] if method == "autoregressive" else [method])
 
 
+def test_a_target_takes_the_place_of_the_configs(tmp_path):
+    """Whose sizes are not its own; its drafts are there."""
+    checkpoint = write_safetensors(tmp_path / "target", *tiny("llama"))
+    argv = ["--config=configs/quickstart.py", f"--target={checkpoint}", "--method=magicdec"]
+    config, name = for_method(*command_line(command.arguments(), argv, decoding=True))
+    assert config.target.d_model == 64 and config.pretrained.path == str(checkpoint)
+    assert name == "magicdec" and config.draft(name).window == 32
+
+
+def test_a_workdir_without_its_config(capsys):
+    assert command.main(["--workdir=runs/x", "--prompts=x", "--method=spire"]) == 2
+    assert "--workdir=runs/x: give the --config that it was made with" in capsys.readouterr().err
+
+
 def test_neither_a_target_nor_a_workdir():
     with pytest.raises(ConfigError, match="give the --target that decodes"):
         for_method(*command_line(command.arguments(), [], decoding=True))
-
-
-# --- interactive -------------------------------------------------------------------------------
-
-
-class Asked:
-    """What a person types."""
-
-    def __init__(self, *lines):
-        self.lines = iter(lines)
-
-    def __call__(self, prompt: str) -> str:
-        line = next(self.lines, EOFError)
-        if not isinstance(line, str):
-            raise line
-        return line
-
-
-def test_answers_are_streamed_and_summed_up():
-    p, file = pair("spire", BYTES), io.StringIO()
-    server = Server(p.decoder(2), p.weights, ByteTokenizer(),
-                    Serving(batch=2, width=120, chunk=16, rounds_per_call=8))  # fmt: skip
-    console = Console(file=file, force_terminal=True, color_system="standard", width=10)
-    bad = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad")
-    converse(server, Defaults(20, 0), console, Asked("", bad, "ab", "x" * 130, "ab"))
-    shown = file.getvalue()
-    assert shown.count("drafted and accepted") == 1 and "\x1b[32m" in shown
-    assert shown.count("20 tokens in") == 2 and shown.count("tokens/s, tau") == 2
-    assert "not UTF-8" in shown and "goes beyond the model's context" in shown
-
-
-class Chatty(ByteTokenizer):
-    """Forty tokens a message."""
-
-    def chat(self, messages):
-        return np.full(40 * len(messages), 97, np.int32)
-
-
-def test_a_conversation_that_is_too_long_can_be_left():
-    p, file = pair("spire", BYTES), io.StringIO()
-    server = Server(p.decoder(2), p.weights, Chatty(), Serving(batch=2, width=120, chunk=16))
-    converse(server, Defaults(20, 0), Console(file=file, width=10),
-             Asked("hi", "hi", "hi", "/new", "hi"))  # fmt: skip
-    shown = file.getvalue()
-    assert shown.count("20 tokens in") == 2 and shown.count("/new begins another") == 2
-    assert shown.index("[a new conversation]") < shown.rindex("20 tokens in")
-
-
-def test_a_stop_string_is_not_shown():
-    """Neither in parts nor where one round brings all of it; colours follow the tokens."""
-    file = io.StringIO()
-    console = Console(file=file, force_terminal=True, color_system="standard")
-    printer = Printer(ByteTokenizer(), (256,), ("END",), console)
-    request = Request(0, np.array([1], np.int32), 9, 0, ("END",))
-    printer.watch(request, list(b"abcE"), 3, 3)
-    assert "ab" in file.getvalue() and "E" not in file.getvalue()
-    printer.watch(request, list(b"dEND"), 2, 3)
-    printer.end(Result(request, [], "abcEd", [4, 3], [3, 3], "stop", 0.0, 0.0, 0.0))
-    text = file.getvalue()
-    for style, letters in (("32", "ab"), ("36", "E"), ("32", "d")):
-        assert f"\x1b[{style}m{letters}" in text
-    assert "N" not in text
-
-
-def test_output_cannot_steer_the_terminal():
-    assert visible("a\x1b[2J\r\tb\n\x7fé") == "a␛[2J␍\tb\n\N{REPLACEMENT CHARACTER}é"

@@ -77,6 +77,7 @@ BAD = [
     (b'{"prompt": ""}', "the prompt is empty"),
     (b'{"prompt": 3}', "prompt=3 must be a string"),
     (b'{"prompt": "\\ud800"}', "half a surrogate pair"),
+    (b'{"turns": ["a", "\\ud800"]}', "half a surrogate pair"),
     (b'{"tokens": []}', "the prompt is empty"),
     (b'{"tokens": [257]}', "ids below 257"),
     (b'{"tokens": [-1]}', "ids below 257"),
@@ -96,6 +97,8 @@ BAD = [
     (b'{"prompt": "a", "id": [1]}', "id=.1. must be a string or a whole number"),
     (b'{"messages": [{"role": "user", "content": "hi"}]}', "bytes has no chat template"),
     (b"[" * 100_000, "nested too deeply"),
+    (b'{"prompt": ' + b"[" * 101 + b"]" * 101 + b"}", "it is nested deeper than 100 times"),
+    (b'{"prompt": ["' + b"x" * 10**5 + b'"]}', r"^line 1: prompt=.{900,1600}must be a string$"),
     (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "line 1: .* value has 5000 digits"),
     (b'{"prompt": null}', "give one of prompt, tokens, messages, turns; found none"),
     (b'\xef\xbb\xbf{"prompt": "\xff"}', "line 1 is not UTF-8: byte 12 is 0xff"),
@@ -140,6 +143,27 @@ def test_messages_and_a_first_token_are_the_tokenizers_business():
         assert "must be a list of" in of(b'{"messages": ' + bad + b"}").error
 
 
+def test_what_was_asked_for_is_the_same_tomorrow():
+    """A template may write the date: what is resumed are the messages."""
+
+    class Dated(Chatty):
+        day = 0
+
+        def chat(self, messages):
+            return np.array([self.day, len(messages)], np.int32)
+
+    def of(day: int, **values) -> Request:
+        tokenizer = Dated()
+        tokenizer.day = day
+        return read(json.dumps(values).encode(), tokenizer=tokenizer)[0]
+
+    hi = {"messages": [{"role": "user", "content": "hi"}]}
+    assert of(1, **hi).asked == of(2, **hi).asked
+    others = [{"messages": [{"role": "user", "content": "ho"}]}, hi | {"max_tokens": 8},
+              hi | {"seed": 1}, hi | {"stop": "x"}, {"prompt": "hi"}]  # fmt: skip
+    assert len({of(1, **values).asked for values in (hi, *others)}) == 6
+
+
 # --- output files ------------------------------------------------------------------------------
 
 
@@ -180,6 +204,22 @@ def test_an_existing_file_is_never_overwritten(tmp_path):
         ):
             pass
         assert path.read_text() == foreign
+
+
+NO_RESULTS = [
+    b"[" * 10**5, b'"error"', b'["error"]', b'{"id": 3}',
+    b'{"id": true, "asked": "b", "made_by": {}}', b'{"id": 1.5, "asked": "b", "made_by": {}}',
+    b'{"id": 3, "asked": [], "made_by": {}}', b'{"id": 3, "asked": "b", "made_by": "c"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", NO_RESULTS, ids=lambda line: str(line)[:40])
+def test_only_results_are_gone_on_with(tmp_path, line):
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(b'{"id": 2, "line": 1, "error": "e"}\n' + line + b"\n")
+    with pytest.raises(RequestError, match="line 2 is no result"):
+        with open_results(str(path), True):
+            pass
 
 
 def test_what_a_start_that_failed_has_left_is_no_file(tmp_path):

@@ -236,9 +236,10 @@ def test_no_device_is_a_line(monkeypatch):
     (MemoryError(), "out of memory .no more of it.; lower the sizes"),
     (OSError(28, "No space left on device", "a/b"), "'a/b': No space left on device; check the p"),
     (PermissionError(13, "Permission denied", b"a"), "'a': Permission denied; check the path and"),
+    (ConfigError("drafts.a\n\x1b[2J\u2028é: rename"), r"drafts.a\\n\\x1b\[2J\\u2028é: rename"),
 ])  # fmt: skip
 def test_what_the_system_refuses_is_a_line(capsys, error, says):
-    with pytest.raises(SystemExit) as status, files.ends_in_a_line():
+    with pytest.raises(SystemExit) as status, files.ends_in_a_line(ConfigError):
         raise error
     (line,) = capsys.readouterr().err.splitlines()
     assert status.value.code == 2 and re.search(says, line), line

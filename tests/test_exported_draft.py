@@ -280,3 +280,15 @@ def test_other_model(tmp_path):
         PretrainedError, match=r"bias \(missing.*, head_ids .*, mix .* the model has"
     ):
         found.load(abstract)
+
+
+def test_keys_that_look_alike(tmp_path):
+    """A text in the place of a number: the tensors' names are the same, the trees are not."""
+    folder = export(tmp_path / "draft")
+    text = (folder / "config.json").read_text()
+    config = json.loads(text)
+    for path, *_ in config["leaves"]:
+        path[:] = [str(key) if key == 3 else key for key in path]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PretrainedError, match="leaves has texts where the model's keys are number"):
+        import_draft(folder, SHA).load(shapes(params()))

@@ -83,6 +83,7 @@ def test_missing_lines_are_an_error(tmp_path):
         (b'{"step": 1}\n{"st\n{"step": 3}\n', "line 2 is not a record"),
         (b'{"step": 1}\n{"loss": 3}\n', "line 2 is not a record"),
         (b'{"step": 1}\n[]\n', "line 2 is not a record"),
+        (b'{"step": 1}\n{"step": "2"}\n', "line 2 is not a record: step='2' is no whole"),
         (b'{"step": 1}\n{"step": 2}\n{"step": 2}\n', "line 3: step 2 comes after 2"),
     ],
 )

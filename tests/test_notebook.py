@@ -190,7 +190,7 @@ def test_tokens_are_coloured_by_origin_and_nothing_is_markup():
         ("accepted first", "4", visible("\x1b")),
     ]  # fmt: skip
     assert "<script>" not in page and "&lt;script&gt;\n" in page and "<b>&" not in page
-    assert "7 tokens in 4 rounds: tau 2.25; 5 of 8 drafted tokens accepted" in page
+    assert "7 tokens in 4 rounds: tau 2.25, 1.75 kept a round; 5 of 8 drafted tokens acc" in page
     assert re.findall(r'title="round (\d): (\d)"', page) == [
         ("1", "3"), ("2", "2"), ("3", "1"), ("4", "3")
     ]  # fmt: skip

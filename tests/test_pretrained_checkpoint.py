@@ -238,6 +238,8 @@ def test_hash(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(SafetensorsFiles, "stored", None)
         assert open_checkpoint(here).cached_sha256(cache) == first
+    nowhere = here / "config.json" / "cache"
+    assert open_checkpoint(here).cached_sha256(nowhere) == first
     kept = json.loads(next(cache.iterdir()).read_text())
     of_files = json.dumps({"files": kept["files"], "sha256": "of the files"})  # once kept so
     for damaged in ("{", "[]", "{}", of_files):

@@ -199,6 +199,9 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes(tmp_path):
     bare = of_gguf(tmp_path, spm(add_space_prefix=False), len(SPM))
     assert [SPM[i] for i in bare.encode("abel")] == ["abel"]
     assert bare.decode(np.array([ids["▁a"]])) == " a"
+    long = [*SPM[:-1], "x" * 1000]
+    with pytest.raises(PretrainedError, match=r"a token has 1000 characters, .* than 512; fetch"):
+        of_gguf(tmp_path, spm(tokens=long), len(SPM))
 
 
 # --- names and errors ----------------------------------------------------------------------------

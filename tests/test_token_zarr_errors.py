@@ -86,6 +86,43 @@ def missing(folder):
         (folder / "t.zarr" / f"{i}.0").unlink()
 
 
+def long(folder):
+    store_array(folder / "t.zarr", ids(60, 6), version=2)
+    change(folder / "t.zarr" / ".zarray", shape=[2**40, 6])
+
+
+def wide(folder):
+    store_array(folder / "t.zarr", ids(60, 6), version=2)
+    change(folder / "t.zarr" / ".zarray", shape=[60, 2**60])
+
+
+def coarse(folder):
+    store_array(folder / "t.zarr", ids(60, 6), version=2)
+    change(folder / "t.zarr" / ".zarray", chunks=[2**20, 2**20])
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def no_object(folder):
+    store_array(folder / "t.zarr", ids(60, 6))
+    (folder / "t.zarr" / "zarr.json").write_text("[]")
+
+
+def nested(folder):
+    store_array(folder / "t.zarr", ids(60, 6))
+    (folder / "t.zarr" / "zarr.json").write_text("[" * 10**5)
+
+
+def no_manifest(folder):
+    manifest(folder, arrays=["t.zarr"])
+
+
+def half_a_manifest(folder):
+    manifest(folder, arrays={"t.zarr": {"rows": 60}})
+
+
 def few(folder):
     store_array(folder / "t.zarr", ids(1, 6))
 
@@ -124,6 +161,13 @@ BAD = {
     old_group: "is a zarr group; name one of its arrays",
     nothing: r"holds no zarr array \(zarr.json or .zarray\); name an array, or a folder with train",
     damaged: "zarr.json is no JSON .*; copy the data again",
+    no_object: "zarr.json is no JSON object; copy the data again",
+    nested: r"zarr.json is no JSON \(it is nested .*\); copy the data again",
+    no_manifest: "manifest.json is not as write_zarr writes it; copy it again, or move it away",
+    half_a_manifest: "manifest.json is not as write_zarr writes it; copy it again, or move it away",
+    long: r"row 1099511627775: columns 0..0 cannot be read \(NOT_FOUND.*; copy or make the array a",
+    coarse: r"has chunks of \[1048576, 1048576\], and more than 2147483648 bytes; make it again wi",
+    wide: r"has the shape \[60, 1152921504606846976\], more ids than there can be; copy the arra",
     vocabulary: r"t.zarr, row \d+, column 0 holds the id 300, but data.tokenizer='bytes' has 0..25",
     negative: r"row \d+, column 0 holds the id -1, but",
     other_lengths: r"tells the lengths of 59 rows, but .*t.zarr has 60; they do not belong toge",
@@ -202,6 +246,17 @@ def test_a_copy_in_part_is_no_padding(tmp_path, lost, words):
     opened(place, missing_chunks="fill")
     for name in lost:
         (place / name).unlink()
+    with pytest.raises(DataError, match=words):
+        opened(place, missing_chunks="fill")
+
+
+def test_rows_that_the_metadata_makes_up_are_not_filled_in(tmp_path):
+    """However many: memory is of the chunks that there are."""
+    place = store_array(tmp_path / "t.zarr", ids(60, 12), (20, 4), version=2)
+    change(place / ".zarray", shape=[2**40, 12])
+    words = (
+        r"54975581386 chunks are missing .*, first that of rows 60\.\.79 from column 0 on; copy "
+    )
     with pytest.raises(DataError, match=words):
         opened(place, missing_chunks="fill")
 

@@ -55,7 +55,12 @@ def test_names_tell_the_content(path, tmp_path):
     assert names[0] == names[1] != names[2]
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model": {"vocab": 3}}'])
+NO_BPE = ["", "{}", "[1]", '{"model": {"vocab": 3}}', '{"model": {"vocab": {"a": 1.5}}}',
+          '{"model": {"vocab": {"a": -3}}}', '{"model": {"vocab": {"a": 4294967296}}}',
+          "[" * 10**5]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", NO_BPE, ids=lambda content: content[:40])
 def test_other_files_are_refused(tmp_path, content):
     bad = tmp_path / "bad.json"
     bad.write_text(content)

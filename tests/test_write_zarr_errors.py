@@ -29,13 +29,14 @@ BAD_LINES = {
     '{"text": 5}': "no JSON object with a string 'text'",
     '{"other": "x"}': "no JSON object with a string 'text'",
     '["text"]': "no JSON object with a string 'text'",
+    "[" * 10**5: "it is nested too deeply",
     '{"text": "x"': "Expecting ',' delimiter",
     '{"text": "\\ud800"}': "surrogates not allowed",
     b'{"text": "\xff"}': "can't decode byte 0xff",
 }
 
 
-@pytest.mark.parametrize("line", BAD_LINES)
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: str(line)[:20])
 def test_a_bad_line_is_named_by_its_number(tmp_path, capsys, line):
     line = line.encode() if isinstance(line, str) else line
     good = [json.dumps({"text": f"line {i}"}).encode() for i in range(100)]

@@ -30,6 +30,7 @@ from spire_jax.config.values import Text, convert, known, section
 from spire_jax.config.variants import variants
 
 Check = Callable[[ExperimentConfig], None]  # raises ConfigError
+MOST_SAID = 2000  # characters of an error
 # Of a config, and what reads each.
 PATHS = (("data", "source", path_or_url), ("data", "heldout_source", path_or_url),
          ("data", "tokenizer", local), ("pretrained", "path", local))  # fmt: skip
@@ -53,7 +54,7 @@ def load(
             raise ConfigError(f"override {override!r} is not of the form key=value")
         _override(values, key, text)
     for name, draft in _mapping(values["drafts"]).items():
-        if "kind" not in draft:  # the command line makes a draft by naming its kind
+        if "kind" not in draft and drafts:  # the command line makes one by naming its kind
             known(name, drafts, f"drafts.{name}")
     return build(values, check)
 
@@ -189,8 +190,9 @@ def command_line(
     the process's arguments. A bad config or an unknown argument ends the process with
     ``error: ...`` on stderr and status 2.
 
-    For `decoding` there may be no file, a ``--target`` of the parser is the checkpoint's path, and
-    nothing is validated yet: what the chosen method uses is (`serving.loading.for_method`).
+    For `decoding` there may be no file, a ``--target`` of the parser is a checkpoint's path and
+    takes the place of the file's target, and nothing is validated yet: what the chosen method uses
+    is (`serving.loading.for_method`).
     """
     parser.add_argument("--config", required=not decoding, type=local_path, metavar="FILE",
                         help="a file of configs/; change its values with "
@@ -206,7 +208,7 @@ def command_line(
             )
     overrides = [argument.removeprefix(prefix) for argument in rest]
     if decoding and args.target:
-        overrides.append(f"pretrained.path={args.target}")
+        overrides = ["target=", *overrides, f"pretrained.path={args.target}"]
     with ends_in_a_line(ConfigError):
         return args, load(args.config, overrides, _unchecked if decoding else validate)
 
@@ -243,14 +245,21 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def in_words(error: Exception | str) -> str:
-    """An error as one line: what is wrong, and what to do."""
+    """An error as one line: what is wrong, and what to do.
+
+    Names and values in it are of files that others wrote: what a terminal would not show, or obey,
+    is escaped, and of what is too long to read the middle is left out.
+    """
+    text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return (f"{os.fsdecode(error.filename)!r}: {error.strerror}; check the path and its "
+        text = (f"{os.fsdecode(error.filename)!r}: {error.strerror}; check the path and its "
                 f"permissions, or name another")  # fmt: skip
-    if isinstance(error, Exception) and is_out_of_memory(error):
-        reason = str(error).partition("\n")[0] or "no more of it"
-        return f"out of memory ({reason}); lower the sizes: batch, length, width, layers"
-    return str(error)
+    elif isinstance(error, Exception) and is_out_of_memory(error):
+        reason = text.partition("\n")[0] or "no more of it"
+        text = f"out of memory ({reason}); lower the sizes: batch, length, width, layers"
+    if len(text) > MOST_SAID:
+        text = f"{text[: MOST_SAID // 2]} ... {text[-MOST_SAID // 4 :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _plain(config: Any, path: pathlib.Path) -> dict[str, Any]:
@@ -277,8 +286,11 @@ def _mapping(values: Any, at: str = "drafts") -> Mapping[str, Any]:
 def _override(values: dict[str, Any], key: str, text: str) -> None:
     """Put a value of the command line in its place; what there is no place for, `build` says.
 
-    An empty draft, ``drafts.NAME=``, takes that of the file away.
+    An empty draft or target, ``drafts.NAME=``, takes that of the file away.
     """
+    if key == "target" and not text:
+        values[key] = {}
+        return
     if (name := key.removeprefix("drafts.")) in values["drafts"] and not text:
         del values["drafts"][name]
         return

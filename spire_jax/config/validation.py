@@ -1,7 +1,6 @@
 """What cannot work together in a config: errors that name the key and the remedy, at once."""
 
 import dataclasses
-import json
 import math
 import pathlib
 
@@ -17,7 +16,7 @@ from spire_jax.config.schema import (
     ModelConfig,
     oracle_depth,
 )
-from spire_jax.config.values import MOST
+from spire_jax.config.values import MOST, parse_json
 
 MOST_THREADS = 1000  # of `data.workers`
 MOST_RESAMPLES = 10**6
@@ -41,9 +40,11 @@ def tokenizer_size(tokenizer: str) -> int:
         if is_checkpoint(tokenizer):
             return below("pretrained.checkpoint").open_checkpoint(path).model.n_tokens
         check(path.is_file(), f"{at} does not exist; {make}")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
         check(values["model"].get("type", "BPE") == "BPE", "")
-        return max(values["model"]["vocab"].values()) + 2
+        ids = values["model"]["vocab"].values()
+        check(all(type(i) is int and 0 <= i < MOST for i in ids), "")
+        return max(ids) + 2
     except OSError as error:
         raise ConfigError(f"{at} cannot be read ({error.strerror}); {make}") from None
     except below("pretrained").PretrainedError as error:
@@ -96,9 +97,7 @@ def validate(config: ExperimentConfig) -> None:
         check(rows * length < MOST,
               f"{section}.batch_size={rows} rows of {length} tokens are more than an array can "
               f"count; use fewer or shorter ones")  # fmt: skip
-    check(t.max_len == 0 or longest <= t.max_len,
-          f"eval.context_lengths + eval.output_length + k = {longest} goes beyond "
-          f"target.max_len={t.max_len}; shorten the context or the output")  # fmt: skip
+    _check_oracle("eval.context_lengths", max(ev.context_lengths), oracle_depth(config), config)
     check(t.max_len == 0 or train.seq_len <= t.max_len,
           f"train.seq_len={train.seq_len} goes beyond target.max_len={t.max_len}")  # fmt: skip
 
@@ -201,6 +200,19 @@ def _validate_study(config: ExperimentConfig) -> None:
     check(
         all(k >= 1 for k in at.trained_k), f"study.trained_k={at.trained_k} must all be 1 or more"
     )
+    depth = max(oracle_depth(config), *at.trained_k, 0)
+    _check_oracle("study.context_length", at.context_length, depth, config)
+
+
+def _check_oracle(key: str, context: int, depth: int, config: ExperimentConfig) -> None:
+    """The target itself writes what the oracle reads: the output, and to where the last draft ends.
+
+    A decoder's own drafts may go on beyond the model's context.
+    """
+    longest, most = context + config.eval.output_length + depth - 1, config.target.max_len
+    check(most == 0 or longest <= most,
+          f"{key} + eval.output_length + k - 1 = {longest} goes beyond target.max_len={most}; "
+          f"shorten the context or the output")  # fmt: skip
 
 
 def _validate_throughput(config: ExperimentConfig) -> None:

@@ -1,4 +1,4 @@
-"""From text and plain values to config dataclasses, and back.
+"""From text and plain values to config dataclasses, and back; JSON of others' files.
 
 What a value may be is found from the annotations of the dataclass: ``bool``, ``int``, ``float``
 and ``str``; ``tuple[int, ...]`` and the like for lists; ``tuple[tuple[str, float], ...]`` for a
@@ -16,6 +16,32 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from spire_jax.config.checks import ConfigError
+
+DEEPEST = 100  # of lists and objects in each other; what anyone writes goes a tenth as deep
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value that JSON stands for; a ValueError that says in one line what is wrong with it.
+
+    That it goes deeper than `DEEPEST` is, too: over such a value Python's recursion would stumble,
+    here or in whatever is done with it.
+    """
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level, depth = [value], 0
+    while level := [
+        item
+        for outer in level
+        if isinstance(outer, dict | list)
+        for item in (outer.values() if isinstance(outer, dict) else outer)
+        if isinstance(item, dict | list)
+    ]:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested deeper than {DEEPEST} times")
+    return value
 
 
 class Text(str):

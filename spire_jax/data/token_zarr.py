@@ -12,13 +12,15 @@ did so. Then, too, an array with holes that no padding leaves is refused.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,8 @@ METADATA = ("zarr.json", ".zarray")  # of zarr v3 and v2
 BAND_BYTES = 2**28  # of rows that are read together where chunks hold many
 CACHE_BYTES = 2**28, 2**31  # least and most of decoded chunks that a process keeps
 SAMPLES, SAMPLED = 32, 256  # pieces that a corpus's hash reads, and their tokens
+MOST_CHUNK = 2**31  # bytes
+MOST_IDS = 2**62  # of all arrays: what 64 bits can count, with room
 
 
 # --- places --------------------------------------------------------------------------------------
@@ -110,16 +114,28 @@ def open_array(
         wanted = "rows of token ids (rank 2" if rank == 2 else "the lengths of rows (rank 1"
         raise DataError(f"{place} has shape {list(shape)} and dtype {array.dtype.name}; it should "
                         f"hold {wanted}, an integer dtype)")  # fmt: skip
+    # What is decoded at once; where there is no memory for it, TensorStore ends the process.
+    chunk = array.chunk_layout.read_chunk.shape or shape
+    if math.prod(n or 1 for n in chunk) * kind.itemsize > MOST_CHUNK:
+        raise DataError(f"{place} has chunks of {list(chunk)}, and more than {MOST_CHUNK} bytes; "
+                        f"make it again with smaller ones")  # fmt: skip
     return array, spec
 
 
 def _describe(place: str, fill: bool) -> RowArray:
     array, spec = open_array(place, fill=fill)
-    if fill:
-        _check_holes(place, array)
     rows, width = array.shape
     if width < 2:
         raise DataError(f"{place} has rows of {width} token; a row needs two or more")
+    if rows * width >= MOST_IDS:
+        raise DataError(f"{place} has the shape {[rows, width]}, more ids than there can be; copy "
+                        f"the array again")  # fmt: skip
+    # Before anything is made for as many rows as the metadata says.
+    if fill:
+        _check_holes(place, array)
+    else:
+        with _reading(place, rows - 1, 0, 1):
+            array[rows - 1, 0].read().result(timeout=zarr_store.SECONDS)
     itemsize = np.dtype(array.dtype.numpy_dtype).itemsize
     chunk = array.chunk_layout.read_chunk.shape or ()
     return RowArray(place, spec, rows, width, itemsize, chunk[0] or rows)
@@ -133,22 +149,37 @@ def _check_holes(place: str, array: ts.TensorStore) -> None:
     chunk = array.chunk_layout.write_chunk.shape or array.shape
     steps = [step or size for size, step in zip(array.shape, chunk, strict=True)]
     counts = [-(-size // step) for size, step in zip(array.shape, steps, strict=True)]
-    there = np.zeros(counts, bool)
     with asked(place, "check that it can be listed"):
         keys = open_store(place).list().result(timeout=20 * zarr_store.SECONDS)
+    there: dict[int, set[int]] = {}  # row -> columns, of chunks
     for key in keys:
-        if found := re.search(rb"(\d+)[./](\d+)$", key):
-            at = int(found[1]), int(found[2])
-            if at[0] < counts[0] and at[1] < counts[1]:
-                there[at] = True
-    lost = ~there & (np.cumsum(there[:, ::-1], axis=1)[:, ::-1] > 0)  # a later one is there
-    lost[:, 0] |= ~there[:, 0]
-    if lost.any():
-        row, column = (int(i) for i in np.argwhere(lost)[0])
+        if found := re.search(rb"(\d{1,19})[./](\d{1,19})$", key):
+            row, column = int(found[1]), int(found[2])
+            if row < counts[0] and column < counts[1]:
+                there.setdefault(row, set()).add(column)
+    lost = counts[0] - len(there) + sum(max(of) + 1 - len(of) for of in there.values())
+    if lost:
+        row = next(i for i in range(counts[0]) if max(there.get(i, ()), default=0) + 1
+                   > len(there.get(i, ())))  # fmt: skip
+        column = next(i for i in range(counts[1]) if i not in there.get(row, ()))
         rows = f"{row * steps[0]}..{min((row + 1) * steps[0], array.shape[0]) - 1}"
-        raise DataError(f"{place}: {lost.sum()} chunks are missing that no padding leaves out, "
+        raise DataError(f"{place}: {lost} chunks are missing that no padding leaves out, "
                         f"first that of rows {rows} from column {column * steps[1]} on; copy the "
                         f"array again")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _reading(place: str, row: int, begin: int, end: int) -> Iterator[None]:
+    """A DataError that says which ids were to be read for whatever TensorStore raises."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        remedy = "copy or make the array again"
+        if str(error).startswith("NOT_FOUND"):
+            remedy += (", or set data.missing_chunks='fill' if its writer leaves out chunks of "
+                       "fill values alone, as zarr-python does")  # fmt: skip
+        raise DataError(f"{place}, row {row}: columns {begin}..{end - 1} cannot be read "
+                        f"({reason(error)}); {remedy}") from error  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -190,17 +221,8 @@ class ZarrTokens:
         end = begin + piece.stop - piece.start
         if not begin <= end <= array.width or row >= array.rows:
             raise IndexError(f"{piece} is no piece of a row of {array.place}")
-        try:
+        with _reading(array.place, row, begin, end):
             ids = self._opened[which][row, begin:end].read().result()
-        except (ValueError, RuntimeError, OSError) as error:
-            remedy = "copy or make the array again"
-            if str(error).startswith("NOT_FOUND"):
-                remedy += (", or set data.missing_chunks='fill' if its writer leaves out chunks of "
-                           "fill values alone, as zarr-python does")  # fmt: skip
-            raise DataError(
-                f"{array.place}, row {row}: columns {begin}..{end - 1} cannot be read "
-                f"({reason(error)}); {remedy}"
-            ) from error
         outside = (ids < 0) | (ids >= self.n_tokens)
         if outside.any():
             at = int(np.flatnonzero(outside)[0])
@@ -249,7 +271,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     fill = config.missing_chunks == "fill"
     arrays = tuple(_describe(place, fill) for place in places)
     lengths = [_lengths(array, fill) for array in arrays]
-    manifests = [_manifest(array, tokenizer, config.tokenizer) for array in arrays]
+    hashes = [_hashes(array, tokenizer, config.tokenizer) for array in arrays]
     sizes = [array.rows * array.width for array in arrays]
     firsts = (0, *np.cumsum(sizes)[:-1].tolist())
     band = _band_rows(arrays[0]) * arrays[0].width
@@ -271,9 +293,9 @@ def open_corpus(config: DataConfig) -> Corpus:
     sha256 = hashlib.sha256(f"{tokenizer.name}\0{len(arrays)}\0".encode())
     if len(arrays) == 1:
         sha256.update(f"{config.heldout_percent}\0".encode())
-    for array, first, of, manifest in zip(arrays, firsts, lengths, manifests, strict=True):
+    for array, first, of, written in zip(arrays, firsts, lengths, hashes, strict=True):
         sha256.update(f"{array.rows} {array.width}\0".encode() + of.astype("<i8").tobytes())
-        sha256.update(json.dumps(manifest and manifest["sha256"]).encode())
+        sha256.update(json.dumps(written).encode())
         sha256.update(_sample(tokens, first, array.width, of))
     about = {f"{name}_tokens": int(counted[heldout == side].sum())
              for name, side in (("train", False), ("heldout", True))}  # fmt: skip
@@ -339,22 +361,31 @@ def _lengths(array: RowArray, fill: bool) -> Int[np.ndarray, " rows"]:
     return lengths
 
 
-def _manifest(array: RowArray, tokenizer: Tokenizer, named: str) -> dict[str, Any] | None:
-    """What `write_zarr` says of the array, if it wrote it; DataError if that is another one."""
+def _hashes(array: RowArray, tokenizer: Tokenizer, named: str) -> Any:
+    """The hashes that `write_zarr` wrote of the array, None if it did not write it.
+
+    DataError if it tells of another array, or if that is not how it writes.
+    """
     place = _beside(array.place, MANIFEST)
     manifest = read_json(open_store(_beside(array.place, "")), MANIFEST) or {}
-    about = manifest.get("arrays", {}).get(array.name)
-    if about is None:
-        return None
-    if manifest["tokenizer"] != tokenizer.name:
-        raise DataError(f"{array.place} was written with the tokenizer {manifest['tokenizer']}, "
-                        f"but data.tokenizer={named!r} is {tokenizer.name}; name the other "
+    try:
+        about = manifest.get("arrays", {}).get(array.name)
+        if about is None:
+            return None
+        theirs, hashes = manifest["tokenizer"], about["sha256"]
+        rows, width = about["rows"], manifest["row_tokens"]
+    except (AttributeError, KeyError, TypeError):
+        raise DataError(f"{place} is not as write_zarr writes it; copy it again, or move it away "
+                        f"to read the arrays without it") from None  # fmt: skip
+    if theirs != tokenizer.name:
+        raise DataError(f"{array.place} was written with the tokenizer {theirs!s:.100}, but "
+                        f"data.tokenizer={named!r} is {tokenizer.name}; name the other "
                         f"one")  # fmt: skip
-    if [about["rows"], manifest["row_tokens"]] != [array.rows, array.width]:
-        raise DataError(f"{place} tells of {about['rows']} rows of {manifest['row_tokens']}, but "
-                        f"{array.place} has {array.rows} of {array.width}; they do not belong "
+    if [rows, width] != [array.rows, array.width]:
+        raise DataError(f"{place} tells of {rows!r:.50} rows of {width!r:.50}, but {array.place} "
+                        f"has {array.rows} of {array.width}; they do not belong "
                         f"together")  # fmt: skip
-    return about
+    return hashes
 
 
 def _band_rows(array: RowArray) -> int:

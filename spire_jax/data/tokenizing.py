@@ -9,7 +9,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-import json
 import multiprocessing
 import os
 import pathlib
@@ -21,6 +20,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from spire_jax.config.schema import BYTES
+from spire_jax.config.values import parse_json
 from spire_jax.data.corpus import DataError
 from spire_jax.data.sources import is_heldout, is_text, read_whole, text_folder
 from spire_jax.data.tokenizer import make_tokenizer
@@ -190,7 +190,7 @@ def _lines(root: pathlib.Path, block: Block, plan: Plan) -> Iterator[tuple[str, 
             if line.isspace():
                 continue
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 text = record.get(plan.field) if isinstance(record, dict) else None
                 if not isinstance(text, str):
                     raise ValueError(f"no JSON object with a string {plan.field!r}")

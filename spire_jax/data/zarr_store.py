@@ -1,13 +1,13 @@
 """Folders and buckets of token arrays, through TensorStore, which reads and writes them in time."""
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import tensorstore as ts
 
+from spire_jax.config.values import parse_json
 from spire_jax.data.corpus import DataError
 
 SECONDS = 30.0  # for one request when a corpus is opened; TensorStore's own retries take minutes
@@ -52,10 +52,15 @@ def read_key(store: ts.KvStore, key: str) -> bytes | None:
     return found.value if found.state == "value" else None
 
 
-def read_json(store: ts.KvStore, key: str) -> Any:
-    """What a key holds, None if there is no such key; DataError if that is no JSON."""
+def read_json(store: ts.KvStore, key: str) -> dict[str, Any] | None:
+    """What a key holds, None if there is no such key; DataError if that is no JSON object."""
     content = read_key(store, key)
+    if content is None:
+        return None
     try:
-        return None if content is None else json.loads(content)
+        value = parse_json(content)
     except ValueError as error:
         raise DataError(f"{store.url}{key} is no JSON ({error}); copy the data again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{store.url}{key} is no JSON object; copy the data again")
+    return value

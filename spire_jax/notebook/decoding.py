@@ -100,8 +100,7 @@ def decode(
         for i, prompt in enumerate(prompts)
     ]
     rows = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
-    k = max(loaded.decoder.k, *loaded.depths, 0)
-    width = max((len(r.tokens) for r in requests), default=1) + max_tokens + k
+    width = max((len(r.tokens) for r in requests), default=1) + max_tokens + loaded.deepest
     rounds: dict[int | str, list[Round]] = {request.id: [] for request in requests}
 
     def watch(request: Request, tokens: list[int], accepted: int, k: int) -> None:
@@ -135,9 +134,9 @@ def coloured(decoded: Decoded) -> str:
         parts.append(
             f'<div class="spire-text"><span class="prompt">{_escaped(answer.prompt)}</span>'
             f"{_tokens(answer, decoded.tokenizer)}</div>{_bars(lengths)}"
-            f"<div>{len(result.tokens)} tokens in {len(lengths)} rounds: tau "
-            f"{sum(lengths) / max(len(lengths), 1):.2f}; {share['accepted']} of "
-            f"{share['drafted']} drafted tokens accepted</div>"
+            f"<div>{len(result.tokens)} tokens in {len(lengths)} rounds: tau {result.tau:.2f}, "
+            f"{result.kept:.2f} kept a round; {share['accepted']} of {share['drafted']} drafted "
+            f"tokens accepted</div>"
         )
     return "\n".join(parts)
 

@@ -6,6 +6,7 @@ file on its own, so that the host holds about one parameter beside those that ar
 a process of many reads what its devices need.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from spire_jax.config.schema import ModelConfig
+from spire_jax.config.values import parse_json
 from spire_jax.models.sharding import spec
 from spire_jax.models.transformer import Model, Params, Transformer
 from spire_jax.pretrained import PretrainedError
@@ -66,20 +68,21 @@ class Checkpoint:
         return content.hexdigest()
 
     def cached_sha256(self, cache_dir: str | os.PathLike[str]) -> str:
-        """`sha256`, kept in `cache_dir` for as long as no file's size or time changes."""
+        """`sha256`, kept in `cache_dir`, where that can be, until a file's size or time changes."""
         stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in self.files]
         files = [list(stat) for stat in sorted(stats)]
         names = json.dumps([name for name, _, _ in files])
         place = pathlib.Path(cache_dir) / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.json"
         try:
-            kept = json.loads(place.read_text())
+            kept = parse_json(place.read_bytes())
             if kept["files"] == files:
                 return str(kept["model_sha256"])
         except (OSError, ValueError, KeyError, TypeError):
             pass  # absent, damaged or a hash of the files: hashed again
-        place.parent.mkdir(parents=True, exist_ok=True)
         kept = {"files": files, "model_sha256": self.sha256}
-        write_whole(place, json.dumps(kept, indent=1) + "\n")
+        with contextlib.suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(place, json.dumps(kept, indent=1) + "\n")
         return self.sha256
 
     def load(self, model: Model, mesh: Mesh | None, dtype: str = "float32") -> Params:

@@ -30,7 +30,7 @@ from spire_jax.config.values import section, to_dict
 from spire_jax.models.transformer import Params
 from spire_jax.pretrained import PretrainedError
 from spire_jax.pretrained.safetensors_file import WEIGHTS, read_json, read_safetensors
-from spire_jax.storage.checkpoint_files import abstract_tree_of, flatten, is_nested_dict
+from spire_jax.storage.checkpoint_files import flatten, is_nested_dict
 from spire_jax.storage.metrics import write_whole
 
 FORMAT = 2  # in 1 the hash was that of the target's files
@@ -79,10 +79,20 @@ class ExportedDraft:
         if abstract is not None:
             _compare(place, stated, _kinds(abstract), "the model has; build it from this draft's "
                      "config and target")  # fmt: skip
-        tree = abstract_tree_of([[list(path), *kind] for path, *kind in self.leaves])
-        names, structure = jax.tree_util.tree_flatten_with_path(tree)
-        values = [arrays[_name(tuple(k.key for k in keys))] for keys, _ in names]
-        return jax.tree.unflatten(structure, values)
+            model = jax.tree_util.tree_flatten_with_path(abstract)[0]
+            keys = {tuple(key.key for key in path) for path, _ in model}
+            if keys != {path for path, *_ in self.leaves}:
+                raise PretrainedError(
+                    f"{self.path / CONFIG}: leaves has texts where the model's keys are numbers, "
+                    f"or the reverse; export the draft again"
+                )
+        params: Params = {}
+        for (*parents, last), *_ in self.leaves:
+            node = params
+            for key in parents:
+                node = node.setdefault(key, {})
+            node[last] = arrays[_name((*parents, last))]
+        return params
 
 
 def export_draft(

@@ -130,9 +130,10 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
     metadata: dict[str, Any] = {}
     for _ in range(n_values):
         key = reader.string("a key", MAX_KEY)
+        shown = f"{key!r:.100}"
         if key in metadata:
-            reader.refuse(f"the key {key!r} is given twice")
-        metadata[key] = reader.value(reader.u32(f"the type of {key!r}"), f"the value of {key!r}")
+            reader.refuse(f"the key {shown} is given twice")
+        metadata[key] = reader.value(reader.u32(f"the type of {shown}"), f"the value of {shown}")
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         reader.refuse(f"general.alignment is {alignment!r}, no power of two")

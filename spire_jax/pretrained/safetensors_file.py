@@ -5,7 +5,6 @@ gives anything out: sizes, dtypes, shapes, offsets without holes or overlaps.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -15,10 +14,12 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
+from spire_jax.config.values import parse_json
 from spire_jax.pretrained import PretrainedError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE = {"F32": 4, "F16": 2, "BF16": 2}  # types of weights, and their bytes
+MAX_NAME = 255  # bytes of a file's name, in most file systems
 MAX_JSON = 1 << 27  # bytes of an index or a config; an index of 100,000 tensors takes a tenth
 
 
@@ -116,9 +117,10 @@ def read_directory(directory: pathlib.Path) -> SafetensorsFiles:
         raise PretrainedError(f"{path}: weight_map must give a file for each tensor's name")
     shards = sorted(set(places.values()))
     for shard in shards:
-        if shard in ("", ".", "..") or {"/", "\\", "\0"} & set(shard):
+        bad = shard in ("", ".", "..") or {"/", "\\", "\0"} & set(shard)
+        if bad or len(shard.encode(errors="replace")) > MAX_NAME:
             raise PretrainedError(
-                f"{path}: {shard!r} is no plain file name; shards lie beside the index"
+                f"{path}: {shard!r:.100} is no plain file name; shards lie beside the index"
             )
     weights = read_safetensors(*(directory / shard for shard in shards))
     held = {name: tensor.path.name for name, tensor in weights.tensors.items()}
@@ -149,8 +151,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON:
         raise PretrainedError(f"{path} is larger than {MAX_JSON} bytes, no file of this kind")
     try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        values = parse_json(path.read_bytes())
+    except ValueError as error:
         raise PretrainedError(f"{path} is not JSON ({error}); fetch it again") from error
     if not isinstance(values, dict):
         raise PretrainedError(f"{path} holds {type(values).__name__}, not a JSON object")

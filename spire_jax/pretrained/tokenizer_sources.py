@@ -19,6 +19,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from spire_jax.config.values import parse_json
 from spire_jax.pretrained import PretrainedError
 from spire_jax.pretrained.chat import choose_template
 from spire_jax.pretrained.gguf_file import is_gguf, read_gguf
@@ -30,6 +31,7 @@ GPT2, DIGITS, LLAMA3, QWEN2 = "gpt2", "digits", "llama3", "qwen2"
 SPLITS = {"gpt-2": GPT2, "smollm": DIGITS, "starcoder": DIGITS, "refact": DIGITS,
           "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "qwen2": QWEN2}  # fmt: skip
 _PATTERNS = {LLAMA3: _WORDS + r"\p{N}{1,3}" + _REST, QWEN2: _WORDS + r"\p{N}" + _REST}
+MAX_PIECE = 512  # characters; its merges are found by trying every place to cut it
 # Types of tokens in GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # Tokens that end a turn or a text, of whatever type; GGUF often names one of several. As llama.cpp.
@@ -152,8 +154,8 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     try:
-        value = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(_text(path))
+    except ValueError as error:
         raise PretrainedError(f"{path} is no JSON: {error}; fetch it again") from None
     if not isinstance(value, dict):
         raise PretrainedError(f"{path} is no JSON object; fetch it again")
@@ -254,6 +256,11 @@ def from_gguf(path: pathlib.Path, metadata: Mapping[str, Any]) -> Description:
             backend = _byte_level(vocabulary, merges, split, prefix)
         else:
             split, scores = "", _list(path, metadata, "scores", float, len(tokens))
+            if (longest := max(map(len, tokens), default=0)) > MAX_PIECE:
+                raise PretrainedError(
+                    f"{path}: a token has {longest} characters, and of SentencePiece's none has "
+                    f"more than {MAX_PIECE}; fetch the file again"
+                )
             merges = _merges_of_scores(vocabulary, scores, types)
             backend = _sentencepiece(vocabulary, merges, ids.get("unk_token"), tokens, prefix)
     special = [t for t, k in zip(tokens, types, strict=True) if k in (CONTROL, UNKNOWN)]

@@ -9,7 +9,6 @@ the stages' stamps say.
 import contextlib
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from jaxtyping import Float
 
 from spire_jax.config import schema
 from spire_jax.config.schema import AUTOREGRESSIVE
+from spire_jax.config.values import parse_json
 from spire_jax.storage.paths import Place
 
 EVALUATE_AGAIN = "run the stage `evaluate` again"
@@ -63,7 +63,7 @@ def read_inputs(workdir: Place, config: schema.ExperimentConfig) -> Inputs:
     """
     path = workdir / "eval" / "evaluation.json"
     with _usable(path, EVALUATE_AGAIN):
-        evaluation = json.loads(path.read_text())
+        evaluation = parse_json(path.read_bytes())
     names = [name for name, _ in config.drafts]
     counts = read_counts(workdir / "eval", [AUTOREGRESSIVE, *names], config)
     metrics = {}
@@ -131,7 +131,7 @@ def _sum_documents(rows: list[dict[str, Any]]) -> Counts:
 
 
 def _rows(path: Place) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+    rows = [parse_json(line) for line in path.read_bytes().split(b"\n") if line]
     if not rows:
         raise ValueError("it is empty")
     return rows

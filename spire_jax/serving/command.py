@@ -44,10 +44,10 @@ from spire_jax.serving.loading import Loaded, for_method, load_for_decoding
 from spire_jax.serving.outputs import Results, open_results
 from spire_jax.serving.prompts import RequestError
 from spire_jax.serving.records import Failure, Request, Result
-from spire_jax.serving.requests import FORMATS, Defaults, positions, read_requests
+from spire_jax.serving.requests import FORMATS, Defaults, prompt_length, read_requests
 from spire_jax.training.workdir import ERRORS
 
-WIDTH = 2048  # positions of a row where the requests are not known beforehand
+WIDTH = 2048  # of a row, without k, where the requests are not known beforehand
 STEP = 256  # a width that follows from the requests is a multiple of it
 SIDE_BY_SIDE = 8  # requests, where there may be many
 
@@ -78,9 +78,10 @@ def arguments() -> argparse.ArgumentParser:
     add("--batch-size", type=int, help="requests side by side; by default 8, 1 for a text or "
         "--interactive, and on several devices the next multiple of their data x fsdp")  # fmt: skip
     add("--width", type=int, help="positions of a request: prompt + output + k; by default what "
-        "the requests need")  # fmt: skip
+        f"the requests need, or, where they are not known beforehand, {WIDTH} + k")  # fmt: skip
     add("--chunk", type=int, help="prompt tokens read at once (decode.chunk)")
-    add("--max-tokens", type=int, default=128, help="tokens to generate, unless a line says")
+    add("--max-tokens", type=int, default=128, help="tokens to generate, unless a line says; of "
+        "several turns, in each")  # fmt: skip
     add("--temperature", type=float, help="0 = greedy (decode.temperature)")
     add("--top-k", type=int, help="0 = off (decode.top_k)")
     add("--top-p", type=float, help="1 = off (decode.top_p)")
@@ -117,7 +118,7 @@ def _run(args: argparse.Namespace, config: ExperimentConfig, compiled: "_Compile
     if args.interactive:
         loaded = load_for_decoding(args, config)
         with jax.set_mesh(loaded.mesh):
-            server = _server(args, config, loaded, 1, args.width or WIDTH)
+            server = _server(args, config, loaded, 1, args.width or WIDTH + loaded.deepest)
             converse(server, defaults, Console())
         return 0
     form = args.format or ("jsonl" if args.prompts.endswith(".jsonl") else "text")
@@ -128,7 +129,8 @@ def _run(args: argparse.Namespace, config: ExperimentConfig, compiled: "_Compile
         results.made_by(loaded.made_by)
         requests: list[Request | Failure] | Inbox
         if args.prompts == "-" and form != "text":
-            requests, width = Inbox(results.left(source)), args.width or WIDTH
+            requests = Inbox(results.left(source))
+            width = args.width or WIDTH + loaded.deepest
         else:
             everything = list(source)
             # Of those that are done too: outputs depend on the width.
@@ -159,7 +161,7 @@ def _serve(
             results.write(found)
             if isinstance(found, Failure):
                 failed += 1
-                print(f"error: {found.error}", file=sys.stderr)
+                print(f"error: {found.id!r}: {found.error}", file=sys.stderr)
                 continue
             served += 1
             waited.append(found.every[0].first_token)
@@ -204,6 +206,8 @@ class _Tally:
         self.tokens += len(result.tokens)
 
     def __str__(self) -> str:
+        if not self.rounds:
+            return "no rounds"
         kept = mean_generation_length(self.tokens, self.rounds)
         return (f"tau {mean_generation_length(self.emitted, self.rounds):.3f}, of which "
                 f"{kept:.3f} tokens a round were kept")  # fmt: skip
@@ -214,8 +218,7 @@ def _server(
 ) -> Server:
     """A server of `--batch-size` slots; without one, of as many from `least` as the mesh allows."""
     decode, model = config.decode, loaded.decoder.target.config
-    deepest = max(loaded.decoder.k, *loaded.depths, 0)
-    width = min(width, model.max_len + deepest) if model.max_len else width
+    width = min(width, model.max_len + loaded.deepest) if model.max_len else width
     chunk_rows = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
     batch = args.batch_size or -(-least // chunk_rows) * chunk_rows
     if batch % chunk_rows:
@@ -231,23 +234,24 @@ def _needed(requests: Sequence[Request | Failure], loaded: Loaded, max_tokens: i
     """Positions for the longest of requests, in steps.
 
     Those that no model's context limits are not to be had for the asking: a line whose own
-    max_tokens goes beyond `WIDTH`, and beyond the longest prompt with `max_tokens`, fails alone.
+    max_tokens goes beyond `WIDTH`, and beyond what the others need with `max_tokens`, fails alone.
+    Of several turns as many as there is room for are answered. (As if answers, read as text, took
+    no more tokens than they were written in.)
     """
-    k, model = max(loaded.decoder.k, *loaded.depths, 0), loaded.decoder.target.config
-    asked = [r for r in requests if isinstance(r, Request)]
-    longest = max((len(r.tokens) for r in asked), default=0)
-    most = model.max_len + k if model.max_len else _stepped(max(WIDTH, longest + max_tokens + k))
-    needs = [positions(r, loaded.tokenizer) + k for r in asked]
-    return _stepped(max([n for n in needs if n <= most], default=1))
-
-
-def _stepped(width: int) -> int:
-    return -(-width // STEP) * STEP
+    asked = [(r, prompt_length(r, loaded.tokenizer), max(len(r.turns), 1))
+             for r in requests if isinstance(r, Request)]  # fmt: skip
+    longest = max((length + max_tokens * turns for _, length, turns in asked), default=0)
+    most = loaded.decoder.target.config.max_len or max(WIDTH, longest)
+    needs = [min(length + r.max_tokens * turns, most)
+             for r, length, turns in asked if len(r.tokens) + r.max_tokens <= most]  # fmt: skip
+    return -(-(max(needs, default=1) + loaded.deepest) // STEP) * STEP
 
 
 def _check(args: argparse.Namespace) -> None:
     if args.interactive == bool(args.prompts):
         raise RequestError("give --prompts=FILE (or -), or --interactive")
+    if args.workdir and not args.config:
+        raise RequestError(f"--workdir={args.workdir}: give the --config that it was made with")
     for name in ("batch_size", "width", "chunk", "max_tokens"):
         value = getattr(args, name)
         if value is not None and not 1 <= value < MOST:

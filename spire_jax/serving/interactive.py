@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.text import Text
 
 from spire_jax.data.tokenizer import Tokenizer
-from spire_jax.results.intervals import mean_generation_length
 from spire_jax.serving.batching import Server
 from spire_jax.serving.prompts import RequestError, has_chat
 from spire_jax.serving.records import Failure, Request, Result
@@ -74,14 +73,12 @@ def _answer(server: Server, request: Request, console: Console) -> Result | None
                 _say(console, f"error: {found.error}")
                 return None
             printer.end(found)
-            seconds, rounds = time.perf_counter() - begin, len(found.generation_lengths)
-            tau = mean_generation_length(found.generation_lengths, rounds)
+            seconds = time.perf_counter() - begin
             speed = len(found.tokens) / max(found.decode, 1e-9)
             _say(
                 console,
                 f"\n[{len(found.tokens)} tokens in {seconds:.2f} s, {speed:.1f} tokens/s, "
-                f"tau {tau:.2f}, {len(found.tokens) / max(rounds, 1):.2f} kept a round, "
-                f"{found.finish_reason}]",
+                f"tau {found.tau:.2f}, {found.kept:.2f} kept a round, {found.finish_reason}]",
                 "dim",
             )
             return found
@@ -115,7 +112,7 @@ class Printer:
             self._runs.append((len(self._text), style))
             self._text += self._stream.feed([t for t in run if t not in self._ends])
         cut = first_stop(self._text, self._stop)
-        self._print(cut if cut >= 0 else len(self._text) - self._held)
+        self._print(cut if cut >= 0 else max(len(self._text) - self._held, 0))
 
     def end(self, result: Result) -> None:
         """What was held back, as far as it belongs to the answer."""

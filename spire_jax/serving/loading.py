@@ -2,12 +2,16 @@
 
 import argparse
 import dataclasses
+import functools
+import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
+from spire_jax.config.identity import digest
+from spire_jax.config.registry import DRAFT_KINDS
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig, StudyConfig
 from spire_jax.config.validation import validate_decoding
 from spire_jax.config.values import convert, to_dict
@@ -17,7 +21,8 @@ from spire_jax.decoding.rounds import Decoder, Weights
 from spire_jax.models.sharding import check_mesh, make_mesh, shardings
 from spire_jax.models.transformer import Params
 from spire_jax.pretrained.checkpoint import open_checkpoint
-from spire_jax.pretrained.exported_draft import ExportedDraft, import_draft
+from spire_jax.pretrained.exported_draft import CONFIG, ExportedDraft, import_draft
+from spire_jax.storage.paths import cache_folder
 from spire_jax.training.tasks import draft_task, target_task, with_shared
 from spire_jax.training.workdir import WorkDir, params_sha256
 
@@ -33,6 +38,11 @@ class Loaded(NamedTuple):
     mesh: Mesh
     depths: tuple[int, ...]  # to choose k among; () = the decoder's alone
     made_by: Mapping[str, Any] = {}  # what decides what it makes of a prompt; {} = not asked for
+
+    @property
+    def deepest(self) -> int:
+        """Tokens that a round may draft, and a row has room for beyond its output."""
+        return max(self.decoder.k, *self.depths, 0)
 
 
 def for_method(
@@ -60,6 +70,9 @@ def for_method(
             "safetensors; or the --workdir where it was trained"
         )
     if args.draft is not None and args.method != AUTOREGRESSIVE:
+        if not (pathlib.Path(args.draft) / CONFIG).is_file():
+            raise ConfigError(f"--draft={args.draft} holds no {CONFIG}; give a folder that python "
+                              f"-m spire_jax.export has written")  # fmt: skip
         config = _only(config, ())
         validate_decoding(config)
         return config, None
@@ -93,14 +106,19 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
         _check_method(config, name)
     tokenizer = make_tokenizer(config.data.tokenizer)
     decoder = make_decoder(config, name, () if args.ignore_eos else end_tokens(tokenizer))
-    target, drafts = of_target.params(), {}
+    target, drafts = of_target.params, {}
     if name in config.trained:
         drafts[name] = (of_target.draft(name, target) if exported is None
                         else _placed(exported, config, name, target, of_target.mesh))  # fmt: skip
     depths = config.decode.depths if decoder.strategy is not None else ()
     made_by = {}
     if args.out != "-":
-        made_by = _made_by(config, name, decoder, depths, of_target.sha256, drafts.get(name))
+        of = {"target": of_target.sha256[:16], "tokenizer": tokenizer.name}
+        if template := getattr(tokenizer, "chat_template", None):
+            of["chat_template"] = digest(template)
+        if name in drafts:
+            of["draft"] = params_sha256(drafts[name])[:16]
+        made_by = _made_by(config, name, decoder, depths) | of
     target, drafts = for_decoding(config, target, drafts)
     weights = Weights(target, drafts.get(name))
     return Loaded(decoder, weights, tokenizer, of_target.mesh, depths, made_by)
@@ -124,20 +142,25 @@ def _check_method(config: ExperimentConfig, name: str) -> None:
 
 
 def _made_by(
-    config: ExperimentConfig, name: str, decoder: Decoder, depths: Sequence[int],
-    target_sha256: str, draft: Params,
-) -> dict[str, Any]:  # fmt: skip
-    """What decides what comes of a prompt, but for shapes, by which rounding alone differs."""
-    decode = config.decode
+    config: ExperimentConfig, name: str, decoder: Decoder, depths: Sequence[int]
+) -> dict[str, Any]:
+    """Beside weights, what decides what comes of a prompt.
+
+    But for shapes, and for kernels: by those rounding alone differs.
+    """
+    decode, method = config.decode, {"kind": name}
+    if name != AUTOREGRESSIVE:
+        draft = config.draft(name)
+        own = {f.name for f in dataclasses.fields(draft) if getattr(draft, f.name) != f.default}
+        method = {key: x for key, x in to_dict(draft).items() if key == "kind" or key in own}
     return {
-        "method": name if name == AUTOREGRESSIVE else to_dict(config.draft(name)),
+        "method": method,
         "k": list(depths) or decoder.k,
         "verification": decode.verification,
         "sampling": dataclasses.asdict(decoder.sampling),
         "ends": list(decoder.ends),
         "dtype": decode.dtype,
-        "target": target_sha256[:16],
-        "draft": params_sha256(draft)[:16] if draft is not None else None,
+        "pretrained_dtype": config.pretrained.dtype if config.pretrained.path else None,
     }
 
 
@@ -157,7 +180,8 @@ class _Target:
 
     def __init__(self, config: ExperimentConfig, workdir: str | None):
         self.config, self.workdir = config, None
-        if workdir is not None:
+        # A checkpoint by itself needs none, and no corpus, whose tokens may take long.
+        if workdir is not None and (config.trained or not config.pretrained.path):
             self.workdir = WorkDir(config, workdir)
             self.mesh = self.workdir.mesh
         else:
@@ -165,10 +189,15 @@ class _Target:
             self.mesh = make_mesh(config.mesh)
             check_mesh(self.mesh, config)
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
-        return self.workdir.target_sha256 if self.workdir else self.checkpoint.sha256
+        if self.workdir is None:
+            return self.checkpoint.cached_sha256(cache_folder())
+        if self.workdir.pretrained is not None:
+            return self.workdir.target_sha256
+        return params_sha256(self.params)  # of what was trained: loaded once
 
+    @functools.cached_property
     def params(self) -> Params:
         if self.workdir is not None:
             return self.workdir.target()
@@ -176,7 +205,7 @@ class _Target:
         return self.checkpoint.load(model, self.mesh, self.config.pretrained.dtype)
 
     def draft(self, name: str, target: Params) -> Params:
-        assert self.workdir is not None  # `_method` asks for a work directory
+        assert self.workdir is not None  # `for_method` asks for a work directory
         return self.workdir.draft(name, target)
 
 
@@ -196,4 +225,8 @@ def method_name(config: ExperimentConfig, method: str | None) -> str:
         return alike[0]
     of = "" if method is None else " of this kind"
     why = f"the config has {len(alike)} drafts{of}" if alike or method is None else "unknown"
-    raise ConfigError(f"--method={method or ''}: {why}; choose from {[*names, AUTOREGRESSIVE]}")
+    make = ""
+    if not alike and method in DRAFT_KINDS.names():
+        why, make = "no draft is of this kind", f", or make one: --config.drafts.NAME.kind={method}"
+    raise ConfigError(f"--method={method or ''}: {why}; choose from "
+                      f"{[*names, AUTOREGRESSIVE]}{make}")  # fmt: skip

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from spire_jax.config.identity import differences
+from spire_jax.config.values import parse_json
 from spire_jax.serving.prompts import RequestError
 from spire_jax.serving.records import Failure, Id, Request, Result
 
@@ -101,13 +102,18 @@ def _written(file: pathlib.Path) -> tuple[dict[Id, str], list[dict[str, Any]]]:
     made_by: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
+            if not isinstance(record, dict):
+                raise ValueError
             if "error" in record:
                 continue
-            served[record["id"]] = record["asked"]
-            if record["made_by"] not in made_by:
-                made_by.append(record["made_by"])
-        except (ValueError, KeyError, TypeError):
+            name, asked, values = record["id"], record["asked"], record["made_by"]
+            if type(name) not in (str, int) or type(asked) is not str or type(values) is not dict:
+                raise ValueError
+            served[name] = asked
+            if values not in made_by:
+                made_by.append(values)
+        except (ValueError, KeyError):
             raise _not_ours(file, number) from None
     # A few bytes may begin a line of ours only where others of ours stand before them.
     if torn and not torn.startswith(BEGIN) and not (lines and BEGIN.startswith(torn)):

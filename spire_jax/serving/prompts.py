@@ -28,6 +28,8 @@ def encode(kind: str, value: Any, tokenizer: Tokenizer) -> Int[np.ndarray, " n"]
         good = isinstance(value, list) and bool(value)
         if not good or not all(isinstance(turn, str) and turn for turn in value):
             raise RequestError("turns must be a list of texts, none empty")
+        for turn in value[1:]:  # what is no text is refused before anything is answered
+            _text(turn, tokenizer)
         tokens = encode_turns(value[:1], [], tokenizer)
     else:
         if not isinstance(value, str):

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from spire_jax.results.intervals import mean_generation_length
+
 Id = str | int
 EOS, STOP, LENGTH = "eos", "stop", "length"  # why a request ended
 
@@ -33,11 +35,14 @@ class Failure:
     id: Id
     error: str
     line: int = 0
+    category: str = ""
     answers: tuple["Result", ...] = ()  # to the turns before the one that failed
 
     def record(self) -> dict[str, Any]:
         """The output line."""
         values: dict[str, Any] = {"id": self.id, "line": self.line}
+        if self.category:
+            values["category"] = self.category
         if self.answers:
             values["turns"] = [answer.answer() for answer in self.answers]
         return values | {"error": self.error}
@@ -47,7 +52,7 @@ def refused(request: Request, error: str) -> Failure:
     """A request, or a later turn of one, that cannot be served."""
     if request.answers:
         error = f"turn {len(request.answers) + 1}: {error}"
-    return Failure(request.id, error, request.line, request.answers)
+    return Failure(request.id, error, request.line, request.category, request.answers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +69,16 @@ class Result:
     prefill: float  # ... to its first round
     decode: float  # ... to its end
     first_token: float = 0.0  # seconds from when it was read to its first token
+
+    @property
+    def tau(self) -> float:
+        """Tokens per round, of what the rounds accepted (docs/words.md)."""
+        return float(mean_generation_length(self.generation_lengths, len(self.generation_lengths)))
+
+    @property
+    def kept(self) -> float:
+        """Tokens per round, of what became output."""
+        return float(mean_generation_length(len(self.tokens), len(self.generation_lengths)))
 
     @property
     def every(self) -> "tuple[Result, ...]":
@@ -88,7 +103,8 @@ class Result:
             "tokens": self.tokens,
             "finish_reason": self.finish_reason,
             "generation_lengths": self.generation_lengths,
-            "tokens_per_round": round(len(self.tokens) / max(len(self.generation_lengths), 1), 6),
+            "tau": round(self.tau, 6),
+            "kept_per_round": round(self.kept, 6),
             "acceptance": acceptance(self.generation_lengths, self.depths),
             "timing": {
                 "queued": round(self.queued, 6),

@@ -13,7 +13,9 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from spire_jax.config.files import in_words
 from spire_jax.config.identity import digest
+from spire_jax.config.values import parse_json
 from spire_jax.data.tokenizer import Tokenizer
 from spire_jax.serving.prompts import PROMPTS, RequestError, encode, encode_turns
 from spire_jax.serving.records import Failure, Id, Request, Result, refused
@@ -81,7 +83,8 @@ def request_of(
         raise RequestError(f"category={category!r} must be a string")
     tokens = encode(given[0], values[given[0]], tokenizer)
     turns = tuple(values.get("turns", ()))
-    asked = digest([tokens.tolist(), turns, max_tokens, seed, stop])
+    # Not its tokens: a chat template may write the date.
+    asked = digest([given[0], values[given[0]], max_tokens, seed, stop])
     return Request(name, tokens, max_tokens, seed, tuple(stop), line, category, turns, (), asked)
 
 
@@ -100,18 +103,14 @@ def next_turn(result: Result, tokenizer: Tokenizer) -> Request | Failure | None:
     return dataclasses.replace(request, tokens=tokens, seed=seed, answers=answers)
 
 
-def positions(request: Request, tokenizer: Tokenizer) -> int:
-    """Positions that a request takes, prompt and output; of several turns, all of them.
-
-    As if answers, read as text, took no more tokens than they were written in.
-    """
-    if not request.turns:
-        return len(request.tokens) + request.max_tokens
+def prompt_length(request: Request, tokenizer: Tokenizer) -> int:
+    """Tokens of a prompt; of several turns, of all of them, with answers of none."""
+    if len(request.turns) < 2:
+        return len(request.tokens)
     try:
-        prompt = encode_turns(request.turns, [((), "")] * (len(request.turns) - 1), tokenizer)
+        return len(encode_turns(request.turns, [((), "")] * (len(request.turns) - 1), tokenizer))
     except RequestError:  # a template that wants more of an answer
-        prompt = request.tokens
-    return len(prompt) + request.max_tokens * len(request.turns)
+        return len(request.tokens)
 
 
 def derived_seed(seed: int, name: str) -> int:
@@ -124,7 +123,7 @@ def _read(line, number, index, form, tokenizer, defaults) -> Request | Failure:
     name: Id = index
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # a file may begin with a BOM
-        values = json.loads(text) if form == "jsonl" else {"prompt": text}
+        values = parse_json(text) if form == "jsonl" else {"prompt": text}
         if form == "lines":
             values = {"prompt": text.rstrip("\r\n")}
         if not isinstance(values, dict):
@@ -137,10 +136,8 @@ def _read(line, number, index, form, tokenizer, defaults) -> Request | Failure:
     except json.JSONDecodeError as error:
         return Failure(name, f"line {number} is not JSON: {error.msg} at column {error.colno}; "
                              f"for plain text use --format=text or lines", number)  # fmt: skip
-    except RecursionError:
-        return Failure(name, f"line {number}: it is nested too deeply", number)
-    except ValueError as error:  # RequestError; a whole number of too many digits
-        return Failure(name, f"line {number}: {error}", number)
+    except ValueError as error:  # RequestError; JSON that is nested too deeply, and the like
+        return Failure(name, f"line {number}: {in_words(error)}", number)
 
 
 def _id(values: dict[str, Any], index: int) -> Id:

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from spire_jax.config.identity import differences
+from spire_jax.config.values import parse_json
 from spire_jax.storage.bucket import in_bucket
 from spire_jax.storage.paths import write_whole
 
@@ -139,7 +140,7 @@ def _check_files(path: epath.Path) -> None:
     if not (path / FILES_FILE).exists():
         return
     try:
-        listed, there = json.loads((path / FILES_FILE).read_text()), _sizes(path)
+        listed, there = parse_json((path / FILES_FILE).read_bytes()), _sizes(path)
     except ValueError as error:
         raise TornError(f"{FILES_FILE}: {error}") from error
     if damaged := differences(listed, {name: there.get(name) for name in listed}):

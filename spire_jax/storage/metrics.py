@@ -16,6 +16,7 @@ from rich.progress import Progress as RichProgress
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
+from spire_jax.config.values import parse_json
 from spire_jax.storage import paths
 from spire_jax.storage.paths import Near, Place, locate
 from spire_jax.storage.processes import is_first
@@ -170,8 +171,9 @@ def _parse(content: bytes, path: Place) -> list[dict[str, Any]]:
     lines = content.splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            step = record["step"]
+            record = parse_json(line)
+            if type(step := record["step"]) is not int:
+                raise ValueError(f"step={step!r:.80} is no whole number")
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 break  # torn: a record and its newline go out together

@@ -4,7 +4,6 @@ A file of a folder is appended to, and replaced by a rename. An object of a buck
 and is there when its upload ends: there are no folders, no renames and no locks.
 """
 
-import json
 import math
 import os
 import pathlib
@@ -15,6 +14,7 @@ from typing import Any, TypeAlias
 from etils import epath
 
 from spire_jax.config.checks import ConfigError
+from spire_jax.config.values import parse_json
 from spire_jax.storage.bucket import in_bucket, open_bucket, watched
 
 Place: TypeAlias = epath.Path | pathlib.Path  # the second, which has less, in tests and notebooks
@@ -33,7 +33,7 @@ def locate(path: str | os.PathLike[str]) -> epath.Path:
 def read_record(path: Place) -> Any:
     """The JSON of a file that a stage wrote; ConfigError where it is damaged."""
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}); move the folder {path.parent} away, and "
                           f"the same command makes it again") from None  # fmt: skip
@@ -100,9 +100,9 @@ def move_aside(folder: epath.Path, kept: epath.Path, stamp: str) -> None:
     folder.rmtree()
 
 
-def cache_folder(workdir: Place) -> pathlib.Path:
+def cache_folder(workdir: Place | None = None) -> pathlib.Path:
     """Where to keep what takes long to make and is the same for all runs: near, for a bucket."""
-    if not in_bucket(workdir):
+    if workdir is not None and not in_bucket(workdir):
         return pathlib.Path(workdir)
     named = os.environ.get("SPIRE_JAX_CACHE")
     return pathlib.Path(named) if named else pathlib.Path.home() / ".cache" / "spire_jax"
