@@ -31,7 +31,9 @@ def export(config: ExperimentConfig, workdir: str, name: str, out: str | pathlib
         PretrainedError: `out` holds something else.
     """
     draft = config.draft(name)
-    if name not in config.trained:
+    if (of := config.weights(name)) not in ("", name):
+        raise ConfigError(f"--draft={name} drafts with the weights of {of}; export that one")
+    if not of:
         raise ConfigError(f"--draft={name}: of kind {draft.kind!r} nothing is trained, so that "
                           f"there is nothing to export; name it in a config")  # fmt: skip
     at = WorkDir(config, workdir)

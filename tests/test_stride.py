@@ -10,10 +10,15 @@ import pytest
 from models import SINK, TINY, WINDOW, init, target, texts
 from models import pair as pair_of
 
+from spire_jax.config import files
+from spire_jax.config.checks import ConfigError
+from spire_jax.config.identity import plan
 from spire_jax.costs.throughput import round_cost
+from spire_jax.decoding.build import for_decoding
 from spire_jax.drafting.stride import StrideOptions, passes
 from spire_jax.models.attention import Compute
 from spire_jax.models.masks import may_attend
+from spire_jax.models.transformer import Model
 
 T, K = 24, 8
 STARTS = np.arange(0, T - K + 1, 3)
@@ -186,3 +191,49 @@ def test_a_rounds_cost_is_the_methods_table(pair, context, wanted):
         found += [round_cost(of, "it", batch=64, context=context, k=4, variant=variant).delta_t
                   for variant in ("per_operator", "with_head")]  # fmt: skip
     assert found == pytest.approx(wanted, abs=0.013)
+
+
+# --- one draft, several ways to decode with it ---------------------------------------------------
+
+CONFIG = ("drafts.spire.kind=stride", "drafts.wide.weights_of=spire", "drafts.wide.stride=4")
+
+
+def test_another_stride_is_a_method_of_the_same_weights():
+    of = files.load("configs/quickstart.py", CONFIG)
+    assert (of.draft("wide").stride, of.draft("spire").stride) == (4, 1)
+    assert dataclasses.replace(of.draft("wide"), stride=1, weights_of="") == of.draft("spire")
+    assert "wide" not in of.trained and of.weights("wide") == of.weights("spire") == "spire"
+    assert of.weights("magicdec") == of.weights("autoregressive") == ""
+    narrow, wide = (
+        plan(files.load("configs/quickstart.py", [*CONFIG[:2], f"drafts.wide.stride={s}"]), "")
+        for s in (2, 4)
+    )
+    assert narrow.drafts == wide.drafts and list(wide.drafts) == ["spire", "vanilla"]
+    assert narrow.evaluate.hash != wide.evaluate.hash
+    params = {"spire": {"x": jnp.zeros(1)}}
+    small = dataclasses.replace(of, drafts=tuple(d for d in of.drafts if d[0] != "vanilla"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Model, "cast", lambda self, tree: tree)
+        _, found = for_decoding(small, {"target": jnp.zeros(1)}, params)
+    assert found["wide"] is found["spire"] is params["spire"] and "target" in found["magicdec"]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["drafts.wide.weights_of=spir"], "drafts.wide.weights_of='spir'"),
+        (["drafts.wide.weights_of=spire", "drafts.wide.window=9"],
+         "drafts.wide.window=9, but spire, whose weights it uses, has 32; leave it out"),
+        (["drafts.wide.weights_of=magicdec"], "weights_of"),
+        (["drafts.wide.weights_of=spire", "drafts.more.weights_of=wide"],
+         "has no weights of its own; name the draft whose they are, 'spire'"),
+        (["drafts.spire.kind=stride", "drafts.spire.strides=3"], r"strides: \[3\] do not divide"),
+        (["drafts.spire.kind=stride", "drafts.spire.strides="], "must be one or more"),
+        (["drafts.spire.kind=stride", "drafts.spire.stride=5"], "more than the 4 tokens that a"),
+        (["drafts.spire.kind=stride", "drafts.spire.attend_self=false"], "attend_self: the tokens"),
+        (["drafts.spire.kind=stride", "drafts.spire.head=gru"], "head='gru'; choose from"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_named(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        files.load("configs/quickstart.py", overrides)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from spire_jax.config.checks import check, choice, not_negative, positive, share
-from spire_jax.config.readers import DRAFT, read_by
+from spire_jax.config.readers import DRAFT, EVALUATE, STUDY, read_by
 from spire_jax.config.registry import LOSSES, below
 
 if TYPE_CHECKING:  # what a draft makes is below this folder
@@ -123,6 +123,8 @@ class TrainedOptions(DraftOptions):
     loss: str = "mixed"  # "hard", "distillation", "mixed", or one of a module in `plugins`
     # Weight of distillation in the mixed loss.
     omega: float = read_by(0.5, DRAFT, when=lambda of: of.loss == "mixed")
+    # Another draft, whose trained parameters this one uses: it differs in how it decodes.
+    weights_of: str = read_by("", EVALUATE, STUDY, when=lambda of: of.weights_of)
     seed: int = 0  # another order of the batches, and another random initialization
     steps: int = read_by(0, DRAFT, as_train=True)  # 0 = train.steps
     peak_lr: float = read_by(0.0, DRAFT, as_train=True)  # 0 = train.peak_lr
@@ -144,6 +146,23 @@ class TrainedOptions(DraftOptions):
         choice(f"{at}.loss", self.loss, LOSSES.names())
         not_negative(self, at, "seed steps peak_lr")
         share(self, at, "omega", whole=True)
+
+        if self.weights_of:
+            self._check_weights(at, dict(config.drafts + config.variants).get(self.weights_of))
+
+    def _check_weights(self, at: str, base: DraftOptions | None) -> None:
+        """ConfigError unless they are those that training makes of this draft, too."""
+        of = self.weights_of
+        check(
+            isinstance(base, type(self)) and not base.weights_of,
+            f"{at}.weights_of={of!r} is no draft of kind {self.kind!r} that is trained",
+        )
+        for field in dataclasses.fields(self):
+            mine, its = getattr(self, field.name), getattr(base, field.name)
+            read = DRAFT in field.metadata.get("read_by", (DRAFT,))
+            check(mine == its or not read,
+                  f"{at}.{field.name}={mine!r}, but {of}, whose weights it uses, has {its!r}; "
+                  f"leave it out")  # fmt: skip
 
     def check_run(self, at: str, config: "ExperimentConfig") -> None:
         train = config.train

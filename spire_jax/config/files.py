@@ -95,7 +95,7 @@ def build(values: Mapping[str, Any], check: Check = validate) -> ExperimentConfi
                               f"{reason}); give a module's dotted name, found from where the "
                               f"command runs or on PYTHONPATH") from error  # fmt: skip
     named = _mapping(values.pop("drafts", {}))
-    drafts = tuple((name, _draft(name, named[name])) for name in sorted(named))
+    drafts = tuple((name, _draft(name, _as_trained(name, named))) for name in sorted(named))
     target = _model(values.pop("target", {}))
     known_here = [f.name for f in dataclasses.fields(of) if f.name != "variants"]
     for name in values:
@@ -124,6 +124,19 @@ def _with_paths(config: ExperimentConfig) -> ExperimentConfig:
             raise ConfigError(f"{at}.{name}: {error}") from None
         config = dataclasses.replace(config, **{at: dataclasses.replace(part, **{name: path})})
     return config
+
+
+def _as_trained(name: str, named: Mapping[str, Any]) -> Any:
+    """A draft's values, on top of those of the draft whose weights it uses."""
+    values = _mapping(named[name], f"drafts.{name}")
+    if not (of := values.get("weights_of")):
+        return values
+    known(of, [other for other in named if other != name], f"drafts.{name}.weights_of={of!r}")
+    base = _mapping(named[of], f"drafts.{of}")
+    if base.get("weights_of"):
+        raise ConfigError(f"drafts.{name}.weights_of={of!r} has no weights of its own; name the "
+                          f"draft whose they are, {base['weights_of']!r}")  # fmt: skip
+    return {**base, **values}
 
 
 def _draft(name: str, values: Any) -> DraftOptions:

@@ -277,7 +277,12 @@ class ExperimentConfig:
     def trained(self) -> dict[str, TrainedOptions]:
         """Everything that is trained on the target, of the drafts and the study's variants."""
         return {name: draft for name, draft in self.drafts + self.variants
-                if isinstance(draft, TrainedOptions)}  # fmt: skip
+                if isinstance(draft, TrainedOptions) and not draft.weights_of}  # fmt: skip
+
+    def weights(self, name: str) -> str:
+        """The draft whose trained parameters a draft uses, itself or another; "": the target's."""
+        draft = dict(self.drafts + self.variants).get(name)
+        return draft.weights_of or name if isinstance(draft, TrainedOptions) else ""
 
 
 # --- sizes derived from a config ---------------------------------------------------------------

@@ -84,10 +84,12 @@ def check_sharding(config: ExperimentConfig, method: str, parallel: TensorParall
     """
     n = parallel.chips
     models = [("target", config.target)]
-    if method in config.trained and parallel.draft_parallelism == "tensor":
+    if config.weights(method) and parallel.draft_parallelism == "tensor":
         models.append((f"drafts.{method}", config.draft(method).model(config.target)))
-    elif parallel.draft_parallelism == "replicated" and (
-        method not in (AUTOREGRESSIVE, *config.trained)
+    elif (
+        parallel.draft_parallelism == "replicated"
+        and method != AUTOREGRESSIVE
+        and not config.weights(method)
     ):
         raise ConfigError(f"draft_parallelism='replicated': {method} drafts with the target, whose "
                           f"weights are sharded; use 'tensor'")  # fmt: skip
@@ -281,7 +283,7 @@ def rows(
 
 
 def _ways(config: ExperimentConfig, method: str, n: int) -> tuple[str, ...]:
-    both = n > 1 and method in config.trained
+    both = n > 1 and bool(config.weights(method))
     return DRAFT_PARALLELISM if both else DRAFT_PARALLELISM[:1]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import rich.console
 import rich.table
 
-from spire_jax.config.drafts import DraftCost
+from spire_jax.config.drafts import DraftCost, TrainedOptions
 from spire_jax.config.files import command_line, ends_in_a_line
 from spire_jax.config.schema import (
     AUTOREGRESSIVE,
@@ -135,7 +135,9 @@ def memory_bytes(
     if draft is None:
         return held
     model, cost = draft
-    if options := config.trained.get(method):  # else it has the target's weights
+    if config.weights(method):  # else it has the target's
+        options = config.draft(method)
+        assert isinstance(options, TrainedOptions)
         # A chip that drafts alone needs the whole of a table that the target has sharded.
         lent = options.shared if drafting is group else ()
         rows = 0 if "embedding" in lent else model.vocab_size

@@ -34,15 +34,13 @@ def for_decoding(
 ) -> tuple[Params, dict[str, Params]]:
     """Parameters in decode.dtype: the target's, and those of drafts.
 
-    `drafts` holds those that were trained. Where nothing is trained the target's are the draft's:
-    such drafts of the config come along.
+    `drafts` holds those that were trained. With them come the config's drafts that use theirs, and
+    those that nothing is trained for: the target's are theirs.
     """
     compute = compute_for(config.decode, config.train)
     target = target_model(config, compute).cast(target)
     return target, {
-        name: strategy(config, name, compute).model.cast(drafts[name])
-        if name in config.trained
-        else target
+        name: strategy(config, name, compute).model.cast(drafts[of]) if of else target
         for name, _ in config.drafts + config.variants
-        if name in drafts or name not in config.trained
+        if not (of := config.weights(name)) or of in drafts
     }

@@ -77,9 +77,9 @@ def for_method(
         validate_decoding(config)
         return config, None
     name = method_name(config, args.method)
-    config = _only(config, () if name == AUTOREGRESSIVE else (name,))
+    config = _only(config, () if name == AUTOREGRESSIVE else (name, config.weights(name)))
     _check_method(config, name)
-    if name in config.trained and args.workdir is None:
+    if config.weights(name) and args.workdir is None:
         raise ConfigError(f"--method={name}: give the --workdir where it was trained, or --draft, "
                           f"the folder it was exported to")  # fmt: skip
     return config, name
@@ -107,18 +107,18 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
     tokenizer = make_tokenizer(config.data.tokenizer)
     decoder = make_decoder(config, name, () if args.ignore_eos else end_tokens(tokenizer))
     target, drafts = of_target.params, {}
-    if name in config.trained:
-        drafts[name] = (of_target.draft(name, target) if exported is None
-                        else _placed(exported, config, name, target, of_target.mesh))  # fmt: skip
+    if of := config.weights(name):
+        drafts[of] = (of_target.draft(of, target) if exported is None
+                      else _placed(exported, config, name, target, of_target.mesh))  # fmt: skip
     depths = config.decode.depths if decoder.strategy is not None else ()
     made_by = {}
     if args.out != "-":
-        of = {"target": of_target.sha256[:16], "tokenizer": tokenizer.name}
+        made_by = _made_by(config, name, decoder, depths)
+        made_by |= {"target": of_target.sha256[:16], "tokenizer": tokenizer.name}
         if template := getattr(tokenizer, "chat_template", None):
-            of["chat_template"] = digest(template)
-        if name in drafts:
-            of["draft"] = params_sha256(drafts[name])[:16]
-        made_by = _made_by(config, name, decoder, depths) | of
+            made_by["chat_template"] = digest(template)
+        if of:
+            made_by["draft"] = params_sha256(drafts[of])[:16]
     target, drafts = for_decoding(config, target, drafts)
     weights = Weights(target, drafts.get(name))
     return Loaded(decoder, weights, tokenizer, of_target.mesh, depths, made_by)

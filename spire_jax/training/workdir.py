@@ -73,12 +73,12 @@ class WorkDir:
     def draft(self, name: str, target: Params = None) -> Params:
         """A draft's parameters, on the mesh; ConfigError, with what to run, before they are.
 
-        `target` lends what the draft shares with it, all of it where nothing is trained; it is
-        loaded unless given.
+        They may be another draft's (`weights_of`). `target` lends what the draft shares with it,
+        all of it where nothing is trained; it is loaded unless given.
         """
-        if name not in self.config.trained:
+        if not (of := self.config.weights(name)):
             return self.target() if target is None else target
-        task, stage = draft_task(self.config, name), self.plan.drafts[name]
+        task, stage = draft_task(self.config, of), self.plan.drafts[of]
         self._require(stage, "drafts")
         params = self._load(stage, task)
         if not task.shared:
