@@ -52,11 +52,15 @@ def test_sampled_decoding():
 @pytest.mark.parametrize(
     "name, remat, k",
     [
-        ("target", True, 2),
         ("spire", False, 2),
         *(
-            pytest.param(*case, 4, marks=slow)
-            for case in (("target", False), ("spire", True), ("vanilla", False))
+            pytest.param(*case, marks=slow)
+            for case in (
+                ("target", True, 2),
+                ("target", False, 4),
+                ("spire", True, 4),
+                ("vanilla", False, 4),
+            )
         ),
     ],
 )

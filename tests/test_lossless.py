@@ -107,7 +107,8 @@ def test_greedy_equals_autoregressive_at_every_depth(kind, k, batch):
     check_kind(models.pair(kind), k, batch)
 
 
-@pytest.mark.parametrize("k", [4, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 8))])
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [1, 4, 8])
 def test_dense_target_as_its_own_draft(k):
     """Every greedy draft is accepted but near-ties; sampled, more than 0.9999 of them."""
     pair, prompts = models.pair("self"), models.ragged(CONTEXTS)

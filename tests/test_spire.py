@@ -230,6 +230,7 @@ def test_drafts_of_the_three_kinds_differ():
     np.testing.assert_allclose(logits[0][:, :, 0], logits[2][:, :, 0], atol=1e-5)
 
 
+@pytest.mark.slow  # in the fast tier a training step says so (test_train.py)
 def test_rematerialized_rollout_has_the_same_gradients():
     p = pair("spire")
     tokens, activations, _ = reference("spire")

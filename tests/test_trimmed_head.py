@@ -177,7 +177,7 @@ def test_the_most_frequent_tokens_by_hand(tmp_path):
     "draft, message",
     [
         ({"head_tokens": 257}, "head_tokens=257 must lie between 1 and the target's 257 tokens"),
-        ({"head_tokens": -1}, "head_tokens=-1 must lie"),
+        ({"head_tokens": -1}, "head_tokens=-1 is negative"),
         ({"head_tokens": 8, "loss": "hard"}, "cannot learn the hard target"),
         ({"kind": "vanilla", "init": "random", "d_model": 8, "share_embedding": True},
          "d_model=8 is not the target's 16"),
