@@ -54,7 +54,8 @@ def load(
             raise ConfigError(f"override {override!r} is not of the form key=value")
         _override(values, key, text)
     for name, draft in _mapping(values["drafts"]).items():
-        if "kind" not in draft and drafts:  # the command line makes one by naming its kind
+        # The command line makes one by naming its kind, or whose weights it uses.
+        if drafts and not {"kind", "weights_of"} & draft.keys():
             known(name, drafts, f"drafts.{name}")
     return build(values, check)
 
