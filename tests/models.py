@@ -14,6 +14,7 @@ from spire_jax.drafting.pruning import prune
 from spire_jax.drafting.snapkv import snapkv
 from spire_jax.drafting.spire import Spire, SpireDraft, initial_mix
 from spire_jax.drafting.strategy import Strategy
+from spire_jax.drafting.stride import StrideOptions
 from spire_jax.drafting.vanilla import Vanilla
 from spire_jax.models.attention import Compute
 from spire_jax.models.sampling import Sampling
@@ -88,7 +89,8 @@ def target(config: ModelConfig = TINY, seed: int = 0) -> tuple[Model, Params]:
 def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     """kind: "spire", "spire_strict" (attend_self=False), "spire_plain" (no feedback),
     "spire_final" and "spire_embedding" (other memories), "spire_dense" (no window),
-    "spire_trimmed" (an unembedding of HEAD_IDS alone), "vanilla"
+    "spire_trimmed" (an unembedding of HEAD_IDS alone), "stride" (two tokens a pass, a Markov head)
+    and "stride_argmax" (its most likely tokens), "vanilla"
     (another small model), "ring" (pruned, windowed, no activations), "self" (the target),
     "magicdec" (the target with a sparse cache), "snapkv" (... that attention selected)."""
     model, params = target(config)
@@ -107,6 +109,13 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
             fresh["head_ids"] = jnp.asarray(HEAD_IDS, jnp.int32)
         draft_params = prune(params, fresh)
         return Pair(model, params, Spire(draft, config.n_layers), draft_params)
+    if kind.startswith("stride"):
+        options = StrideOptions(
+            window=WINDOW, sink=SINK, stride=2, head="markov", head_rank=4,
+            draws="argmax" if kind == "stride_argmax" else "sampled",
+        )  # fmt: skip
+        strategy = options.strategy(config, Compute())
+        return Pair(model, params, strategy, prune(params, init(strategy.model, 1)))
     if kind == "magicdec":
         return Pair(model, params, magicdec(config, WINDOW, SINK, Compute()), params)
     if kind == "snapkv":

@@ -162,7 +162,8 @@ SAMPLED = [("spire", 0.6, {}), ("vanilla", 1.0, {"verification": "block", "top_p
 SAMPLED_LATER = [
     ("spire", 1.0, {}), ("spire", 1.0, {"top_k": 6}), ("spire", 0.6, {"top_k": 9, "top_p": 0.8}),
     ("vanilla", 1.0, {"top_p": 0.7}), ("ring", 0.6, {}), ("magicdec", 1.0, {}),
-    ("snapkv", 1.0, {}), ("spire", 1.0, {"verification": "block"}),
+    ("snapkv", 1.0, {}), ("spire", 1.0, {"verification": "block"}), ("stride", 0.6, {"top_k": 9}),
+    ("stride", 1.0, {"verification": "block"}), ("stride_argmax", 1.0, {}),
 ]  # fmt: skip
 
 

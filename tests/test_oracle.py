@@ -207,11 +207,14 @@ CASES: list[tuple] = [
         "spire_trimmed",
         "magicdec",
         "snapkv",
+        "stride",
+        "stride_argmax",
     )
 ]
 CASES += [("spire", TINY, 0.7), ("spire", WINDOWED, 1.0)]
 BLOCKS = [(kind, TINY, temperature, "block") for kind, temperature in (
-    ("spire", 1.0), ("vanilla", 0.7), ("ring", 1.0))]  # fmt: skip
+    ("spire", 1.0), ("vanilla", 0.7), ("ring", 1.0), ("stride", 1.0),
+    ("stride_argmax", 0.7))]  # fmt: skip
 
 
 @functools.cache
@@ -245,7 +248,7 @@ def both(kind: str, config, temperature: float, verification: str = "token"):
 
 # In the full tier: other drafts stand for them.
 LATER = [*[(kind, TINY, 1.0) for kind in ("spire_strict", "spire_plain", "spire_trimmed", "self",
-                                              "ring")],
+                                              "ring", "stride_argmax")],
          ("spire", TINY, 0.7), ("spire", WINDOWED, 1.0), *BLOCKS[1:]]  # fmt: skip
 
 
