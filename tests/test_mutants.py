@@ -14,6 +14,7 @@ import pytest
 import test_decode
 import test_decode_rounds
 import test_lossless
+import test_strategies
 import test_verification
 
 import spire_jax.decoding.rounds as decode
@@ -23,6 +24,7 @@ import spire_jax.drafting.strategy as drafting
 import spire_jax.drafting.vanilla as vanilla_drafting
 import spire_jax.models.masks as masks
 from spire_jax.drafting.spire import Spire
+from spire_jax.drafting.stride import Strided, StridedDraft
 from spire_jax.models.caches import LayerCache, RingCache
 from spire_jax.models.masks import EMPTY
 from spire_jax.models.sampling import Sampling, sample, transformed_logits
@@ -70,6 +72,17 @@ def rows_stop_at_the_end_of_sequence() -> None:
 
 def every_round_is_counted() -> None:
     test_decode.test_a_round_counts_whole_even_if_the_budget_cuts_it()
+
+
+def strides_follow_the_rollout() -> None:
+    options = {"window": 6, "stride": 2, "head": "markov", "head_rank": 4}
+    test_strategies.test_the_oracles_view_is_what_replaying_finds(
+        "stride", options, test_strategies.models.TINY, 11
+    )
+
+
+def strides_samples_follow_the_target() -> None:
+    test_lossless.test_sampled_joint_equals_enumeration("stride", 1.0, {})
 
 
 # --- the mutants -------------------------------------------------------------------------------
@@ -259,7 +272,98 @@ def target_writes_one_slot_late(patch):
     patch(Transformer, "extend", extend)
 
 
-# The first of each check in the fast tier, the others in the full one.
+def a_step_of_stride(patch, change):
+    """`change` of the arguments of a pass in decoding; the rollout stays as it is."""
+
+    def strided_step(self, caches, tokens, positions, slots):
+        return original(self, *change(self, caches, tokens, positions, slots))
+
+    original = StridedDraft.strided_step
+    patch(StridedDraft, "strided_step", strided_step)
+
+
+def a_pass_one_position_on(patch):
+    a_step_of_stride(patch, lambda _, caches, tokens, at, slots: (caches, tokens, at + 1, slots))
+
+
+def mask_is_a_token(patch):
+    def strided_step(self, caches, tokens, positions, slots):
+        self.mask.value = self.embedding[...][0]
+        return original(self, caches, tokens, positions, slots)
+
+    original = StridedDraft.strided_step
+    patch(StridedDraft, "strided_step", strided_step)
+
+
+def masks_stay_in_the_cache(patch):
+    """Where the tokens that became known should be, a pass sees the masks that stood there."""
+
+    def strided_step(self, caches, tokens, positions, slots):
+        written, known = [], tokens.shape[1]
+
+        def append(cache, at, k, v, rows=None):
+            written.append(cache)
+            if known > 1 and len(written) <= len(caches):  # inputs, before the memories
+                at = at.at[:, :known].set(-1)
+            return kept(cache, at, k, v, rows)
+
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(LayerCache, "append", append)
+            return original(self, caches, tokens, positions, slots)
+
+    original, kept = StridedDraft.strided_step, LayerCache.append
+    patch(StridedDraft, "strided_step", strided_step)
+
+
+def memory_one_layer_off(patch):
+    def memories(self, xs):
+        mixed = original(self, xs)
+        return mixed[1:] + mixed[:1] if xs[0].shape[1] < 4 else mixed  # in decoding alone
+
+    original = StridedDraft.memories
+    patch(StridedDraft, "memories", memories)
+
+
+def slots_shifted_by_one(patch):
+    def strided_step(self, caches, tokens, positions, slots):
+        logits, caches = original(self, caches, tokens, positions, slots)
+        return jnp.roll(logits, 1, axis=1), caches
+
+    original = StridedDraft.strided_step
+    patch(StridedDraft, "strided_step", strided_step)
+
+
+def head_fed_the_token_before_the_previous(patch):
+    def propose(self, params, state, target, previous, last, positions, k, draw):
+        fed = [last]
+
+        def with_head(module, logits, token, of_head):
+            return original(module, logits, fed[0], of_head)
+
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(StridedDraft, "with_head", with_head)
+            return whole(self, params, state, target, previous, last, positions, k, draw)
+
+    original, whole = StridedDraft.with_head, Strided.propose
+    patch(Strided, "propose", propose)
+
+
+def verified_with_the_q_before_the_head(patch):
+    def propose(self, *arguments):
+        proposal, state = original(self, *arguments)
+        given = drafting.forced(proposal.tokens, Sampling())
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(
+                StridedDraft, "with_head", lambda _, logits, token, state: (logits, state)
+            )
+            headless, _ = original(self, *arguments[:-1], given)
+        return dataclasses.replace(proposal, q=headless.q), state
+
+    original = Strided.propose
+    patch(Strided, "propose", propose)
+
+
+# The first of each check in the fast tier (nothing where it is None), the others in the full one.
 CAUGHT: dict = {
     blocks_follow_the_target: (block_residual_without_b, block_kept_as_often_as_it_could_be),
     samples_follow_the_target: (
@@ -273,6 +377,11 @@ CAUGHT: dict = {
         sink_evicted, window_counted_without_the_query, draft_position_off_by_one,
         prefill_one_token_short, q_recomputed_in_bfloat16,
     ),
+    strides_follow_the_rollout: (
+        slots_shifted_by_one, a_pass_one_position_on, mask_is_a_token,
+        masks_stay_in_the_cache, memory_one_layer_off, head_fed_the_token_before_the_previous,
+    ),
+    strides_samples_follow_the_target: (None, verified_with_the_q_before_the_head),
     greedy_follows_the_target: (target_writes_one_slot_late,),
     the_target_accepts_itself: (bonus_token_skipped,),
     rows_stop_at_the_end_of_sequence: (end_of_sequence_ignored_in_a_block,),
@@ -286,6 +395,7 @@ CAUGHT: dict = {
         pytest.param(check, mutant, id=mutant.__name__, marks=pytest.mark.slow if n else ())
         for check, mutants in CAUGHT.items()
         for n, mutant in enumerate(mutants)
+        if mutant is not None
     ],
 )
 def test_mutant_is_caught(check, mutant, monkeypatch):
