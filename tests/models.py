@@ -110,11 +110,9 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
         draft_params = prune(params, fresh)
         return Pair(model, params, Spire(draft, config.n_layers), draft_params)
     if kind.startswith("stride"):
-        options = StrideOptions(
-            window=WINDOW, sink=SINK, stride=2, head="markov", head_rank=4,
-            draws="argmax" if kind == "stride_argmax" else "sampled",
-        )  # fmt: skip
-        strategy = options.strategy(config, Compute())
+        of = StrideOptions(window=WINDOW, sink=SINK, stride=2, head="markov", head_rank=4,
+                           draws="argmax" if kind == "stride_argmax" else "sampled")  # fmt: skip
+        strategy = of.strategy(config, Compute())
         return Pair(model, params, strategy, prune(params, init(strategy.model, 1)))
     if kind == "magicdec":
         return Pair(model, params, magicdec(config, WINDOW, SINK, Compute()), params)
