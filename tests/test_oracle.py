@@ -248,7 +248,7 @@ def both(kind: str, config, temperature: float, verification: str = "token"):
 
 # In the full tier: other drafts stand for them.
 LATER = [*[(kind, TINY, 1.0) for kind in ("spire_strict", "spire_plain", "spire_trimmed", "self",
-                                              "ring", "stride_argmax")],
+                                              "ring", "stride", "stride_argmax")],
          ("spire", TINY, 0.7), ("spire", WINDOWED, 1.0), *BLOCKS[1:]]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from spire_jax.models.attention import Compute
 from spire_jax.models.masks import may_attend
 from spire_jax.models.transformer import Model
 
-T, K = 24, 8
+T, K = 20, 4
 STARTS = np.arange(0, T - K + 1, 3)
 VALID = slice(0, TINY.n_tokens)
 DRAFT = StrideOptions(window=WINDOW, sink=SINK, head_rank=4)
@@ -71,7 +71,7 @@ def close(found, expected, tolerance=1e-5):
 
 def test_a_stride_of_one_is_spire_and_every_stride_begins_like_it():
     close(plain(1), spires())
-    for stride in (2, 4, 8):
+    for stride in (2, 4):
         close(plain(stride)[:, :, 0], spires()[:, :, 0])
         assert np.abs(plain(stride)[:, :, 1] - spires()[:, :, 1]).max() > 0.1
 
@@ -103,9 +103,8 @@ def test_a_stride_of_k_is_a_block_draft():
         close(plain(K)[:, r], one_pass(int(start)))
 
 
-@pytest.mark.parametrize("stride", [2, 3])
-def test_a_shallower_round_is_the_beginning_of_a_deeper_one(stride):
-    close(rollout(params(), stride, 5), rollout(params(), stride)[:, :, :5])
+def test_a_shallower_round_is_the_beginning_of_a_deeper_one():
+    close(rollout(params(), 2, 3), plain(2)[:, :, :3])
 
 
 def test_passes_of_a_round():
@@ -116,20 +115,20 @@ def test_passes_of_a_round():
 def test_masks_leave_no_memory_and_known_tokens_do():
     """The first slot of a pass sees no mask at all, the others do; a pass sees those before it."""
     changed = params() | {"mask": params()["mask"] + 1.0}
-    differs = np.abs(rollout(changed, 4) - plain(4)).max(axis=(0, 1, 3)) > 1e-3
-    assert differs.tolist() == [False, True, True, True] * 2
+    differs = np.abs(rollout(changed, 2) - plain(2)).max(axis=(0, 1, 3)) > 1e-3
+    assert differs.tolist() == [False, True] * 2
     of, (tokens, activations) = strategy().model, given()
-    run = jax.jit(lambda x: of.bind(params()).strided_rollout(x, activations, STARTS, K, 4))
-    for place, first in ((1, 4), (4, 4), (5, 8)):  # offsets of a known token: seen from pass 1 on
+    run = jax.jit(lambda x: of.bind(params()).strided_rollout(x, activations, STARTS, K, 2))
+    for place, first in ((1, 2), (2, 2), (3, 4)):  # offsets of a known token: seen from pass 1 on
         other = tokens.at[:, STARTS[0] + place].add(1) % TINY.n_tokens
         after = np.asarray(run(other))[:, 0, :, VALID]
-        differs = np.abs(after - plain(4)[:, 0]).max(axis=(0, 2)) > 1e-4
+        differs = np.abs(after - plain(2)[:, 0]).max(axis=(0, 2)) > 1e-4
         assert differs.tolist() == [j >= first for j in range(K)], place
 
 
 @pytest.mark.parametrize("head", ["markov", "recurrent"])
 def test_heads_add_what_follows_from_the_tokens_before(head):
-    own, base = params(head) | params(), plain(4)
+    own, base = params(head) | params(), plain(2)
     tokens = np.asarray(given()[0])
     expected = np.zeros_like(base)
     w1, w2 = np.asarray(own["head_in"]), np.asarray(own["head_out"])[:, VALID]
@@ -137,13 +136,13 @@ def test_heads_add_what_follows_from_the_tokens_before(head):
         for j in range(K):
             h = w1[tokens[:, start + j]]
             if head == "recurrent":
-                state = np.zeros_like(h) if j % 4 == 0 else state
+                state = np.zeros_like(h) if j % 2 == 0 else state
                 h = state = np.tanh(h + state @ np.asarray(own["head_mix"]))
             expected[:, r, j] = h @ w2
-    close(rollout(own, 4, head=head) - base, expected, 2e-5)
+    close(rollout(own, 2, head=head) - base, expected, 2e-5)
     assert np.abs(expected).max() > 0.1
     own["head_out"] = jnp.zeros_like(own["head_out"])
-    close(rollout(own, 4, head=head), base)
+    close(rollout(own, 2, head=head), base)
 
 
 def test_before_training_the_mask_is_the_mean_embedding_and_the_head_says_nothing():

@@ -55,7 +55,7 @@ def load(
         _override(values, key, text)
     for name, draft in _mapping(values["drafts"]).items():
         # The command line makes one by naming its kind, or whose weights it uses.
-        if drafts and not {"kind", "weights_of"} & draft.keys():
+        if drafts and "kind" not in draft and "weights_of" not in draft:
             known(name, drafts, f"drafts.{name}")
     return build(values, check)
 

@@ -43,18 +43,16 @@ def figures(workdir: pathlib.Path) -> dict:
     return {key: value for key, value in summary.items() if key not in TIMED}
 
 
-@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_bucket_holds_what_a_folder_does(corpus, finished, tmp_path, killed):
-    """Also of a run that is killed in the target, and resumed."""
+@pytest.mark.slow  # in the fast tier what it is made of: test_bucket.py
+def test_killed_and_resumed_a_bucket_holds_what_a_folder_does(corpus, finished, tmp_path):
     with bucket() as served:
-        if killed:
-            process = pipelines.process(corpus, WORKDIR, env=served.environment)
-            wait_for_object(served, process, f"target/checkpoints/9/{COMMIT_FILE}")
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            assert f"runs/tiny/target/params/{COMMIT_FILE}" not in served.objects, "killed too late"
+        process = pipelines.process(corpus, WORKDIR, env=served.environment)
+        wait_for_object(served, process, f"target/checkpoints/9/{COMMIT_FILE}")
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert f"runs/tiny/target/params/{COMMIT_FILE}" not in served.objects, "killed too late"
         error = finish(corpus, WORKDIR, env=served.environment)
-        assert ("target: 1/24" in error) != killed, "it began anew"
+        assert "target: 1/24" not in error, "it began anew"
         workdir = fetched(served.objects, tmp_path / "fetched")
     check_equal(workdir, finished)
     assert figures(workdir) == figures(finished)

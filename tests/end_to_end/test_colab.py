@@ -94,6 +94,7 @@ def check_what_is_shown(cells, workdir):
     assert sliders["model_id"]
 
 
+@pytest.mark.slow  # in the fast tier what the cells call: test_notebook.py
 def test_every_cell_runs_and_training_goes_on(corpus, finished, tmp_path):
     """On what an interrupted run has left: a whole target, a draft with a step's checkpoint."""
     workdir = tmp_path / "interrupted"

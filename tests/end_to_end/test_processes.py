@@ -57,6 +57,7 @@ def compare(workdir, reference, models=tuple(MODELS)) -> None:
             np.testing.assert_allclose(value, other[path], atol=2e-3, err_msg=f"{name} {path}")
 
 
+@pytest.mark.slow  # in the fast tier: meshes (test_sharding.py), and how processes meet (below)
 def test_two_processes_train_what_one_does(corpus, finished, tmp_path):
     """Of two devices each, and what one device trains."""
     status, errors = outcome(together(corpus, tmp_path / "two", "--stages=target,spire"))
