@@ -15,9 +15,11 @@ from spire_jax.config.checks import ConfigError
 from spire_jax.config.identity import plan
 from spire_jax.costs.throughput import round_cost
 from spire_jax.decoding.build import for_decoding
+from spire_jax.drafting.strategy import forced
 from spire_jax.drafting.stride import StrideOptions, passes
 from spire_jax.models.attention import Compute
 from spire_jax.models.masks import may_attend
+from spire_jax.models.sampling import Sampling
 from spire_jax.models.transformer import Model
 
 T, K = 20, 4
@@ -117,8 +119,8 @@ def test_masks_leave_no_memory_and_known_tokens_do():
     changed = params() | {"mask": params()["mask"] + 1.0}
     differs = np.abs(rollout(changed, 2) - plain(2)).max(axis=(0, 1, 3)) > 1e-3
     assert differs.tolist() == [False, True] * 2
-    of, (tokens, activations) = strategy().model, given()
-    run = jax.jit(lambda x: of.bind(params()).strided_rollout(x, activations, STARTS, K, 2))
+    of, (tokens, activations), own = strategy().model, given(), params()
+    run = jax.jit(lambda x: of.bind(own).strided_rollout(x, activations, STARTS, K, 2))
     for place, first in ((1, 2), (2, 2), (3, 4)):  # offsets of a known token: seen from pass 1 on
         other = tokens.at[:, STARTS[0] + place].add(1) % TINY.n_tokens
         after = np.asarray(run(other))[:, 0, :, VALID]
@@ -159,11 +161,11 @@ def test_before_training_the_mask_is_the_mean_embedding_and_the_head_says_nothin
 
 def test_each_batch_is_of_one_of_the_strides():
     """Which, its tokens say: the same in another run, and all of them come up."""
-    of, (tokens, activations) = strategy(strides=(1, 2, 4)), given()
-    predict = jax.jit(lambda x: of.predict(params(), x, activations, 4))
+    of, (tokens, activations), own = strategy(strides=(1, 2, 4)), given(), params()
+    predict = jax.jit(lambda x: of.predict(own, x, activations, 4))
     starts, seen = np.arange(0, T, 4), set()
     run = jax.jit(
-        lambda x, stride: of.model.bind(params()).strided_rollout(
+        lambda x, stride: of.model.bind(own).strided_rollout(
             x, activations, starts, 4, stride, in_head=True
         ),
         static_argnums=1,
@@ -190,6 +192,17 @@ def test_a_rounds_cost_is_the_methods_table(pair, context, wanted):
         found += [round_cost(of, "it", batch=64, context=context, k=4, variant=variant).delta_t
                   for variant in ("per_operator", "with_head")]  # fmt: skip
     assert found == pytest.approx(wanted, abs=0.013)
+
+
+@pytest.mark.parametrize("head, draws", [("markov", "sampled"), ("recurrent", "argmax")])
+def test_a_step_is_a_round_of_one(head, draws):
+    of, own = strategy(head=head, draws=draws), params(head)
+    state = of.empty(own, 2, 1, T)
+    last, at = jnp.asarray([3, 5]), jnp.asarray([0, 0])
+    proposal, _ = of.propose(own, state, (), last, last, at, 1, forced(last[:, None], Sampling()))
+    logits, _ = of.step(own, state, (), last[:, None], at[:, None])
+    close(logits[:, VALID], proposal.q[:, 0, VALID])
+    assert np.isfinite(np.asarray(logits)[:, VALID]).all() == (draws == "sampled")
 
 
 # --- one draft, several ways to decode with it ---------------------------------------------------

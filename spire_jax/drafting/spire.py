@@ -144,6 +144,18 @@ class SpireDraft(Transformer):
             y = activations[0 if self.memory == "final" else layer]
         return self.blocks[layer].keys_values(y.astype(self.compute.dtype), positions)
 
+    def of_text(
+        self,
+        tokens: Int[Array, "B T"],
+        activations: tuple[Float[Array, "B M D"], ...],
+        read: Int[np.ndarray, " M"] | None,
+    ) -> tuple[list[Memory], Int[np.ndarray, " M"]]:
+        """Each layer's memories of a text at the positions `read`, and these; all unless given."""
+        read = np.arange(tokens.shape[1]) if read is None else read
+        return [
+            self.read_target(i, tokens[:, read], activations, read) for i in range(len(self.blocks))
+        ], read
+
     def rollout(
         self,
         tokens: Int[Array, "B T"],
@@ -158,9 +170,7 @@ class SpireDraft(Transformer):
 
         These are all of 0 .. T - 1 unless given. A window sees fewer.
         """
-        read = np.arange(tokens.shape[1]) if read is None else read
-        memory = [self.read_target(i, tokens[:, read], activations, read)
-                  for i in range(len(self.blocks))]  # fmt: skip
+        memory, read = self.of_text(tokens, activations, read)
         return self.rollout_over(memory, tokens, read, starts, k, in_head=in_head)
 
     def rollout_over(

@@ -168,9 +168,7 @@ class StridedDraft(SpireDraft):
 
         Slot j (0-based) from start s predicts token s + j + 1. Arguments as of `rollout`.
         """
-        read = np.arange(tokens.shape[1]) if read is None else read
-        memory = [self.read_target(i, tokens[:, read], activations, read)
-                  for i in range(len(self.blocks))]  # fmt: skip
+        memory, read = self.of_text(tokens, activations, read)
         own: list[list[KeysValues]] = [[] for _ in self.blocks]
         one_pass = self._strided_pass
         if self.compute.remat:
@@ -285,7 +283,11 @@ class Strided(Spire):
     draws: str = "sampled"
 
     def step(self, params, state, target, tokens, positions):
-        raise NotImplementedError("a pass drafts several tokens: `propose`")
+        """A pass that drafts one token: what a stride of 1 is made of."""
+        module = self.model.bind(params)
+        logits, state = module.strided_step(state, tokens, positions, 1)
+        logits, _ = module.with_head(logits[:, 0], tokens[:, -1], module.head_start(len(tokens)))
+        return module.widened(self._drawn(logits)), state
 
     def propose(self, params, state, target, previous, last, positions, k, draw):
         module, sizes = self.model.bind(params), passes(k, self.stride)

@@ -289,8 +289,8 @@ def stored(
 
     Who sees the entry gets nan, and a request whose numbers broke is told so. Who does not (an
     earlier token, a later request of the slot, another's padding) gets nothing of it: logits are
-    masked whatever they are. Here it costs nothing that can be measured; values masked in every
-    read cost attention on two CPU cores 4 to 15%, and hide nothing from an earlier token.
+    masked whatever they are. Values masked in every read would cost attention instead, and hide
+    nothing from an earlier token.
     """
     k, v = k.astype(dtype), v.astype(dtype)
     finite = jnp.isfinite(v)
