@@ -13,6 +13,7 @@ bits.
 """
 
 import atexit
+import gc
 import itertools
 import os
 import pathlib
@@ -25,8 +26,8 @@ if "TESTS_PROGRAMS" not in os.environ:  # the first process; the others inherit
     os.environ["TESTS_PROGRAMS"] = programs = tempfile.mkdtemp(prefix="programs-")
     atexit.register(shutil.rmtree, programs, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
-    # However small, and however quickly compiled.
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # However small, where writing it takes less than compiling it again.
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # Packages before the hook, under which what they import would be compiled from its source.
@@ -67,11 +68,15 @@ def pytest_configure(config: pytest.Config) -> None:
         database=None, suppress_health_check=list(hypothesis.HealthCheck), print_blob=True,
     )  # fmt: skip
     hypothesis.settings.load_profile("tests")
-    # XLA's older code generator compiles in 3/5 of the time; jax 0.11 has it no more.
-    flag = "--xla_cpu_use_fusion_emitters=false"
-    flags = os.environ.get("XLA_FLAGS", "")
-    if jax.__version_info__ < (0, 11) and not config.getoption("--full") and flag not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+    # A program in one piece: 32 for other threads cost a busy core a seventh more. And XLA's older
+    # code generator compiles in 3/5 of the time; jax 0.11 has it no more.
+    flags = ["--xla_cpu_parallel_codegen_split_count=1"]
+    if jax.__version_info__ < (0, 11) and not full:
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    given = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join([*given, *(flag for flag in flags if flag not in given)])
+    # Tracing makes objects by the million, which the collector's own pace would walk all the time.
+    gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
