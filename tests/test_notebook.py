@@ -245,6 +245,16 @@ def test_every_setting_counts():
     assert line.get_ydata() == pytest.approx(wanted)
 
 
+def test_who_wins_is_drawn_for_every_batch_and_context():
+    config = load(PAPER)
+    (axes,) = notebook.winners_figure(config).axes
+    at = config.throughput
+    assert len(axes.patches) == len(at.batch_sizes) * len(at.context_lengths)
+    shown = [text.get_text() for text in axes.texts]
+    assert any(text.startswith("k = 8") for text in shown) and len(shown) == len(axes.patches)
+    assert {line.get_label() for line in axes.lines} <= {"autoregressive", *dict(config.drafts)}
+
+
 @pytest.mark.parametrize("path", [PAPER, pytest.param(LLAMA, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("end", [0, -1])
 def test_sliders_at_their_ends(path, end):

@@ -184,8 +184,11 @@ def test_depths_beyond_the_oracle_leave_the_decoder(tmp_path):
 def test_modeled_figures_are_the_cost_models(summary):
     config, row = experiment(), summary["methods"]["spire"]
     multiplier = report.throughput.multiplier
+    # Acceptance by context, between two by the logarithm.
+    measured = {int(n): of["tau"] for n, of in row["by_context"].items()}
     for context, got in row["modeled_by_context"].items():
-        expected = multiplier(config, "spire", tau=row["tau"], batch=64, context=int(context),
+        tau = np.interp(np.log(int(context)), np.log(list(measured)), list(measured.values()))
+        expected = multiplier(config, "spire", tau=tau, batch=64, context=int(context),
                               variant="paper")  # fmt: skip
         assert got == pytest.approx(expected)
     for variant, got in row["modeled_by_variant"].items():
@@ -197,6 +200,11 @@ def test_modeled_figures_are_the_cost_models(summary):
     assert row["modeled_multiplier"] == row["modeled_by_variant"]["paper"]["multiplier"]
     rates = row["modeled_by_variant"]["paper"]["tokens_per_s_per_chip"]
     assert row["modeled_tokens_per_s_per_chip"] == rates["h100"] and len(rates) >= 7
+    at_128 = multiplier(config, "spire", tau=row["tau"], batch=64, context=128, variant="paper")
+    assert row["modeled_by_context"]["128"] != pytest.approx(at_128, rel=1e-6)
+    for cell in summary["choice"]["cells"][6]:
+        its = summary["methods"][cell["method"]]["tau_by_k"][str(cell["k"])]
+        assert cell["batch"] == 64 and (cell["context"] < 184 or cell["tau"] == pytest.approx(its))
     short = row["by_context"]["48"]
     expected = multiplier(config, "spire", tau=short["tau"], batch=64, context=48, variant="paper")
     assert short["modeled_multiplier"] == pytest.approx(expected)

@@ -89,7 +89,7 @@ def test_ids_are_unique_and_references_resolve(page):
     used |= {a["aria-labelledby"] for _, a in tags if "aria-labelledby" in a}
     assert used and used <= set(ids)
     figures = [a for t, a in tags if t == "svg"]
-    assert len(figures) == 6 and all(a["role"] == "img" for a in figures)
+    assert len(figures) == 7 and all(a["role"] == "img" for a in figures)
 
 
 def test_figures_follow_the_page_colours(page):

@@ -137,7 +137,7 @@ _OF_DRAFTS = {
     "dense draft is sparse": ("v.window), float(context))", "v.window), context // 8)"),
     "one pass fewer": ("passes=(Pass(),) * k", "passes=(Pass(),) * (k - 1)"),
 }  # fmt: skip
-_OF_THE_PAPER = {"window of a quarter": ("context // 8", "context // 4"),
+_OF_THE_PAPER = {"window of a quarter": ("n // 8", "n // 4"),
                  "the paper's sparse draft has no sink": ("float(sink +", "float(")}  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from spire_jax.config.paths import PathError, local, local_path, path_or_url
 from spire_jax.config.registry import DRAFT_KINDS, FAMILIES, below
 from spire_jax.config.schema import ExperimentConfig, ModelConfig
 from spire_jax.config.validation import validate, with_vocabulary
-from spire_jax.config.values import Text, convert, known, section
+from spire_jax.config.values import Text, convert, known, parse_json, section
 from spire_jax.config.variants import variants
 
 Check = Callable[[ExperimentConfig], None]  # raises ConfigError
@@ -41,12 +41,14 @@ def load(
 ) -> ExperimentConfig:
     """Read a config file, apply ``a.b=value`` overrides, validate; raises ConfigError.
 
-    Without a file (None) there are the defaults.
+    Without a file (None) there are the defaults. A run's own config.json is a file, too, unless it
+    names `plugins`: what a run wrote names no code.
     """
     values: dict[str, Any] = {}
     if path is not None:
         path = pathlib.Path(path)
-        values = _plain(_get_config(path), path)
+        recorded = path.suffix == ".json"
+        values = _recorded(path) if recorded else _plain(_get_config(path), path)
     drafts = list(_mapping(values.setdefault("drafts", {})))
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -58,6 +60,18 @@ def load(
         if drafts and "kind" not in draft and "weights_of" not in draft:
             known(name, drafts, f"drafts.{name}")
     return build(values, check)
+
+
+def _recorded(path: pathlib.Path) -> dict[str, Any]:
+    """The values of a config that a run wrote."""
+    try:
+        values = dict(_mapping(parse_json(path.read_bytes()), str(path)))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {in_words(error)}") from None
+    if values.get("plugins"):
+        raise ConfigError(f"config file {path} names code (plugins: {values['plugins']}); give the "
+                          f"config that the run was started with")  # fmt: skip
+    return {name: of for name, of in values.items() if name != "variants"}  # made of the study
 
 
 def _get_config(path: pathlib.Path) -> Any:
@@ -196,7 +210,11 @@ def with_pretrained(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def command_line(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, *, decoding: bool = False
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+    *,
+    decoding: bool = False,
+    recorded: str = "",
 ) -> tuple[argparse.Namespace, ExperimentConfig]:
     """Parse a program's own flags, ``--config=FILE`` and ``--config.section.key=value``.
 
@@ -206,10 +224,11 @@ def command_line(
 
     For `decoding` there may be no file, a ``--target`` of the parser is a checkpoint's path and
     takes the place of the file's target, and nothing is validated yet: what the chosen method uses
-    is (`serving.loading.for_method`).
+    is (`serving.loading.for_method`). Without a file, the config.json of the folder that the flag
+    called `recorded` names takes its place.
     """
-    parser.add_argument("--config", required=not decoding, type=local_path, metavar="FILE",
-                        help="a file of configs/; change its values with "
+    parser.add_argument("--config", required=not (decoding or recorded), type=local_path,
+                        metavar="FILE", help="a file of configs/; change its values with "
                         "--config.section.key=value")  # fmt: skip
     args, rest = parser.parse_known_args(argv)
     prefix = "--config."
@@ -224,6 +243,8 @@ def command_line(
     if decoding and args.target:
         overrides = ["target=", *overrides, f"pretrained.path={args.target}"]
     with ends_in_a_line(ConfigError):
+        if recorded and args.config is None:
+            args.config = local_path(os.path.join(getattr(args, recorded), "config.json"))
         return args, load(args.config, overrides, _unchecked if decoding else validate)
 
 

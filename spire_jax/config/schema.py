@@ -234,6 +234,7 @@ class ThroughputConfig:
     weight_bytes: float = 1.0
     cache_bytes: float = 1.0
     compute_bytes: float = 1.0  # the width whose peak FLOP/s counts: 1 = FP8/INT8, 2 = bf16
+    launch_us: float = 0.0  # microseconds that every pass takes besides, the target's too
     # By name, acceptance lengths to use when none were measured; 0 = not given.
     tau: tuple[tuple[str, float], ...] = read_by(())
 

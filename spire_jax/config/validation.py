@@ -220,6 +220,7 @@ def _validate_throughput(config: ExperimentConfig) -> None:
     choice("throughput.chip", at.chip, below("costs.chips").CHIPS)
     choice("throughput.variant", at.variant, below("costs.roofline").VARIANTS)
     positive(at, "throughput", "hoi batch_size context_length weight_bytes cache_bytes")
+    not_negative(at, "throughput", "launch_us")
     positive(at, "throughput", "decode_to_train")
     widths = "use 1 (FP8, INT8) or 2 (bf16)"
     check(at.compute_bytes in (1, 2), f"throughput.compute_bytes={at.compute_bytes}; {widths}")

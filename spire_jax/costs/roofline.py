@@ -12,7 +12,7 @@ for each of a `Group` that shares a model by tensor parallelism. No jax here.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from spire_jax.config.drafts import DraftCost, over_layers
 from spire_jax.config.schema import ModelConfig, head_size
@@ -136,6 +136,7 @@ class Roofline:
     weight_bytes: float  # per element
     cache_bytes: float
     group: Group = ALONE
+    launch: float = 0.0  # of every pass, however little it does, in FLOP-equivalents
 
     def forward(
         self,
@@ -174,7 +175,7 @@ class Roofline:
         sent = self.group.communication(
             model, batch=batch, tokens=tokens, drafted=drafted, with_head=with_head
         )
-        return max(cost, sent) if self.group.overlap else cost + sent
+        return (max(cost, sent) if self.group.overlap else cost + sent) + self.launch
 
     def round(
         self,
@@ -183,9 +184,12 @@ class Roofline:
         *,
         batch: int,
         k: int,
-        context: float,
+        contexts: Sequence[float],
     ) -> RoundCost:
-        """A round of k drafted tokens behind `context`; `draft` are its sizes and what it costs."""
+        """A round of k drafted tokens; `draft` are its sizes and what it costs.
+
+        `contexts` are how long the requests' texts are, by turns: what is read is their mean.
+        """
         step, handover, passes, group = 0.0, 0.0, 0, self.group
         if draft:
             model, cost = draft
@@ -196,7 +200,7 @@ class Roofline:
             ) / passes  # fmt: skip
             if group.drafting is not group and self.variant == "with_head":
                 handover = group.handover(model, batch=batch, k=k)
-        rows = visible_rows(target, context)
+        rows = math.fsum(visible_rows(target, n) for n in contexts) / len(contexts)
         return RoundCost(
             target_step=self.forward(target, batch=batch, tokens=1, rows=rows),
             draft_step=step,

@@ -150,7 +150,7 @@ def point(
     width = config.throughput.compute_bytes
     cost, without = (
         throughput.round_cost(config, method, batch=batch, context=context, k=k,
-                              hoi=chip.hoi(width), variant=variant, group=of)
+                              hoi=chip, variant=variant, group=of)
         for of in (group, free)
     )  # fmt: skip
     throughput.check_tau(method, tau, cost.k)

@@ -29,6 +29,7 @@ from spire_jax.config.schema import (
     head_size,
 )
 from spire_jax.costs import chips
+from spire_jax.costs.acceptance import Tau, at_context
 from spire_jax.costs.chips import CHIPS, Chip
 from spire_jax.costs.roofline import (
     ALONE,
@@ -47,24 +48,27 @@ def round_cost(
     method: str,
     *,
     batch: int,
-    context: int,
+    context: int | Sequence[float],
     k: int | None = None,
-    hoi: float | None = None,
+    hoi: float | Chip | None = None,
     variant: str | None = None,
     group: Group = ALONE,
 ) -> RoundCost:
     """Cost of one round of `method` on `batch` requests of `context` tokens each.
 
-    `method` is the name of a draft in the config, or "autoregressive". `hoi` is in FLOPs per byte;
-    `k`, `hoi` and `variant` default to decode.k, throughput.hoi and
-    throughput.variant. Of a `group` of chips the cost is each chip's, the batch the group's.
-    ConfigError for an unknown method or variant and for sizes that are not positive. Method.md
-    section 5.
+    `method` is the name of a draft in the config, or "autoregressive". `context` may be several
+    lengths, which the requests have by turns: a cache is read as far as its own text goes, so that
+    the lengths' sum counts. `hoi` is in FLOPs per byte, or a chip's at throughput.compute_bytes;
+    `k`, `hoi` and `variant` default to decode.k, throughput.hoi and throughput.variant. Of a
+    `group` of chips the cost is each chip's, the batch the group's. ConfigError for an unknown
+    method or variant and for sizes that are not positive. Method.md section 5.
     """
-    k, roofline = _resolve(config, method, batch, context, k, hoi, variant)
+    contexts = _listed(context)
+    shortest = context if isinstance(context, int) else min(contexts)
+    k, roofline = _resolve(config, method, batch, shortest, k, hoi, variant)
     roofline = dataclasses.replace(roofline, group=group)
-    draft = _draft(config, method, context, k, roofline.variant)
-    return roofline.round(config.target, draft, batch=batch, k=k, context=float(context))
+    draft = _draft(config, method, contexts, k, roofline.variant)
+    return roofline.round(config.target, draft, batch=batch, k=k, contexts=contexts)
 
 
 def multiplier(
@@ -73,9 +77,9 @@ def multiplier(
     *,
     tau: float,
     batch: int,
-    context: int,
+    context: int | Sequence[float],
     k: int | None = None,
-    hoi: float | None = None,
+    hoi: float | Chip | None = None,
     variant: str | None = None,
 ) -> float:
     """Throughput multiplier over autoregressive decoding: tau / delta_t.
@@ -94,7 +98,7 @@ def tokens_per_s_per_chip(
     *,
     tau: float,
     batch: int,
-    context: int,
+    context: int | Sequence[float],
     chip: str | Chip,
     k: int | None = None,
     variant: str | None = None,
@@ -106,22 +110,28 @@ def tokens_per_s_per_chip(
     chip's memory is not asked here: compare `memory_bytes`. Method.md section 5.
     """
     chip = chips.chip(chip) if isinstance(chip, str) else chip
-    width = config.throughput.compute_bytes
-    hoi = chip.hoi(width)
-    cost = round_cost(config, method, batch=batch, context=context, k=k, hoi=hoi, variant=variant)
+    cost = round_cost(config, method, batch=batch, context=context, k=k, hoi=chip, variant=variant)
     check_tau(method, tau, cost.k)
-    return batch * tau * chip.peak(width) / cost.total
+    return batch * tau * chip.peak(config.throughput.compute_bytes) / cost.total
 
 
 def memory_bytes(
-    config: ExperimentConfig, method: str, *, batch: int, context: int, group: Group = ALONE
+    config: ExperimentConfig,
+    method: str,
+    *,
+    batch: int,
+    context: int | Sequence[float],
+    k: int | None = None,
+    group: Group = ALONE,
 ) -> float:
     """Bytes of all weights, embeddings included, and of all caches at `context` tokens.
 
     As method.md section 1 counts: final norms are left out, and SPIRe's memory weights.
-    Of a `group` of chips: on each of them, the batch being the group's.
+    `context` and `k` as of `round_cost`. Of a `group` of chips: on each of them, the batch being
+    the group's.
     """
     at, target, drafting = config.throughput, config.target, group.drafting
+    contexts, k = _listed(context), config.decode.k if k is None else k
 
     def weights(of: Group, model: ModelConfig, tables: int) -> float:
         return at.weight_bytes * (of.weights(model) + model.d_model * tables / of.chips)
@@ -130,8 +140,8 @@ def memory_bytes(
         return at.cache_bytes * requests * slots * model.cache_row() / of.cache_shards(model)
 
     held = weights(group, target, (1 if target.tied else 2) * target.vocab_size)
-    held += cache(group, target, batch, float(context))
-    draft = _draft(config, method, context, config.decode.k, "fixed_window")
+    held += cache(group, target, batch, math.fsum(contexts) / len(contexts))
+    draft = _draft(config, method, contexts, k, "fixed_window")
     if draft is None:
         return held
     model, cost = draft
@@ -148,7 +158,7 @@ def memory_bytes(
 
 def grid(
     config: ExperimentConfig,
-    methods_tau: Mapping[str, float],
+    methods_tau: Mapping[str, Tau],
     *,
     batch_sizes: Sequence[int] | None = None,
     context_lengths: Sequence[int] | None = None,
@@ -164,8 +174,8 @@ def grid(
     return {
         method: {
             batch: {
-                context: multiplier(config, method, tau=tau, batch=batch, context=context,
-                                    k=k, hoi=hoi, variant=variant)
+                context: multiplier(config, method, tau=at_context(tau, context), batch=batch,
+                                    context=context, k=k, hoi=hoi, variant=variant)
                 for context in context_lengths or at.context_lengths
             }
             for batch in batch_sizes or at.batch_sizes
@@ -206,9 +216,9 @@ def multiplier_over_generation(
     speculative, g = 0.0, 0.0
     while g < tokens:
         at = context if sparse else context + g
-        draft = _draft(config, method, at, k, roofline.variant)
+        draft = _draft(config, method, [at], k, roofline.variant)
         speculative += roofline.round(
-            config.target, draft, batch=batch, k=k, context=context + g
+            config.target, draft, batch=batch, k=k, contexts=[context + g]
         ).total
         g += tau
     return autoregressive / speculative
@@ -267,16 +277,24 @@ def given_tau(
     return given
 
 
+def _listed(context: int | Sequence[float]) -> list[float]:
+    return [float(context)] if isinstance(context, int) else [float(n) for n in context]
+
+
 def _draft(
-    config: ExperimentConfig, method: str, context: float, k: int, variant: str
+    config: ExperimentConfig, method: str, contexts: Sequence[float], k: int, variant: str
 ) -> tuple[ModelConfig, DraftCost] | None:
     """A draft's sizes, and what it costs under a variant of the model; None without one."""
     if method == AUTOREGRESSIVE:
         return None
     options = config.draft(method)
-    cost, (window, sink) = options.cost(config.target, context, k), options.kept()
+    (window, sink), costs = options.kept(), [options.cost(config.target, n, k) for n in contexts]
+    rows = [cost.rows for cost in costs]
     if variant == "paper" and window:
-        cost = dataclasses.replace(cost, rows=float(sink + context // 8))
+        rows = [float(sink + n // 8) for n in contexts]
+    # Of passes and weights, which no context changes, the first speaks for all.
+    cost = dataclasses.replace(costs[0], rows=math.fsum(rows) / len(rows),
+                               slots=math.fsum(c.slots for c in costs) / len(costs))  # fmt: skip
     return options.model(config.target), cost
 
 
@@ -284,14 +302,15 @@ def _resolve(
     config: ExperimentConfig,
     method: str,
     batch: int,
-    context: int,
+    context: float,
     k: int | None,
-    hoi: float | None,
+    hoi: float | Chip | None,
     variant: str | None,
 ) -> tuple[int, Roofline]:
     """Defaults from the config, checked; without a draft k is 0."""
     at = config.throughput
-    hoi = at.hoi if hoi is None else hoi
+    chip = hoi if isinstance(hoi, Chip) else chips.chip(at.chip)
+    hoi = at.hoi if hoi is None else hoi.hoi(at.compute_bytes) if isinstance(hoi, Chip) else hoi
     variant = at.variant if variant is None else variant
     if variant not in VARIANTS:
         raise ConfigError(f"throughput.variant={variant!r}; choose from {list(VARIANTS)}")
@@ -299,7 +318,8 @@ def _resolve(
         if value is not None and value <= 0:
             raise ConfigError(f"{name}={value} must be above 0")
     k = (config.decode.k if k is None else k) if method != AUTOREGRESSIVE else 0
-    return k, Roofline(hoi, variant, at.weight_bytes, at.cache_bytes)
+    launch = at.launch_us and at.launch_us * 1e-6 * chip.peak(at.compute_bytes)
+    return k, Roofline(hoi, variant, at.weight_bytes, at.cache_bytes, launch=launch)
 
 
 def check_tau(method: str, tau: float, k: int) -> None:

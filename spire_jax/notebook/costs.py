@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import brentq
 
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig
+from spire_jax.costs.acceptance import Acceptance
 from spire_jax.costs.chips import CHIPS, chip
 from spire_jax.costs.roofline import VARIANTS
 from spire_jax.costs.throughput import (
@@ -17,7 +18,10 @@ from spire_jax.costs.throughput import (
     tokens_per_s_per_chip,
 )
 from spire_jax.notebook.parts import image, panels
+from spire_jax.results.choice import who_wins
+from spire_jax.results.choose import choice_figure, run_acceptances
 from spire_jax.results.plots import COLORS
+from spire_jax.storage.paths import locate
 
 
 def tau_at(tau: float, k: int, new_k: int) -> float:
@@ -100,6 +104,33 @@ def cost_figure(
         fontsize=7, x=0.02, ha="left",
     )  # fmt: skip
     return figure
+
+
+def winners_figure(
+    config: ExperimentConfig,
+    workdir: str = "",
+    *,
+    on: str = "",
+    variant: str = "with_head",
+    deepest: int = 8,
+) -> Figure:
+    """Who wins where on (B, L), at its best depth: by a finished run, or by what a config gives.
+
+    Args:
+        workdir: the run of this config; "" = the config's throughput.tau, as if every depth, up to
+            the `deepest`, were accepted alike.
+        on: a key of CHIPS; "" = the config's.
+        variant: a key of VARIANTS.
+    """
+    at = chip(on or config.throughput.chip)
+    if workdir:
+        taus = run_acceptances(config, locate(workdir), 0)
+    else:
+        k, where = config.decode.k, (config.throughput.context_length,)
+        depths = range(1, deepest + 1)
+        taus = {name: Acceptance(where, np.array([[[tau_at(tau, k, d) for d in depths]]]))
+                for name, tau in given_tau(config).items()}  # fmt: skip
+    return choice_figure(who_wins(config, taus, at, variant=variant), config, at, variant)
 
 
 def _over_batch(axes, color, config, method, tau, batch, context, variant, on) -> None:

@@ -8,6 +8,7 @@ from spire_jax.config.identity import differences, made_with
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig, StudyConfig
 from spire_jax.config.variants import variants
 from spire_jax.costs import throughput
+from spire_jax.costs.acceptance import Tau
 from spire_jax.storage.paths import Place, read_record
 
 
@@ -15,7 +16,7 @@ from spire_jax.storage.paths import Place, read_record
 class Given:
     """What the figures are drawn from."""
 
-    tau: Mapping[str, float]  # method -> tokens per round
+    tau: Mapping[str, Tau]  # method -> tokens per round, at every context or by context
     source: str  # where those come from, in words
     training: Mapping[str, float]  # method -> cost of training its draft; the target's is 1
     study: Mapping[str, Any] | None = None  # study.json
@@ -30,7 +31,8 @@ def paper_inputs(config: ExperimentConfig) -> Given:
     """
     tau = throughput.given_tau(config, remedy=", or name a finished run with --workdir")
     listed = ", ".join(f"{name} {value:g}" for name, value in tau.items())
-    return Given(tau, f"tau of the config: {listed}", training_costs(config, tau))
+    source = f"tau of the config, the same at every context: {listed}"
+    return Given(tau, source, training_costs(config, tau))
 
 
 def read_summary(config: ExperimentConfig, workdir: Place) -> dict[str, Any]:
@@ -52,12 +54,14 @@ def own_inputs(config: ExperimentConfig, workdir: Place) -> Given:
     """What a finished run of this config found; ConfigError as `read_summary`."""
     summary = read_summary(config, workdir)
     methods = {n: r for n, r in summary["methods"].items() if n != AUTOREGRESSIVE}
-    tau = {name: round(row["tau"], 9) for name, row in methods.items()}
-    listed = ", ".join(f"{name} {value:.3f}" for name, value in tau.items())
+    tau = {name: {int(n): round(of["tau"], 9) for n, of in row["by_context"].items()}
+           for name, row in methods.items()}  # fmt: skip
+    listed = ", ".join(f"{name} {row['tau']:.3f}" for name, row in methods.items())
     study = workdir / "study" / "study.json"
     return Given(
         tau,
-        f"tau measured at context {summary['context_length']}: {listed}",
+        f"tau measured by context (at {summary['context_length']}: {listed}), between and beyond "
+        f"those of the run as in the nearest",
         training_costs(config, tau),
         read_record(study) if study.is_file() else None,
         {

@@ -22,6 +22,7 @@ from spire_jax.config.paths import local_path, path_or_url
 from spire_jax.config.schema import ConfigError, ExperimentConfig
 from spire_jax.config.variants import ABLATIONS, FULL_PAPER_TAU
 from spire_jax.costs import throughput
+from spire_jax.costs.acceptance import Tau, at_context
 from spire_jax.costs.roofline import VARIANTS, visible_rows
 from spire_jax.results import plots
 from spire_jax.results.figure_inputs import Given, own_inputs, paper_inputs, with_ablations
@@ -68,7 +69,7 @@ def _over_context(config: ExperimentConfig, given: Given) -> Figure:
     plots.legend(panels[0])
     return plots.finish(
         figure, f"Throughput multiplier over context, batch {at.batch_size}",
-        f"{_roofline(config)} {given.source}, the same at every context. {_variants(VARIANTS)}",
+        f"{_roofline(config)} {given.source}. {_variants(VARIANTS)}",
     )  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def _heat_maps(config: ExperimentConfig, given: Given, variant: str) -> Figure:
         axes.set_yticks(range(len(at.batch_sizes)), list(map(str, at.batch_sizes)))
     return plots.finish(
         figure, f"Throughput multiplier by batch and context ({variant})",
-        f"{_roofline(config)} {given.source}, the same everywhere. {_variants([variant])}",
+        f"{_roofline(config)} {given.source}. {_variants([variant])}",
     )  # fmt: skip
 
 
@@ -170,11 +171,16 @@ def _alternative(config: ExperimentConfig, given: Given) -> Figure:
         for context in at.context_lengths:
             summed.append(
                 throughput.multiplier_over_generation(
-                    config, method, tau=tau, batch=at.batch_size, context=context, tokens=tokens
+                    config,
+                    method,
+                    tau=at_context(tau, context),
+                    batch=at.batch_size,
+                    context=context,
+                    tokens=tokens,
                 )
             )
             plain.append(throughput.multiplier(
-                config, method, tau=tau, batch=at.batch_size, context=context
+                config, method, tau=at_context(tau, context), batch=at.batch_size, context=context
             ))  # fmt: skip
         axes.plot(at.context_lengths, summed, **style)
         axes.plot(at.context_lengths, plain, **style | {"label": None, "linestyle": ":"})
@@ -289,18 +295,24 @@ def _by_depth(given: Given) -> Figure:
 # --- parts -------------------------------------------------------------------------------------
 
 
-def _multiplier(config: ExperimentConfig, method: str, tau: float, variant: str) -> float:
+def _multiplier(config: ExperimentConfig, method: str, tau: Tau, variant: str) -> float:
     """At the config's own batch and context."""
     at = config.throughput
     return throughput.multiplier(
-        config, method, tau=tau, batch=at.batch_size, context=at.context_length, variant=variant
+        config,
+        method,
+        tau=at_context(tau, at.context_length),
+        batch=at.batch_size,
+        context=at.context_length,
+        variant=variant,
     )
 
 
 def _roofline(config: ExperimentConfig) -> str:
     at = config.throughput
+    launch = f", {at.launch_us:g} us besides of every pass" if at.launch_us else ""
     return (f"Modeled, not measured: HOI {at.hoi:g} FLOPs per byte, {at.weight_bytes:g}-byte "
-            f"weights, {at.cache_bytes:g}-byte cache, k = {config.decode.k};")  # fmt: skip
+            f"weights, {at.cache_bytes:g}-byte cache, k = {config.decode.k}{launch};")  # fmt: skip
 
 
 def _variants(names: Sequence[str] | Mapping[str, str]) -> str:

@@ -1,11 +1,13 @@
 """What figures share: panels, a colour and a line for each method, the words below."""
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 # Drafts by the names that the paper's have in configs/; others take the next of the cycle.
 STUDIED = "#1b7f5c"
@@ -41,6 +43,35 @@ def multiplier_axes(axes: Axes, title: str) -> None:
     axes.xaxis.set_major_formatter(lambda x, _: short(x))
     axes.set_ylim(bottom=0)
     axes.set(title=title, xlabel="context length", ylabel="multiplier")
+
+
+def winners(
+    axes: Axes, cells: Sequence[Sequence[Mapping[str, Any]]], colors: Mapping[str, str],
+    ink: str = "black", faint: str = "0.9",
+) -> None:  # fmt: skip
+    """Who wins where (results/choice.py): a field for each batch and context, in its colour.
+
+    In it the depth, and by how much it is faster than the next method.
+    """
+    for y, row in enumerate(cells):
+        for x, cell in enumerate(row):
+            method = cell["method"]
+            color = colors[method] if method else faint
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor=faint,
+                                     alpha=0.45))  # fmt: skip
+            said = "too large" if method is None else f"k = {cell['k']}" if cell["k"] else ""
+            if cell.get("margin") is not None:
+                said += f"\n+{100 * cell['margin']:.0f}%"
+            axes.text(x, y, said, ha="center", va="center", fontsize=6.5, color=ink)
+    won = dict.fromkeys(cell["method"] for row in cells for cell in row if cell["method"])
+    for method in won:
+        axes.plot([], [], "s", color=colors[method], alpha=0.6, markersize=8, label=method)
+    contexts = [cell["context"] for cell in cells[0]]
+    axes.set(xlim=(-0.5, len(contexts) - 0.5), ylim=(-0.5, len(cells) - 0.5),
+             xlabel="context length", ylabel="batch")  # fmt: skip
+    axes.set_xticks(range(len(contexts)), [short(n) for n in contexts])
+    axes.set_yticks(range(len(cells)), [str(row[0]["batch"]) for row in cells])
+    axes.grid(visible=False)
 
 
 def legend(axes: Axes) -> None:

@@ -23,8 +23,10 @@ import rich.table
 from spire_jax.config import schema
 from spire_jax.config.identity import made_with
 from spire_jax.config.values import to_dict
-from spire_jax.costs import throughput
+from spire_jax.costs import chips, throughput
+from spire_jax.costs.acceptance import Tau, at_context
 from spire_jax.results import report_page
+from spire_jax.results.choice import acceptances, who_wins
 from spire_jax.results.intervals import (
     Interval,
     difference_interval,
@@ -69,7 +71,9 @@ def _summary(
         "weight_bytes": modeled.weight_bytes, "cache_bytes": modeled.cache_bytes,
         "compute_bytes": modeled.compute_bytes, "batch_size": modeled.batch_size,
         "context_length": modeled.context_length, "k": config.decode.k,
-        "tau": f"found here, at a context of {headline}, and held fixed over batch and context",
+        "launch_us": modeled.launch_us,
+        "tau": "found here: at each context what was found there, between two by the logarithm of "
+               "the context, beyond them the nearest's; the same at every batch",
         "variants": dict(throughput.VARIANTS),
         "chips": {name: {"hoi": chip.hoi(modeled.compute_bytes), "source": chip.source}
                   for name, chip in throughput.CHIPS.items()},
@@ -81,6 +85,7 @@ def _summary(
             for a, b in itertools.combinations(names[1:], 2)
         },
         "context_length": headline,
+        "choice": _choice(inputs, config),
         "assumptions": assumptions,
         "training": {name: _training(rows) for name, rows in inputs.metrics.items()},
         "heldout_bits_per_byte": inputs.evaluation["heldout_bits_per_byte"],
@@ -108,12 +113,14 @@ def _method(name: str, inputs: Inputs, config: schema.ExperimentConfig) -> dict[
             n: _acceptance(c, k, config.eval.bootstrap) | _sizes(c)
             for n, c in inputs.counts[name].items()
         }
+    taus: dict[int, float] = {}
     for length, row in by_context.items():
         if (tau := _tau(row)) is None:
             raise ReportError(
                 f"eval/{name}.jsonl: neither the oracle (up to k={k}) nor the decoder has rounds "
                 f"at context {length}; {EVALUATE_AGAIN}"
             )
+        taus[length] = tau
         row["modeled_multiplier"] = _multiplier(config, name, tau, context=length)
     # Some drafts are rolled out in training; others have no depth that they were trained to.
     learned = 0 if name == AUTOREGRESSIVE else config.draft(name).rollout(config.train)
@@ -121,7 +128,7 @@ def _method(name: str, inputs: Inputs, config: schema.ExperimentConfig) -> dict[
         **by_context[headline],
         "context_length": headline, "output_length": config.eval.output_length, "k": k,
         "extrapolated": 0 < learned < k,
-        **_modeled(name, _tau(by_context[headline]), config),
+        **_modeled(name, taus, config),
         **_measured(name, inputs.evaluation["timing"]),
         "by_context": {str(n): row for n, row in sorted(by_context.items())},
     }  # fmt: skip
@@ -234,15 +241,16 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 # --- modeled throughput ------------------------------------------------------------------------
 
 
-def _multiplier(config: schema.ExperimentConfig, method: str, tau: float, **over: Any) -> float:
+def _multiplier(config: schema.ExperimentConfig, method: str, tau: Tau, **over: Any) -> float:
     """The modeled multiplier at the headline batch, context and variant, or as in `over`."""
     given = config.throughput
     at: dict[str, Any] = {"batch": given.batch_size, "context": given.context_length,
-                          "variant": given.variant}  # fmt: skip
-    return float(throughput.multiplier(config, method, tau=tau, **(at | over)))
+                          "variant": given.variant} | over  # fmt: skip
+    tau = at_context(tau, at["context"])
+    return float(throughput.multiplier(config, method, tau=tau, **at))
 
 
-def _modeled(method: str, tau: float, config: schema.ExperimentConfig) -> dict[str, Any]:
+def _modeled(method: str, tau: Tau, config: schema.ExperimentConfig) -> dict[str, Any]:
     at = config.throughput
     return {
         "modeled_multiplier": _multiplier(config, method, tau),
@@ -272,13 +280,28 @@ def _modeled(method: str, tau: float, config: schema.ExperimentConfig) -> dict[s
     }
 
 
-def _rate(
-    config: schema.ExperimentConfig, method: str, tau: float, chip: str, variant: str
-) -> float:
+def _choice(inputs: Inputs, config: schema.ExperimentConfig) -> dict[str, Any] | None:
+    """Who wins where, on throughput.chip; None without an oracle's depths."""
+    of = {n: c for n, c in inputs.counts.items() if n != AUTOREGRESSIVE}
+    if not of or not all(
+        c.lengths.shape[1] for by_length in of.values() for c in by_length.values()
+    ):
+        return None
+    found = who_wins(config, acceptances(of, 0), chips.chip(config.throughput.chip))
+    return {"chip": config.throughput.chip, "cells": found}
+
+
+def _rate(config: schema.ExperimentConfig, method: str, tau: Tau, chip: str, variant: str) -> float:
     batch, context = config.throughput.batch_size, config.throughput.context_length
     return float(
         throughput.tokens_per_s_per_chip(
-            config, method, tau=tau, batch=batch, context=context, chip=chip, variant=variant
+            config,
+            method,
+            tau=at_context(tau, context),
+            batch=batch,
+            context=context,
+            chip=chip,
+            variant=variant,
         )
     )
 

@@ -22,6 +22,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from spire_jax.results.plots import winners
+
 TEMPLATE = "report_page.html.jinja"
 SERIES = 8  # colours in the style sheet: --series-0 (the target, neutral) .. --series-7
 DASHES = ("-", "--", "-.", ":")
@@ -218,6 +220,18 @@ def _all_figures(
             f"HOI {at['hoi']:g}); dotted: autoregressive decoding"
         )
         yield key, (figure, caption)
+
+    if choice := summary["choice"]:
+        figure, axes = _axes("context length L", "batch B")
+        colors = {name: style["color"] for name, style in styles.items()}
+        colors["autoregressive"] = colors["target"]
+        winners(axes, choice["cells"], colors, INK, GRID)
+        _legend(figure, axes)
+        caption = (
+            f"The fastest method by batch and context, the depth it does best at, and its margin "
+            f"over the next one (modeled: one {choice['chip']}, {at['variant']} cost model)"
+        )
+        yield "choice", (figure, caption)
 
     figure, axes = _axes("training tokens", "training loss, nats per token")
     for name, rows in metrics.items():

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from spire_jax.config.schema import ConfigError, ExperimentConfig, oracle_depth
-from spire_jax.costs import throughput
+from spire_jax.costs import chips, throughput
 from spire_jax.costs.hardware import describe
 from spire_jax.data.pipeline import Context, Dataset
 from spire_jax.decoding import Weights
@@ -173,7 +173,7 @@ def best_k(
     *,
     batch: int,
     context: int,
-    hoi: float,
+    hoi: float | chips.Chip,
     variant: str,
 ) -> tuple[int, float]:
     """The depth at which the modeled multiplier is largest, and that multiplier."""
@@ -191,8 +191,8 @@ def depths_to_check(config: ExperimentConfig, taus: Sequence[float]) -> list[int
     at = config.throughput
     preferred = sorted(
         {
-            best_k(config, config.study.of, taus, batch=batch, context=context, hoi=chip.hoi(
-                at.compute_bytes), variant=at.variant)[0]
+            best_k(config, config.study.of, taus, batch=batch, context=context, hoi=chip,
+                   variant=at.variant)[0]
             for chip in throughput.CHIPS.values()
             for batch in at.batch_sizes
             for context in at.context_lengths

@@ -139,7 +139,7 @@ def _best(
         chip.name: {
             str(batch): {
                 str(context): best_k(config, base, best_tau, batch=batch, context=context,
-                                     hoi=chip.hoi(at.compute_bytes), variant=at.variant)
+                                     hoi=chip, variant=at.variant)
                 for context in at.context_lengths
             }
             for batch in at.batch_sizes

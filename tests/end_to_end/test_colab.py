@@ -90,6 +90,7 @@ def check_what_is_shown(cells, workdir):
     spans = len(re.findall(r'<span class="\w+(?: first)?" title="round', text))
     assert tokens <= spans <= tokens + 2, "a token each, and the end of sequence where there is one"
     assert re.search(r"tau = [1-4]\.\d\d tokens per round", text)
+    assert share(picture(cells["winners"]), "#ffffff") < 0.9
     sliders = shown(cells["costs"], "application/vnd.jupyter.widget-view+json")
     assert sliders["model_id"]
 
