@@ -84,7 +84,8 @@ def choice_figure(
     return plots.finish(
         figure, "",
         f"The fastest method on one {chip.name}, the depth it does best at, and its margin over "
-        f"the next method. Modeled from measured acceptance ({variant}: {VARIANTS[variant]}).",
+        f"the next method; *: beyond the contexts that were measured. Modeled from measured "
+        f"acceptance ({variant}: {VARIANTS[variant]}).",
     )  # fmt: skip
 
 
@@ -203,13 +204,12 @@ def _print_mix(mix: Mapping[str, Any], console: rich.console.Console) -> None:
                       f"{first['tokens_per_s']:,.0f}", f"{first['gain']:.2f}",
                       following)  # fmt: skip
     console.print(table)
-    names = list(mix["policies"])
-    table = _table("the whole mix: tokens/s, and over the policies below it [95%]",
-                   "chosen per cell", "tokens/s", "what", *names[1:])  # fmt: skip
-    for i, (name, policy) in enumerate(mix["policies"].items()):
+    beside = list(mix["policies"])[3:]  # one method at one depth, and those that choose nothing
+    table = _table("the whole mix: tokens/s, and how many times those of others [95%]",
+                   "chosen per cell", "tokens/s", "what", *beside)  # fmt: skip
+    for name, policy in mix["policies"].items():
         chosen = dict.fromkeys(f"{c['method']} {c['k'] or ''}".strip() for c in policy["choices"])
-        ratios = [_interval(policy["over"].get(other)) if j > i else ""
-                  for j, other in enumerate(names) if j]  # fmt: skip
+        ratios = [_interval(policy["over"].get(other)) for other in beside]
         table.add_row(name, f"{policy['tokens_per_s']:,.0f}", ", ".join(chosen), *ratios)
     console.print(table)
 

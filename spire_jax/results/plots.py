@@ -51,7 +51,8 @@ def winners(
 ) -> None:  # fmt: skip
     """Who wins where (results/choice.py): a field for each batch and context, in its colour.
 
-    In it the depth, and by how much it is faster than the next method.
+    In it the depth, and by how much it is faster than the next method; * where acceptance was not
+    measured so far out.
     """
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
@@ -60,6 +61,7 @@ def winners(
             axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor=faint,
                                      alpha=0.45))  # fmt: skip
             said = "too large" if method is None else f"k = {cell['k']}" if cell["k"] else ""
+            said += "*" if cell["extrapolated"] else ""
             if cell.get("margin") is not None:
                 said += f"\n+{100 * cell['margin']:.0f}%"
             axes.text(x, y, said, ha="center", va="center", fontsize=6.5, color=ink)

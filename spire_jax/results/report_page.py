@@ -229,7 +229,8 @@ def _all_figures(
         _legend(figure, axes)
         caption = (
             f"The fastest method by batch and context, the depth it does best at, and its margin "
-            f"over the next one (modeled: one {choice['chip']}, {at['variant']} cost model)"
+            f"over the next one; *: beyond the contexts evaluated (modeled: one {choice['chip']}, "
+            f"{at['variant']} cost model)"
         )
         yield "choice", (figure, caption)
 

@@ -11,11 +11,14 @@ import pytest
 
 from launch.bench import decode as bench_decode
 from launch.bench import mesh as bench_mesh
+from launch.bench import mix as bench_mix
 from launch.bench import tau_by_tokens
 from launch.bench.decode import Point, add, record_of, room_for, rounds_of
 from launch.bench.mesh import parse_meshes
 from spire_jax.config.files import load
+from spire_jax.config.schema import ConfigError
 from spire_jax.costs.throughput import multiplier, round_cost
+from spire_jax.results.mix import Cell
 
 RATES = {"bytes_per_s": 2e10, "flops_per_s": 1e11}
 QUICKSTART = "configs/quickstart.py"
@@ -142,3 +145,56 @@ def test_steps_on_two_devices_beside_one(corpus, capfd):
     ]
     assert all(float(row[3]) > 0 and float(row[4]) > 0 for row in cells)
     assert [row[4] for row in cells[::2]] == ["1.00"] * 3
+
+
+# --- a traffic mix -------------------------------------------------------------------------------
+
+
+def test_a_mix_adds_up():
+    """Rates of cells make the mix's by shares of tokens; launches explain the plain step."""
+    config, chip = load(QUICKSTART), bench_mix.Chip("it", {4: 1e11}, 2e10, 1e12, 1.0, 1, "made up")
+    cells = [Cell(0.25, 4, (64.0, 128.0), "ragged"), Cell(0.75, 1, (64.0,), "alone")]
+    alone, spire = ("autoregressive", 0), ("spire", 4)
+
+    def of(rate, tau):
+        return {"tokens_per_s": rate, "whole_tokens_per_s": rate / 2, "tau": tau}
+
+    found = [{alone: of(400.0, 1.0), spire: of(600.0, 3.0)},
+             {alone: of(100.0, 1.0), spire: of(220.0, 3.4)}]  # fmt: skip
+    records = {(r["cell"], r["method"]): r
+               for r in bench_mix.records_of(config, cells, found, chip, 32)}  # fmt: skip
+    whole = records["the mix", "spire"]
+    assert whole["tokens_per_s"] == pytest.approx(1 / (0.25 / 600 + 0.75 / 220))
+    assert whole["multiplier"] == pytest.approx(
+        whole["tokens_per_s"] / records["the mix", "autoregressive"]["tokens_per_s"]
+    )
+    for cell, methods in zip(cells, found, strict=True):
+        launch = records[cell.name, "spire"]["launch_us"]
+        for method in (alone, spire):
+            tau = methods[method]["tau"]
+            model = bench_mix.predicted(config, cell, method, tau, chip, launch, 32)
+            if method == alone:
+                assert model == pytest.approx(methods[alone]["tokens_per_s"])
+                continue
+            record = records[cell.name, "spire"]
+            ratio = model / methods[alone]["tokens_per_s"]
+            assert record["predicted_with_launch"] == pytest.approx(ratio)
+            assert record["predicted"] > 1 and record["predicted"] != pytest.approx(ratio)
+    with pytest.raises(ConfigError, match="no draft with its depth"):
+        bench_mix.methods_of("spire", config)
+
+
+@pytest.mark.slow
+def test_a_mix_is_served_and_modeled(finished, corpus, tmp_path):
+    mix = tmp_path / "mix.json"
+    mix.write_text(json.dumps({"cells": [
+        {"share": 0.5, "batch": 2, "context": {"uniform": [4, 16]}},
+        {"share": 0.5, "batch": 1, "context": 8}]}))  # fmt: skip
+    bench_mix.main([*pipelines.arguments(corpus, finished), f"--mix={mix}", "--tokens=6",
+                    "--methods=spire:2,magicdec:3", "--repeats=1",
+                    f"--out={tmp_path}"])  # fmt: skip
+    records = json.loads((tmp_path / "measured.json").read_text())["records"]
+    assert [(r["method"], r["k"]) for r in records] == [
+        ("autoregressive", 0), ("spire", 2), ("magicdec", 3)] * 3  # fmt: skip
+    assert all(r["whole_tokens_per_s"] < r["tokens_per_s"] for r in records)
+    assert all(1 <= r["tau"] <= r["k"] + 1 for r in records if "tau" in r)
