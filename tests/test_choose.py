@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_not_chosen():
 
 def test_who_wins():
     config = experiment()
-    for row in who_wins(config, TAUS, CHIP, variant="per_operator"):
+    for row in who_wins(config, TAUS, CHIP, baseline="spire", variant="per_operator"):
         for cell in row:
             where = dict(batch=cell["batch"], context=cell["context"], hoi=CHIP,
                          variant="per_operator")  # fmt: skip
@@ -173,6 +173,9 @@ def test_who_wins():
             first, second = sorted(gains, key=lambda name: -gains[name])[:2]
             assert (cell["method"], cell["second"]) == (first, second)
             assert cell["gain"] == pytest.approx(gains[first])
+            base = throughput.multiplier(config, "spire", k=4, **where,
+                                         tau=TAUS["spire"].at(4, [cell["context"]])[0])  # fmt: skip
+            assert cell["over_baseline"] == pytest.approx(gains[first] / base)
             assert cell["margin"] == pytest.approx(gains[first] / gains[second] - 1)
             assert cell["extrapolated"] == (not 48 <= cell["context"] <= 184)
 
@@ -267,6 +270,11 @@ def test_the_command_reads_a_run_and_a_mix(workdir, tmp_path, capsys):
     assert 0.5 < low <= policies["any draft"]["over"]["spire, k = 4"]["ratio"] <= high < 5
     assert command.main([*given, "--format=json"]) == 0
     assert json.loads(capsys.readouterr().out) == found
+    assert command.main([*given, "--methods=vanilla", "--format=json"]) == 0
+    some = json.loads(capsys.readouterr().out)
+    assert {m["method"] for m in some["mix"]["cells"][0]["methods"]} == {
+        AUTOREGRESSIVE, "vanilla"}  # fmt: skip
+    assert "spire, k = 4" in some["mix"]["policies"]
     # On other sizes, with acceptances as if the baseline had the paper's.
     assert command.main([*given, "--sizes=configs/paper_67m.py", "--tau=3.4", "--format=json"]) == 0
     of_paper = json.loads(capsys.readouterr().out)

@@ -98,12 +98,16 @@ def who_wins(
     taus: Mapping[str, Acceptance],
     chip: Chip,
     *,
+    baseline: str = "",
+    among: Sequence[str] = (),
     variant: str | None = None,
     reserve: float = 0.0,
 ) -> list[list[dict[str, Any]]]:
     """By batch and context of `throughput`: the winner, and its margin over the next method.
 
-    `gain` is its rate over autoregressive decoding's. Without a method that fits, `method` is
+    `gain` is its rate over autoregressive decoding's, `over_baseline` over that of `baseline` at
+    the paper's depth, whether or not that fits. `among` are the drafts that may win, by default
+    all. Without a method that fits, `method` is
     None; `extrapolated` where the context lies outside those of the evaluation.
     """
     at, rows = config.throughput, []
@@ -113,16 +117,24 @@ def who_wins(
         offered = offers(config, _estimates(taus), cell, chip, variant=variant, reserve=reserve)
         row: dict[str, Any] = {"batch": batch, "context": context, "method": None}
         row["extrapolated"] = not min(measured) <= context <= max(measured)
-        if won := best(offered):
-            next_best = best([c for c in offered if c.method != won.method])
+        allowed = _among(offered, among)
+        if won := best(allowed):
+            next_best = best([c for c in allowed if c.method != won.method])
             row |= {"method": won.method, "k": won.k, "tau": won.tau,
                     "tokens_per_s": float(won.rate[0]),
                     "gain": float(won.rate[0] / offered[0].rate[0]),
                     "second": next_best and next_best.method,
                     "margin": next_best and float(won.rate[0] / next_best.rate[0] - 1)}  # fmt: skip
+            for its in offered:
+                if (its.method, its.k) == (baseline, PAPER_K):
+                    row["over_baseline"] = float(won.rate[0] / its.rate[0])
         rows.append(row)
     width = len(at.context_lengths)
     return [rows[i : i + width] for i in range(0, len(rows), width)]
+
+
+def _among(offered: Sequence[Choice], among: Sequence[str]) -> list[Choice]:
+    return [c for c in offered if not among or c.method in (AUTOREGRESSIVE, *among)]
 
 
 def _estimates(taus: Mapping[str, Acceptance]) -> dict[str, Acceptance]:
@@ -139,6 +151,7 @@ def choose(
     chip: Chip,
     *,
     baseline: str,
+    among: Sequence[str] = (),
     variant: str | None = None,
     reserve: float = 0.0,
 ) -> dict[str, Any]:
@@ -148,12 +161,13 @@ def choose(
     the most that may be chosen to the least: any draft; one draft's weights, with stride and depth
     per cell; one method, with its depth per cell; one method at one depth; and `baseline` at the
     paper's depth. Gains over each of the others have 95% intervals over resampled documents: of
-    the choice that was made on all.
+    the choice that was made on all. `among` as of `who_wins`.
 
     Raises:
         ConfigError: a cell in which nothing fits the chip.
     """
-    offered = [offers(config, taus, c, chip, variant=variant, reserve=reserve) for c in cells]
+    everything = [offers(config, taus, c, chip, variant=variant, reserve=reserve) for c in cells]
+    offered = [_among(of, among) for of in everything]
     for cell, of in zip(cells, offered, strict=True):
         if best(of) is None:
             least = min(c.memory_bytes for c in of)
@@ -168,7 +182,7 @@ def choose(
         "one method, one depth": _one_of(cells, offered, lambda c: (c.method, c.k)),
         AUTOREGRESSIVE: _only(offered, lambda c: not c.k),
         f"{baseline}, k = {PAPER_K}": _only(
-            offered, lambda c: (c.method, c.k) == (baseline, PAPER_K)
+            everything, lambda c: (c.method, c.k) == (baseline, PAPER_K)
         ),
     }
     rates = {name: _rate(cells, of) for name, of in policies.items() if of}

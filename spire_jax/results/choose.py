@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--chip", help="the accelerator; default: throughput.chip")
     add("--mix", type=local_path, help="the traffic, a JSON file")
     add("--baseline", help="the draft to compare with, at a depth of 4; default: the first SPIRe")
+    add("--methods", help="the drafts to choose from, comma-separated; default: all")
     add("--variant", choices=tuple(VARIANTS), help="of the cost model; default: throughput.variant")
     add("--reserve", type=float, default=0.1, help="share of the memory kept for temporaries")
     add("--sizes", type=local_path, help="a config whose target and cost model to take instead")
@@ -139,7 +140,11 @@ def _choose(
     if args.tau:
         powers = taus[baseline].exponents_for(args.tau, PAPER_K)
         taus = {name: of.raised(powers) for name, of in taus.items()}
-    how: dict[str, Any] = {"variant": args.variant, "reserve": args.reserve}
+    among = tuple(args.methods.split(",")) if args.methods else ()
+    for name in among:
+        config.draft(name)  # or ConfigError
+    how: dict[str, Any] = {"baseline": baseline, "among": among, "variant": args.variant,
+                           "reserve": args.reserve}  # fmt: skip
     found = {
         "chip": chip.name,
         "variant": args.variant or sized.throughput.variant,
@@ -147,7 +152,7 @@ def _choose(
         "scaled_to": args.tau,
         "contexts": list(next(iter(taus.values())).contexts),
         "who_wins": who_wins(sized, taus, chip, **how),
-        "mix": choose(sized, taus, cells, chip, baseline=baseline, **how) if cells else None,
+        "mix": choose(sized, taus, cells, chip, **how) if cells else None,
     }
     return found, sized, chip
 
@@ -156,11 +161,11 @@ def _baseline(given: str | None, config: ExperimentConfig) -> str:
     if given:
         config.draft(given)
         return given
-    of_kind = [name for name, draft in config.drafts if draft.kind == "spire"]
-    if not of_kind:
-        raise ConfigError(f"no draft is of kind 'spire', to compare with; name one with "
-                          f"--baseline, of {[name for name, _ in config.drafts]}")  # fmt: skip
-    return of_kind[0]
+    for name, draft in config.drafts:
+        if draft.kind in ("spire", "stride") and getattr(draft, "stride", 1) == 1:
+            return name
+    raise ConfigError(f"no draft is a SPIRe of one token a pass, to compare with; name one with "
+                      f"--baseline, of {[name for name, _ in config.drafts]}")  # fmt: skip
 
 
 def _console() -> rich.console.Console:
