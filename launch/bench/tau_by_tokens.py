@@ -61,11 +61,14 @@ def evaluate(at: WorkDir) -> list[dict[str, Any]]:
     config = at.config
     target = at.target()
     names = [name for name, _ in config.drafts]
-    drafts = {(name, steps): params for name in names if name in config.trained
-              for steps, params in stages_of(at, name, target)}  # fmt: skip
+    # Methods may share trained weights and differ in how they decode.
+    drafts = {(name, steps): params
+              for trained in dict.fromkeys(filter(None, map(config.weights, names)))
+              for steps, params in stages_of(at, trained, target)
+              for name in names if config.weights(name) == trained}  # fmt: skip
     cast, untrained = for_decoding(config, target, {})
     for (name, steps), params in drafts.items():
-        drafts[name, steps] = for_decoding(config, target, {name: params})[1][name]
+        drafts[name, steps] = for_decoding(config, target, {config.weights(name): params})[1][name]
     methods = drafts | {(name, 0): params for name, params in untrained.items()}
     contexts, per_step = choose_contexts(config, at.corpus), tokens_per_step(config)
     lengths, size = config.eval.context_lengths, config.eval.batch_size
@@ -86,7 +89,7 @@ def evaluate(at: WorkDir) -> list[dict[str, Any]]:
                     records[name, steps] += [{"oracle": r} for r in found[: len(places)]]
                 progress.advance()
             for (name, steps), lines in records.items():
-                tokens = steps * per_step if name in config.trained else None
+                tokens = steps * per_step if config.weights(name) else None
                 results.append({
                     "method": name, "steps": steps, "tokens": tokens,
                     "context_length": length, "contexts": len(lines), "tau": tau_by_depth(lines),

@@ -36,7 +36,7 @@ def measured(finished, corpus, tmp_path_factory):
     bench_decode.main([*flags, *selecting, "--methods=spire,magicdec,select", "--batch=2",
                        "--context=8", "--tokens=4", "--repeats=2", "--k=2", "--dtype=float32",
                        f"--out={folder}"])  # fmt: skip
-    tau_by_tokens.main(flags)
+    tau_by_tokens.main([*flags, "--config.drafts.twin.weights_of=vanilla"])
     return (json.loads((folder / "decode.json").read_text()),
             json.loads((workdir / "tau_by_tokens.json").read_text()))  # fmt: skip
 
@@ -57,9 +57,11 @@ def test_every_method_is_measured_beside_autoregressive_decoding(measured):
 def test_tau_is_reported_at_every_kept_checkpoint(measured):
     found = {(r["method"], r["steps"], r["context_length"]): r for r in measured[1]}
     # Checkpoints every 3 steps, the newest two kept; drafts of 12 and 8 steps.
-    steps = {"spire": (0, 9, 12), "vanilla": (0, 6, 8), "magicdec": (0,)}
+    steps = {"spire": (0, 9, 12), "vanilla": (0, 6, 8), "twin": (0, 6, 8), "magicdec": (0,)}
     assert set(found) == {(m, s, n) for m, of in steps.items() for s in of for n in (8, 16)}
     assert found["spire", 12, 8]["tokens"] == 12 * 4 * 32
+    for at in [(s, n) for s in steps["twin"] for n in (8, 16)]:  # decodes with vanilla's weights
+        assert found["twin", *at] == found["vanilla", *at] | {"method": "twin"}
     assert len({found["vanilla", s, 16]["tau"][3] for s in steps["vanilla"]}) == 3
 
 
