@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from report_files import experiment, reported
 
+from launch import draft_tables
 from spire_jax.config import files
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError
 from spire_jax.config.values import to_dict
@@ -312,3 +313,24 @@ def test_choosing_needs_no_jax(workdir):
     script = ("import sys; from spire_jax.results import choice, mix; "
               "sys.exit('jax' in sys.modules)")  # fmt: skip
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_the_tables_of_a_run(workdir, capsys):
+    given = [f"--workdir={workdir}", "--ks=2,4", "--family=spire", "--pairs=spire:vanilla"]
+    draft_tables.main(given)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    methods = json.loads((workdir / "report" / "summary.json").read_text())["methods"]
+    row, acceptance = [r for r in rows if r[0] == "| spire"]
+    assert row[1].startswith(f"{methods['spire']['by_context']['48']['tau_by_k']['2']:.3f} [")
+    assert row[6].startswith(f"{methods['spire']['tau']:.3f} [")
+    assert 0.5 < float(acceptance[1]) < 0.99
+    (apart,) = [r for r in rows if r[0] == "| spire less vanilla"]
+    pair = methods["spire"]["tau"] - methods["vanilla"]["tau"]
+    assert float(apart[6].split(" ")[0]) == pytest.approx(pair, abs=6e-4)
+    # Against itself the family of one gains what its depth does.
+    gains = [r for r in rows if r[0] == "| as found" and r[1] == "with_head"]
+    assert [r[2] for r in gains] == ["32", "512", "4096"] and all(
+        float(r[6].removesuffix(" |")) >= 1 for r in gains)  # fmt: skip
+    with pytest.raises(SystemExit):
+        draft_tables.main([*given, "--ks=9"])
+    assert "the run's oracle went to 4" in capsys.readouterr().err
