@@ -24,6 +24,7 @@ TINY = ModelConfig(
     n_layers=3, d_model=32, n_kv_heads=2, q_per_kv=2, d_head=8, d_ff=48, vocab_size=24, n_tokens=21
 )
 WINDOW, SINK = 6, 1
+FUSED = (0, 2, 3)  # activations that are fused
 HEAD_IDS = (0, 1, 2, 4, 5, 7, 10, 11, 12, 16, 18, 20)  # of TINY's 21 tokens
 
 
@@ -88,7 +89,7 @@ def target(config: ModelConfig = TINY, seed: int = 0) -> tuple[Model, Params]:
 @functools.cache
 def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     """kind: "spire", "spire_strict" (attend_self=False), "spire_plain" (no feedback),
-    "spire_final" and "spire_embedding" (other memories), "spire_dense" (no window),
+    "spire_final", "spire_embedding" and "spire_fused" (other memories), "spire_dense" (no window),
     "spire_trimmed" (an unembedding of HEAD_IDS alone), "stride" (two tokens a pass, a Markov head)
     and "stride_argmax" (its most likely tokens), "vanilla"
     (another small model), "ring" (pruned, windowed, no activations), "self" (the target),
@@ -96,9 +97,10 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     model, params = target(config)
     windowed = dataclasses.replace(config, window=WINDOW, sink=SINK, n_layers=2)
     if kind.startswith("spire"):
+        memory = kind.removeprefix("spire_")
         options = {"attend_self": kind != "spire_strict", "feedback": kind != "spire_plain",
-                   "memory": {"spire_final": "final", "spire_embedding": "embedding"}.get(
-                       kind, "layers")}  # fmt: skip
+                   "memory": memory if memory in ("final", "embedding", "fused") else "layers",
+                   } | ({"fused": FUSED} if memory == "fused" else {})  # fmt: skip
         if kind == "spire_dense":
             windowed = dataclasses.replace(windowed, window=0, sink=0)
         if kind == "spire_trimmed":
