@@ -9,6 +9,7 @@ import numpy as np
 
 from spire_jax.config.schema import ModelConfig
 from spire_jax.decoding import Decoder, Weights
+from spire_jax.drafting.block import BlockOptions
 from spire_jax.drafting.magicdec import magicdec
 from spire_jax.drafting.pruning import prune
 from spire_jax.drafting.snapkv import snapkv
@@ -90,8 +91,10 @@ def target(config: ModelConfig = TINY, seed: int = 0) -> tuple[Model, Params]:
 def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     """kind: "spire", "spire_strict" (attend_self=False), "spire_plain" (no feedback),
     "spire_final", "spire_embedding" and "spire_fused" (other memories), "spire_dense" (no window),
-    "spire_trimmed" (an unembedding of HEAD_IDS alone), "stride" (two tokens a pass, a Markov head)
-    and "stride_argmax" (its most likely tokens), "vanilla"
+    "spire_trimmed" (an unembedding of HEAD_IDS alone), "stride" (two tokens a pass, a Markov head),
+    "stride_argmax" (its most likely tokens) and "stride_confident" (one a pass, which says how
+    likely it is kept), "block" (five slots, a recurrent head and confidence) and "block_causal" (no
+    head), "vanilla"
     (another small model), "ring" (pruned, windowed, no activations), "self" (the target),
     "magicdec" (the target with a sparse cache), "snapkv" (... that attention selected)."""
     model, params = target(config)
@@ -114,6 +117,14 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     if kind.startswith("stride"):
         of = StrideOptions(window=WINDOW, sink=SINK, stride=2, head="markov", head_rank=4,
                            draws="argmax" if kind == "stride_argmax" else "sampled")  # fmt: skip
+        if kind == "stride_confident":
+            of = StrideOptions(window=WINDOW, sink=SINK, confidence=True)
+        strategy = of.strategy(config, Compute())
+        return Pair(model, params, strategy, prune(params, init(strategy.model, 1)))
+    if kind.startswith("block"):
+        head, more = ("none", False) if kind == "block_causal" else ("recurrent", True)
+        of = BlockOptions(window=WINDOW, sink=SINK, k=5, head=head, head_rank=4,
+                          bidirectional=more, confidence=more)  # fmt: skip
         strategy = of.strategy(config, Compute())
         return Pair(model, params, strategy, prune(params, init(strategy.model, 1)))
     if kind == "magicdec":

@@ -112,7 +112,7 @@ class BlockDraft(StridedDraft):
         super().__init__(config, compute, rngs=rngs, **options)
         self.bidirectional = bidirectional
 
-    def seen_ahead(self, i, q, k, v, at):
+    def seen_ahead(self, i, q, at, k, v):
         if not self.bidirectional or at.shape[1] == 1:
             return []
         view = self.views[i]

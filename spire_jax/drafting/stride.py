@@ -217,7 +217,7 @@ class StridedDraft(SpireDraft):
         return x @ self.confidence_vector[...] + self.confidence_bias[0]
 
     def seen_ahead(
-        self, i: int, q: Float[Array, "B T K G H"], k: Array, v: Array, at: Int[Array, "B T"]
+        self, i: int, q: Float[Array, "B T K G H"], at: Int[Array, "B T"], k: Array, v: Array
     ) -> list[Attended]:
         """What layer i attends to of the inputs of a pass beyond those up to each: nothing.
 
@@ -296,7 +296,8 @@ class StridedDraft(SpireDraft):
             q_pos, k_pos = (jnp.tile(at.positions(offsets), (batch, 1))
                             for offsets in (at.offsets, np.arange(at.end)))  # fmt: skip
             beside = [attention(of_starts(q), k, v, q_pos, k_pos, self.views[i])]
-            beside += self.seen_ahead(i, of_starts(q), *map(of_starts, inputs), q_pos)
+            now = (of_starts(y) for y in inputs)
+            beside += self.seen_ahead(i, of_starts(q), q_pos, *now)
             for out, lse in beside:
                 parts.append((out.reshape(q.shape), lse.reshape(q.shape[:-1])))
             return merge_attention(parts), None
@@ -359,7 +360,7 @@ class StridedDraft(SpireDraft):
             # masks, the next pass does: after all that a query of then may see.
             q, (k, v) = block.queries(x, at), block.keys_values(x, at)
             cache = caches[i].append(at, k, v)
-            parts = self.over_cache(i, q, cache, at) + self.seen_ahead(i, q, k, v, at)
+            parts = self.over_cache(i, q, cache, at) + self.seen_ahead(i, q, at, k, v)
             return merge_attention(parts), cache
 
         xs, written = self.run(x, attend)

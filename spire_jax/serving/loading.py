@@ -15,6 +15,7 @@ from spire_jax.config.registry import DRAFT_KINDS
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig, StudyConfig
 from spire_jax.config.validation import validate_decoding
 from spire_jax.config.values import convert, to_dict
+from spire_jax.costs.throughput import depth_prices
 from spire_jax.data.tokenizer import Tokenizer, end_tokens, make_tokenizer
 from spire_jax.decoding.build import for_decoding, make_decoder
 from spire_jax.decoding.rounds import Decoder, Weights
@@ -111,6 +112,10 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
         drafts[of] = (of_target.draft(of, target) if exported is None
                       else _placed(exported, config, name, target, of_target.mesh))  # fmt: skip
     depths = config.decode.depths if decoder.strategy is not None else ()
+    if depths and getattr(config.draft(name), "confidence", False):
+        k = max(depths)
+        prices = depth_prices(config, name, k)
+        decoder = dataclasses.replace(decoder, k=k, prices=prices, widths=tuple(sorted({*depths})))
     made_by = {}
     if args.out != "-":
         made_by = _made_by(config, name, decoder, depths)
@@ -156,6 +161,7 @@ def _made_by(
     return {
         "method": method,
         "k": list(depths) or decoder.k,
+        **({"prices": list(decoder.prices)} if decoder.prices else {}),
         "verification": decode.verification,
         "sampling": dataclasses.asdict(decoder.sampling),
         "ends": list(decoder.ends),
