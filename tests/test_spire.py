@@ -127,10 +127,10 @@ def test_fused_memories_are_one_vector_for_all_layers():
     """RMSNorm(concat(y) F), by hand, as what every layer makes its own keys and values of."""
     p = pair("spire_fused")
     tokens, activations, found = reference("spire_fused")
-    assert p.strategy.collect == FUSED and len(activations) == 3
+    assert p.strategy.collect == FUSED and len(activations) == 2
     params = dict(p.draft_params)
     matrix, scale = params.pop("fuse"), params.pop("norm_fused")["scale"]
-    assert matrix.shape == (3 * TINY.d_model, TINY.d_model)
+    assert matrix.shape == (2 * TINY.d_model, TINY.d_model)
     y = np.concatenate(activations, axis=-1) @ np.asarray(matrix)
     y = y / np.sqrt((y**2).mean(axis=-1, keepdims=True) + TINY.norm_eps) * np.asarray(scale)
     close(found, rollout_of("spire")(params, tokens, (jnp.asarray(y),) * 2))
@@ -163,7 +163,7 @@ def test_what_fuses_costs_its_bytes_and_products():
     draft = SpireOptions(window=WINDOW, memory="fused", fused=FUSED)
     plain = dataclasses.replace(draft, memory="layers", fused=())
     found, without = (d.cost(TINY, 20, K) for d in (draft, plain))
-    matrix = 3 * TINY.d_model**2
+    matrix = 2 * TINY.d_model**2
     assert found.more == without.more + matrix + TINY.d_model
     assert [p.weights for p in found.passes] == [matrix, 0, 0, 0]
     assert found.passes[0].products == (K + 1) * matrix
