@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 from models import SINK, TINY, WINDOW, init, target, texts
@@ -12,16 +13,20 @@ from test_stride import close
 
 from spire_jax.config import files
 from spire_jax.config.checks import ConfigError
+from spire_jax.config.schema import ExperimentConfig, TrainConfig
 from spire_jax.costs.throughput import round_cost
 from spire_jax.drafting.block import BlockOptions, grid
 from spire_jax.drafting.learning import TrainBatch
 from spire_jax.drafting.losses import draft_loss
 from spire_jax.drafting.spire import SpireOptions
+from spire_jax.drafting.strategy import Processed, forced
 from spire_jax.drafting.stride import StrideOptions
 from spire_jax.models.attention import Compute
 from spire_jax.models.masks import may_attend
 from spire_jax.models.sampling import Sampling
-from spire_jax.training.tasks import Lesson
+from spire_jax.models.sharding import make_mesh
+from spire_jax.training.loop import init_state, make_optimizer, train_step
+from spire_jax.training.tasks import Lesson, draft_task
 
 T, K = 20, 4
 STARTS = np.arange(0, T - K + 1, 3)
@@ -257,3 +262,114 @@ def test_a_causal_block_may_go_on():
     of = files.load("configs/quickstart.py", [BLOCK, "drafts.spire.bidirectional=false",
                                               "decode.k=6", "eval.context_lengths=64"])  # fmt: skip
     assert of.draft("spire").k == 4
+
+
+# --- confidence --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["block", "stride_confident"])
+def test_survival_is_the_product_of_what_the_rollout_is_sure_of(kind):
+    """Whatever is drawn at the slot: what comes after it alone may know."""
+    p = models.pair(kind)
+    of, own, (tokens, start) = p.strategy, p.draft_params, (jnp.asarray(texts(2, T)), 7)
+
+    @jax.jit
+    def run(params, own, drafts):
+        ys, _ = p.target.bind(params).prefill(tokens, of.collect)
+        at = jnp.tile(jnp.arange(start), (2, 1))
+        prompt = Processed(tokens[:, :start], at, tuple(y[:, :start] for y in ys), ())
+        state = of.begin(own, prompt, jnp.full(2, start), K, T)
+        last, place = tokens[:, start], jnp.full(2, start)
+        given = forced(drafts, Sampling())
+        proposal, _ = of.propose(own, state, (), last, last, place, K, given)
+        text = tokens.at[:, start + 1 : start + 1 + K].set(drafts)
+        module, slots = of.model.bind(own), 5 if kind == "block" else K
+        stride = slots if kind == "block" else 1
+        x = module.strided_slots(text, ys, np.array([start]), slots, stride)
+        return proposal.survival, module.confidence(x)[:, 0, :K]
+
+    drafts = tokens[:, 1 : K + 1]
+    found, confidence = run(p.target_params, own, drafts)
+    close(found, np.cumprod(jax.nn.sigmoid(confidence), axis=1))
+    assert np.asarray(found).min() > 0 and np.ptp(confidence) > 0.1
+    for j in range(K):
+        moved, _ = run(p.target_params, own, (drafts.at[:, j].add(1)) % TINY.n_tokens)
+        np.testing.assert_array_equal(moved[:, : j + 1], found[:, : j + 1])
+        # One pass knows nothing of what is drawn; of several the later ones do.
+        assert np.array_equal(moved, found) == (kind == "block" or j == K - 1)
+
+
+# --- what a slot can know of those before it: sources whose next tokens are known exactly -------
+
+SOURCE = dataclasses.replace(TINY, n_layers=1, vocab_size=8, n_tokens=8)
+
+
+def course_or_problem(rng, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """0, then "of course" (1 3) or "no problem" (2 4): texts, and the next token's distribution."""
+    first = rng.integers(1, 3, (rows, length // 3 + 1))
+    text = np.stack([np.zeros_like(first), first, first + 2], axis=2).reshape(rows, -1)
+    p = np.eye(8)[np.roll(text, -1, axis=1)]
+    p[:, ::3] = np.eye(8)[[1, 2]].mean(axis=0)
+    return text[:, : length + 1], p[:, :length]
+
+
+def parity(rng, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """0, two coins (1 or 2, 3 or 4), then whether they are alike (5 or 6)."""
+    a, b = rng.integers(0, 2, (2, rows, length // 4 + 1))
+    text = np.stack([0 * a, 1 + a, 3 + b, 5 + (a ^ b)], axis=2).reshape(rows, -1)
+    p = np.eye(8)[np.roll(text, -1, axis=1)]
+    for place, coin in ((0, [1, 2]), (1, [3, 4])):
+        p[:, place::4] = np.eye(8)[coin].mean(axis=0)
+    return text[:, : length + 1], p[:, :length]
+
+
+def tau_of(draft, source, period: int, k: int, steps: int = 200) -> float:
+    """Tokens of a round of k that begins with the source's period, of a trained draft."""
+    length = 24
+    draft = dataclasses.replace(draft, n_layers=1, init="random", memory="embedding",
+                                loss="distillation", window=0, head_rank=16)  # fmt: skip
+    train = TrainConfig(steps=steps, batch_size=32, seq_len=length, k=draft.k or k, peak_lr=1e-2)
+    config = ExperimentConfig(target=SOURCE, drafts=(("it", draft),), train=train)
+    task, mesh = draft_task(config, "it"), make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        rng, optimizer = np.random.default_rng(0), make_optimizer(train, task)
+        own = draft.initial({"embedding": jnp.zeros((8, 8))}, init(task.model, 0))
+        own["mask"] = jnp.ones(TINY.d_model)
+        state = init_state(task, optimizer, own, mesh)
+        full = jnp.ones((32, length), bool)
+        for _ in range(steps):
+            text, p = source(rng, 32, length)
+            text = jnp.asarray(text, jnp.int32)
+            batch = TrainBatch(text[:, :-1], text[:, 1:], full)
+            lesson = Lesson(jnp.asarray(p, jnp.float32), {})
+            state, _ = train_step(task, train, optimizer, state, lesson, batch)
+        text, p = source(rng, 64, length)
+        starts = np.arange(0, length - k, period)
+        module = task.model.bind
+        slots, stride = (k, 1) if isinstance(draft, StrideOptions) else (draft.k, draft.k)
+        logits = jax.jit(lambda w, x: module(w).strided_rollout(x, (), starts, slots, stride))(
+            state["params"], jnp.asarray(text[:, :-1], jnp.int32)
+        )
+    q = np.asarray(jax.nn.softmax(logits))[:, :, :k]
+    alpha = np.minimum(q, p[:, starts[:, None] + np.arange(k)]).sum(axis=-1)
+    return float(1 + np.cumprod(alpha, axis=-1).sum(axis=-1).mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "draft, tau",
+    [(BlockOptions(k=2), 2.5), (BlockOptions(k=2, head="markov"), 3.0),
+     (BlockOptions(k=2, head="markov", bidirectional=False), 3.0),
+     (StrideOptions(strides=(1,)), 3.0)],
+    ids=["block", "markov", "causal markov", "chain"],
+)  # fmt: skip
+def test_of_course_or_no_problem(draft, tau):
+    """Without a head the second slot does not know which of the two the first one began."""
+    assert tau_of(draft, course_or_problem, 3, 2) == pytest.approx(tau, abs=0.08)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head, tau", [("none", 3.5), ("markov", 3.5), ("recurrent", 4.0)])
+def test_what_two_tokens_decide_defeats_a_head_that_knows_one(head, tau):
+    found = tau_of(BlockOptions(k=4, head=head, offsets=(0,)), parity, 4, 3, steps=400)
+    assert found == pytest.approx(tau, abs=0.12)

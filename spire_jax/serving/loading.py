@@ -112,10 +112,7 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
         drafts[of] = (of_target.draft(of, target) if exported is None
                       else _placed(exported, config, name, target, of_target.mesh))  # fmt: skip
     depths = config.decode.depths if decoder.strategy is not None else ()
-    if depths and getattr(config.draft(name), "confidence", False):
-        k = max(depths)
-        prices = depth_prices(config, name, k)
-        decoder = dataclasses.replace(decoder, k=k, prices=prices, widths=tuple(sorted({*depths})))
+    decoder = with_prices(config, name, decoder, depths)
     made_by = {}
     if args.out != "-":
         made_by = _made_by(config, name, decoder, depths)
@@ -127,6 +124,21 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
     target, drafts = for_decoding(config, target, drafts)
     weights = Weights(target, drafts.get(name))
     return Loaded(decoder, weights, tokenizer, of_target.mesh, depths, made_by)
+
+
+def with_prices(
+    config: ExperimentConfig, name: str, decoder: Decoder, depths: Sequence[int]
+) -> Decoder:
+    """The decoder, of rows that choose among `depths` by themselves where the draft lets them.
+
+    It then drafts as many as the deepest, and the cost model says what verifying costs.
+    """
+    if not depths or not getattr(config.draft(name), "confidence", False):
+        return decoder
+    k = max(depths)
+    return dataclasses.replace(
+        decoder, k=k, prices=depth_prices(config, name, k), widths=tuple(sorted({*depths}))
+    )
 
 
 def _only(config: ExperimentConfig, names: Collection[str]) -> ExperimentConfig:
