@@ -9,6 +9,7 @@ import numpy as np
 
 from spire_jax.config.schema import ModelConfig
 from spire_jax.decoding import Decoder, Weights
+from spire_jax.drafting.block import BlockOptions
 from spire_jax.drafting.magicdec import magicdec
 from spire_jax.drafting.pruning import prune
 from spire_jax.drafting.snapkv import snapkv
@@ -24,6 +25,7 @@ TINY = ModelConfig(
     n_layers=3, d_model=32, n_kv_heads=2, q_per_kv=2, d_head=8, d_ff=48, vocab_size=24, n_tokens=21
 )
 WINDOW, SINK = 6, 1
+FUSED = (0, 2)  # activations that are fused
 HEAD_IDS = (0, 1, 2, 4, 5, 7, 10, 11, 12, 16, 18, 20)  # of TINY's 21 tokens
 
 
@@ -88,17 +90,20 @@ def target(config: ModelConfig = TINY, seed: int = 0) -> tuple[Model, Params]:
 @functools.cache
 def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     """kind: "spire", "spire_strict" (attend_self=False), "spire_plain" (no feedback),
-    "spire_final" and "spire_embedding" (other memories), "spire_dense" (no window),
-    "spire_trimmed" (an unembedding of HEAD_IDS alone), "stride" (two tokens a pass, a Markov head)
-    and "stride_argmax" (its most likely tokens), "vanilla"
+    "spire_final", "spire_embedding" and "spire_fused" (other memories), "spire_dense" (no window),
+    "spire_trimmed" (an unembedding of HEAD_IDS alone), "stride" (two tokens a pass, a Markov head),
+    "stride_argmax" (its most likely tokens) and "stride_confident" (one a pass, which says how
+    likely it is kept), "block" (five slots, a recurrent head and confidence) and "block_causal" (no
+    head), "vanilla"
     (another small model), "ring" (pruned, windowed, no activations), "self" (the target),
     "magicdec" (the target with a sparse cache), "snapkv" (... that attention selected)."""
     model, params = target(config)
     windowed = dataclasses.replace(config, window=WINDOW, sink=SINK, n_layers=2)
     if kind.startswith("spire"):
+        memory = kind.removeprefix("spire_")
         options = {"attend_self": kind != "spire_strict", "feedback": kind != "spire_plain",
-                   "memory": {"spire_final": "final", "spire_embedding": "embedding"}.get(
-                       kind, "layers")}  # fmt: skip
+                   "memory": memory if memory in ("final", "embedding", "fused") else "layers",
+                   } | ({"fused": FUSED} if memory == "fused" else {})  # fmt: skip
         if kind == "spire_dense":
             windowed = dataclasses.replace(windowed, window=0, sink=0)
         if kind == "spire_trimmed":
@@ -112,8 +117,19 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     if kind.startswith("stride"):
         of = StrideOptions(window=WINDOW, sink=SINK, stride=2, head="markov", head_rank=4,
                            draws="argmax" if kind == "stride_argmax" else "sampled")  # fmt: skip
+        if kind == "stride_confident":
+            of = StrideOptions(window=WINDOW, sink=SINK, confidence=True)
         strategy = of.strategy(config, Compute())
         return Pair(model, params, strategy, prune(params, init(strategy.model, 1)))
+    if kind.startswith("block"):
+        head, more = ("none", False) if kind == "block_causal" else ("recurrent", True)
+        one_pass = BlockOptions(window=WINDOW, sink=SINK, k=5, head=head, head_rank=4,
+                                bidirectional=more, confidence=more)  # fmt: skip
+        strategy = one_pass.strategy(config, Compute())
+        draft_params = prune(params, init(strategy.model, 1))
+        if head != "none":  # that it is there must be seen in samples
+            draft_params["head_out"] *= 8
+        return Pair(model, params, strategy, draft_params)
     if kind == "magicdec":
         return Pair(model, params, magicdec(config, WINDOW, SINK, Compute()), params)
     if kind == "snapkv":

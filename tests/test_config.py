@@ -74,6 +74,7 @@ def test_every_value_can_be_overridden():
         ("train.k=3", "train.k=3 does not divide train.seq_len=256"),
         ("drafts.spire.window=-1", "drafts.spire.window=-1 is under 1"),
         ("drafts.spire.memory=target", "drafts.spire.memory='target'; choose from"),
+        ("drafts.spire.fused=1,2", "drafts.spire.fused=(1, 2) is of memory='fused', not of"),
         ("drafts.spire.k=3", "drafts.spire.k=3 does not divide train.seq_len=256"),
         ("study.of=spyre", "study.of='spyre' is no draft; there are ['magicdec', 'spire', 'vanil"),
         ("study.of=magicdec", "'random_init' changes the option 'init', which the draft of"),

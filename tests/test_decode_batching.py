@@ -375,3 +375,21 @@ def test_greedy_output_is_the_targets_whatever_the_depths(kind):
     for i in range(len(LENGTHS)):
         assert found[i].tokens == expected[i], f"request {i}"
     assert {k for r in found.values() for k in r.depths} == {1, 3}
+
+
+@pytest.mark.slow
+def test_greedy_output_is_the_targets_whatever_rows_choose():
+    """One program of rounds; what a request has verified is its own choice, and is told."""
+    p = pair("block", SMALL)
+    decoder = dataclasses.replace(p.decoder(3, 0.0), prices=(1.0, 1.3, 1.65, 2.0), widths=(1, 3))
+    a_server = Server(decoder, p.weights, Letters(), dataclasses.replace(SHAPES, width=WIDTH + 1),
+                      (1, 3))  # fmt: skip
+    assert list(a_server.decoders) == [3]
+    found = served(a_server, requests())
+    for i, expected in enumerate(alone("spire", 0.0, 0)):
+        assert found[i].tokens == expected
+    depths = {k for r in found.values() for k in r.depths}
+    assert depths <= {1, 2, 3} and len(depths) > 1
+    lengths = [(n, k) for r in found.values()
+               for n, k in zip(r.generation_lengths, r.depths, strict=True)]  # fmt: skip
+    assert all(n <= k + 1 for n, k in lengths) and any(n == k + 1 < 4 for n, k in lengths)

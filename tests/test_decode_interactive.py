@@ -121,8 +121,8 @@ def taken_in(tokens, max_tokens, stop, sizes) -> tuple[Result, str]:
         if Pieces.separator in emitted:
             emitted = emitted[: emitted.index(Pieces.separator) + 1]
         begin += len(emitted)
-        line = [size - 1, len(emitted), *emitted]
-        reason = server._take_in(0, [line], size - 1, printer.watch)
+        line = [size - 1, size - 1, len(emitted), *emitted]
+        reason = server._take_in(0, [line], printer.watch)
     result = server._result(slot, reason, 0.0)
     printer.end(result)
     return result, file.getvalue()

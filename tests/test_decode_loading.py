@@ -11,6 +11,7 @@ import pytest
 from models import TINY, pair
 from pretrained_models import tiny, write_safetensors
 
+from spire_jax.config import files
 from spire_jax.config.files import command_line
 from spire_jax.config.schema import (
     ConfigError,
@@ -19,6 +20,8 @@ from spire_jax.config.schema import (
     PretrainedConfig,
     StudyConfig,
 )
+from spire_jax.costs.throughput import depth_prices
+from spire_jax.decoding.build import make_decoder
 from spire_jax.drafting.magicdec import MagicDecOptions
 from spire_jax.drafting.snapkv import SnapKvOptions
 from spire_jax.drafting.spire import SpireOptions
@@ -166,3 +169,15 @@ def test_a_workdir_without_its_config(capsys):
 def test_neither_a_target_nor_a_workdir():
     with pytest.raises(ConfigError, match="give the --target that decodes"):
         for_method(*command_line(command.arguments(), [], decoding=True))
+
+
+def test_rows_choose_their_depth_where_the_draft_is_confident():
+    overrides = ["drafts.spire.kind=block", "decode.depths=4,1,2"]
+    of = files.load("configs/quickstart.py", overrides)
+    decoder = make_decoder(of, "spire")
+    assert loading.with_prices(of, "spire", decoder, of.decode.depths) is decoder
+    sure = files.load("configs/quickstart.py", [*overrides, "drafts.spire.confidence=true"])
+    assert loading.with_prices(sure, "spire", decoder, ()) is decoder
+    found = loading.with_prices(sure, "spire", decoder, sure.decode.depths)
+    assert (found.k, found.widths) == (4, (1, 2, 4))
+    assert found.prices == depth_prices(sure, "spire", 4)

@@ -10,8 +10,10 @@ from models import TINY, pair, ragged, target, texts
 from test_decode import K, rows_of
 
 from spire_jax.decoding import ACCEPTED, BONUS, CORRECTION, Decoder, Weights, generate, start
+from spire_jax.drafting.block import BlockDrafting
 from spire_jax.drafting.spire import SpireDraft
 from spire_jax.drafting.strategy import Processed, Proposal, Strategy, sampled
+from spire_jax.drafting.stride import Strided
 from spire_jax.models.sampling import Sampling, round_keys
 
 WINDOWED = dataclasses.replace(TINY, window=7, sink=2)
@@ -21,7 +23,8 @@ WINDOWED = dataclasses.replace(TINY, window=7, sink=2)
     "kind, config",
     [("spire", WINDOWED), ("vanilla", TINY), ("ring", TINY)]
     + [pytest.param(kind, TINY, marks=pytest.mark.slow)
-       for kind in ("spire", "spire_strict", "spire_plain", "self")],
+       for kind in ("spire", "spire_strict", "spire_plain", "self", "stride", "block",
+                    "block_causal")],
 )  # fmt: skip
 def test_cached_steps_are_the_full_pass_after_rejections_at_every_depth(kind, config):
     check_rounds(kind, config)
@@ -64,6 +67,12 @@ def check_rounds(kind: str, config=TINY) -> None:
     def full_pass(text):
         logits, ys = p.target.bind(p.target_params).forward(text, collect)
         draft = strategy.model.bind(p.draft_params)
+        if isinstance(strategy, Strided):
+            block = isinstance(strategy, BlockDrafting)
+            slots = strategy.width(K) if block else K
+            stride = slots if block else strategy.stride
+            rollout = draft.strided_rollout(text, ys, starts, slots, stride)
+            return logits, jax.nn.softmax(rollout[:, :, :K])
         if isinstance(draft, SpireDraft):
             return logits, jax.nn.softmax(draft.rollout(text, ys, starts, K))
         return logits, jax.nn.softmax(draft.forward(text)[0][:, every])

@@ -175,7 +175,7 @@ def test_what_a_round_gave_is_logged():
     assert (log[4:, :, 0] == -1).all() and (log[:, 5, 0] == -1).all()
     counts, tokens = np.asarray(state.counts), np.asarray(state.tokens)
     for row in set(range(8)) - {5}:
-        given = [t for accepted, n, *new in log[:4, row].tolist() for t in new[:n]]
+        given = [t for accepted, depth, n, *new in log[:4, row].tolist() for t in new[:n]]
         length = int(state.lengths[row])
         assert given == tokens[row, LENGTHS[row] : length].tolist()
         np.testing.assert_array_equal(np.bincount(log[:4, row, 0], minlength=K + 1), counts[row])

@@ -158,12 +158,18 @@ def sampled_joint(pair, decoder, prompt: np.ndarray):
     return counts, accepted
 
 
+PRICES = (1.0, 1.5, 2.05)
 SAMPLED = [("spire", 0.6, {}), ("vanilla", 1.0, {"verification": "block", "top_p": 0.7})]
 SAMPLED_LATER = [
     ("spire", 1.0, {}), ("spire", 1.0, {"top_k": 6}), ("spire", 0.6, {"top_k": 9, "top_p": 0.8}),
     ("vanilla", 1.0, {"top_p": 0.7}), ("ring", 0.6, {}), ("magicdec", 1.0, {}),
     ("snapkv", 1.0, {}), ("spire", 1.0, {"verification": "block"}), ("stride", 0.6, {"top_k": 9}),
     ("stride", 1.0, {"verification": "block"}), ("stride_argmax", 1.0, {}),
+    ("spire_fused", 0.6, {}), ("block", 1.0, {}), ("block_causal", 0.6, {"top_k": 9}),
+    ("block", 0.6, {"verification": "block"}),
+    # Each row verifies as many as it chooses, of 0 to 2 or of 1 and 2.
+    ("block", 1.0, {"prices": PRICES}), ("stride_confident", 1.0, {"prices": PRICES}),
+    ("stride_confident", 0.6, {"prices": PRICES, "widths": (1, 2), "verification": "block"}),
 ]  # fmt: skip
 
 
@@ -176,12 +182,17 @@ def test_sampled_joint_equals_enumeration(kind, temperature, options):
     check_joint(models.pair(kind, SMALL), temperature, **options)
 
 
-def check_joint(pair, temperature: float, verification: str = "token", **options) -> float:
+def check_joint(
+    pair, temperature: float, verification: str = "token", prices=(), widths=(), **options
+) -> float:
     """The share of rounds that accept a draft, after comparing the tokens' distribution."""
     sampling = Sampling(temperature, **options)
     prompt = models.texts(1, 9, seed=3, n_tokens=SMALL.n_tokens)[0]
     decoder = dataclasses.replace(
-        pair.decoder(2, temperature, **options), verification=verification
+        pair.decoder(2, temperature, **options),
+        verification=verification,
+        prices=prices,
+        widths=widths,
     )
     counts, accepted = sampled_joint(pair, decoder, prompt)
     share = accepted[1:].sum() / accepted.sum()

@@ -11,9 +11,11 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_block
 import test_decode
 import test_decode_rounds
 import test_lossless
+import test_spire
 import test_strategies
 import test_verification
 
@@ -23,11 +25,13 @@ import spire_jax.drafting.spire as spire_drafting
 import spire_jax.drafting.strategy as drafting
 import spire_jax.drafting.vanilla as vanilla_drafting
 import spire_jax.models.masks as masks
-from spire_jax.drafting.spire import Spire
+from spire_jax.drafting.block import BlockDraft, BlockDrafting
+from spire_jax.drafting.spire import Spire, SpireDraft
 from spire_jax.drafting.stride import Strided, StridedDraft
 from spire_jax.models.caches import LayerCache, RingCache
+from spire_jax.models.layers import Block
 from spire_jax.models.masks import EMPTY
-from spire_jax.models.sampling import Sampling, sample, transformed_logits
+from spire_jax.models.sampling import Sampling, sample, share_of, transformed_logits
 from spire_jax.models.transformer import Transformer
 
 
@@ -35,7 +39,8 @@ def forget() -> None:
     """Trace and decode anew: what was made before a patch does not have it."""
     for function in (decode.decode_rounds, decode._prefill):
         function.clear_cache()  # type: ignore[attr-defined]
-    for result in (test_decode.free, test_verification.decoded):
+    for result in (test_decode.free, test_verification.decoded, test_block.plain,
+                   test_spire.reference, test_spire.rollout_of):  # fmt: skip
         result.cache_clear()
 
 
@@ -83,6 +88,35 @@ def strides_follow_the_rollout() -> None:
 
 def strides_samples_follow_the_target() -> None:
     test_lossless.test_sampled_joint_equals_enumeration("stride", 1.0, {})
+
+
+def blocks_drafts_follow_the_rollout() -> None:
+    options = {"window": 6, "k": 4, "head": "markov", "head_rank": 4, "fused": (0, 2)}
+    test_strategies.test_the_oracles_view_is_what_replaying_finds(
+        "block", options, test_strategies.models.TINY, 11
+    )
+
+
+def blocks_follow_the_rollout_after_rejections() -> None:
+    test_decode_rounds.check_rounds("block")
+
+
+def blocks_are_what_they_are_by_definition() -> None:
+    test_block.test_a_block_is_the_last_token_and_masks_over_fused_memories(True)
+
+
+def blocks_samples_follow_the_target() -> None:
+    test_lossless.test_sampled_joint_equals_enumeration("block", 1.0, {})
+
+
+def fused_memories_are_normalized() -> None:
+    test_spire.test_fused_memories_are_one_vector_for_all_layers()
+
+
+def depths_keep_the_targets_distribution() -> None:
+    test_lossless.test_sampled_joint_equals_enumeration(
+        "stride_confident", 1.0, {"prices": test_lossless.PRICES}
+    )
 
 
 # --- the mutants -------------------------------------------------------------------------------
@@ -334,21 +368,19 @@ def slots_shifted_by_one(patch):
 
 
 def head_fed_the_token_before_the_previous(patch):
-    def propose(self, params, state, target, previous, last, positions, k, draw):
-        fed = [last]
-
+    def drawn_slots(self, module, x, first, begin, draw):
         def with_head(module, logits, token, of_head):
-            return original(module, logits, fed[0], of_head)
+            return original(module, logits, first, of_head)
 
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(StridedDraft, "with_head", with_head)
-            return whole(self, params, state, target, previous, last, positions, k, draw)
+            return whole(self, module, x, first, begin, draw)
 
-    original, whole = StridedDraft.with_head, Strided.propose
-    patch(Strided, "propose", propose)
+    original, whole = StridedDraft.with_head, Strided.drawn_slots
+    patch(Strided, "drawn_slots", drawn_slots)
 
 
-def verified_with_the_q_before_the_head(patch):
+def verified_with_the_q_before_the_head(patch, of=Strided):
     def propose(self, *arguments):
         proposal, state = original(self, *arguments)
         given = drafting.forced(proposal.tokens, Sampling())
@@ -359,8 +391,92 @@ def verified_with_the_q_before_the_head(patch):
             headless, _ = original(self, *arguments[:-1], given)
         return dataclasses.replace(proposal, q=headless.q), state
 
-    original = Strided.propose
-    patch(Strided, "propose", propose)
+    original = of.propose
+    patch(of, "propose", propose)
+
+
+def blocks_verified_with_the_q_before_the_head(patch):
+    verified_with_the_q_before_the_head(patch, BlockDrafting)
+
+
+def masks_one_position_on(patch):
+    """What a pass after the last token is rotated by."""
+
+    def strided_step(self, *arguments, **options):
+        def moved(of):
+            return lambda block, x, at: of(block, x, at.at[:, 1:].add(1))
+
+        with pytest.MonkeyPatch.context() as inner:
+            for name in ("queries", "keys_values"):
+                inner.setattr(Block, name, moved(getattr(Block, name)))
+            return original(self, *arguments, **options)
+
+    original = StridedDraft.strided_step
+    patch(StridedDraft, "strided_step", strided_step)
+
+
+def masks_stay_where_tokens_are_kept(patch):
+    def commit(self, params, state, block):
+        positions = block.positions.at[:, 1:].set(-1)
+        return original(self, params, state, dataclasses.replace(block, positions=positions))
+
+    original = Spire.commit
+    patch(Spire, "commit", commit)
+
+
+def activations_of_other_layers_are_read(patch):
+    def commit(self, params, state, block):
+        turned = block.activations[1:] + block.activations[:1]
+        return original(self, params, state, dataclasses.replace(block, activations=turned))
+
+    original = Spire.commit
+    patch(Spire, "commit", commit)
+
+
+def block_slots_shifted_by_one(patch):
+    def strided_step(self, *arguments, **options):
+        x, caches = original(self, *arguments, **options)
+        return jnp.roll(x, 1, axis=1), caches
+
+    original = StridedDraft.strided_step
+    patch(StridedDraft, "strided_step", strided_step)
+
+
+def a_block_sees_what_the_target_makes_of_it(patch):
+    """In the rollout: its own tokens, and those of blocks after it."""
+
+    def over_text(self, i, q, keys_values, positions, k_pos, limit):
+        return original(self, i, q, keys_values, positions + 4, k_pos, limit + 4)
+
+    original = StridedDraft.over_text
+    patch(StridedDraft, "over_text", over_text)
+
+
+def blocks_see_no_later_masks(patch):
+    patch(BlockDraft, "seen_ahead", StridedDraft.seen_ahead)
+
+
+def depth_of_the_drawn_tokens(patch):
+    """A row has verified what the draft itself finds likely, token by token, as drawn."""
+
+    def drawn_slots(self, *arguments):
+        tokens, q, _ = original(self, *arguments)
+        share = share_of(q, tokens)
+        return tokens, q, jnp.log(share) - jnp.log1p(-jnp.minimum(share, 0.999))
+
+    original = Strided.drawn_slots
+    patch(Strided, "drawn_slots", drawn_slots)
+
+
+def what_is_fused_is_not_normalized(patch):
+    def of_target(self, tokens, activations):
+        with pytest.MonkeyPatch.context() as inner:
+            if self.memory == "fused":
+                inner.setattr(self, "norm_fused", lambda y: y)
+            return original(self, tokens, activations)
+
+    original = SpireDraft.of_target
+    patch(SpireDraft, "of_target", of_target)
 
 
 # The first of each check in the fast tier (nothing where it is None), the others in the full one.
@@ -382,6 +498,15 @@ CAUGHT: dict = {
         masks_stay_in_the_cache, memory_one_layer_off, head_fed_the_token_before_the_previous,
     ),
     strides_samples_follow_the_target: (None, verified_with_the_q_before_the_head),
+    blocks_drafts_follow_the_rollout: (
+        masks_one_position_on, block_slots_shifted_by_one, a_block_sees_what_the_target_makes_of_it,
+        activations_of_other_layers_are_read, head_fed_the_token_before_the_previous,
+    ),
+    blocks_follow_the_rollout_after_rejections: (None, masks_stay_where_tokens_are_kept),
+    blocks_are_what_they_are_by_definition: (None, blocks_see_no_later_masks),
+    blocks_samples_follow_the_target: (None, blocks_verified_with_the_q_before_the_head),
+    fused_memories_are_normalized: (None, what_is_fused_is_not_normalized),
+    depths_keep_the_targets_distribution: (None, depth_of_the_drawn_tokens),
     greedy_follows_the_target: (target_writes_one_slot_late,),
     the_target_accepts_itself: (bonus_token_skipped,),
     rows_stop_at_the_end_of_sequence: (end_of_sequence_ignored_in_a_block,),

@@ -30,6 +30,7 @@ from spire_jax.config.schema import (
     TrainConfig,
 )
 from spire_jax.decoding import Weights, generate
+from spire_jax.drafting.block import BlockOptions
 from spire_jax.drafting.pruning import prune
 from spire_jax.drafting.spire import SpireOptions
 from spire_jax.models.attention import Compute, attention
@@ -54,11 +55,27 @@ MESHES = {
 }
 # An axis alone is a case of all of them.
 SHARDED = ["all", *(pytest.param(name, marks=pytest.mark.slow) for name in ("data", "fsdp"))]
+LATER = pytest.param("block", marks=pytest.mark.slow)  # with its own depths in decoding
 SMALL = dataclasses.replace(TINY, n_layers=2)  # few layers and depths: compiling takes the time
 WIDE = dataclasses.replace(SMALL, d_head=32)  # heads that the kernels take
 CONFIG = ExperimentConfig(
     target=SMALL,
-    drafts=(("spire", SpireOptions(n_layers=1, window=WINDOW, sink=SINK)),),
+    drafts=(
+        (
+            "block",
+            BlockOptions(
+                n_layers=1,
+                window=WINDOW,
+                sink=SINK,
+                k=2,
+                offsets=(1,),
+                head="markov",
+                head_rank=4,
+                confidence=True,
+            ),
+        ),
+        ("spire", SpireOptions(n_layers=1, window=WINDOW, sink=SINK)),
+    ),
     train=TrainConfig(batch_size=8, seq_len=16, k=2),
 )
 K, BUDGET = 2, 14
@@ -93,9 +110,9 @@ def recorder() -> optax.GradientTransformation:
     return optax.GradientTransformation(zeros, lambda grads, state, params: (zeros(grads), grads))
 
 
-def parameters() -> tuple:
+def parameters(kind: str = "spire") -> tuple:
     target = init(Model(Transformer, SMALL, Compute()), 0, sharpness=2.0)
-    return target, prune(target, init(draft_task(CONFIG, "spire").model, 1))
+    return target, prune(target, init(draft_task(CONFIG, kind).model, 1))
 
 
 def batch() -> TrainBatch:
@@ -106,8 +123,8 @@ def batch() -> TrainBatch:
 
 def gradient(kind: str, mesh, accumulate: int = 1):
     """Loss, acceptance by depth and gradient of one step of the real training step."""
-    task = target_task(CONFIG) if kind == "target" else draft_task(CONFIG, "spire")
-    target, draft = parameters()
+    task = target_task(CONFIG) if kind == "target" else draft_task(CONFIG, kind)
+    target, draft = parameters("spire" if kind == "target" else kind)
     placed = jax.device_put(target, shardings(mesh, target_task(CONFIG).model.axes()))
     params, frozen = (target, None) if kind == "target" else (draft, placed)
     optimizer = recorder()
@@ -125,15 +142,17 @@ def sharding_of(x: jax.Array) -> dict[str, object]:
     return {"spec": list(x.sharding.spec), "share": x.addressable_shards[0].data.size / x.size}
 
 
-def decode(mesh, kernels: bool = False) -> tuple[list, dict]:
+def decode(mesh, kernels: bool = False, kind: str = "spire") -> tuple[list, dict]:
     """By the draft and the target; by the kernels, the target alone."""
-    p = computed_by("interpret", pair("self", WIDE)) if kernels else pair("spire", SMALL)
+    p = computed_by("interpret", pair("self", WIDE)) if kernels else pair(kind, SMALL)
     weights = Weights(
         jax.device_put(p.target_params, shardings(mesh, p.target.axes())),
         jax.device_put(p.draft_params, shardings(mesh, p.strategy.model.axes())),
     )
     prompts = ragged(LENGTHS)
     decoder = p.autoregressive(0.0) if kernels else p.decoder(K, 0.0)
+    if kind == "block":
+        decoder = dataclasses.replace(decoder, prices=(1.0, 1.5, 2.05), widths=(1, 2))
     state = generate(decoder, weights, prompts, [BUDGET] * 8, range(8))
     if kernels:
         return np.asarray(state.tokens).tolist(), {}
@@ -174,12 +193,12 @@ def main(path: str, *names: str) -> None:
     found: dict[str, Any] = {
         key: {} for key in ("gradients", "decoding", "sharding", "errors", "kernels")
     }
-    one = {}
+    one, full = {}, len(names) == len(MESHES)
     for name in names:
         sizes = MESHES[name]
         mesh = make_mesh(sizes, jax.devices()[:1] if name == "one" else jax.devices())
         with jax.set_mesh(mesh):
-            for kind in ("target", "spire"):
+            for kind in ("target", "spire", *("block",) * full):
                 for accumulate in (1, 2) if (name, kind) == ("all", "target") else (1,):
                     loss, grads, depths, state = gradient(kind, mesh, accumulate)
                     if name == "one":
@@ -199,6 +218,8 @@ def main(path: str, *names: str) -> None:
                 found["step keeps shardings"] = shardings_kept(mesh)
             tokens, placed = decode(mesh)
             found["decoding"][name] = {"tokens": tokens, "sharding": placed}
+            if full:
+                found["decoding"][f"{name} block"] = {"tokens": decode(mesh, kind="block")[0]}
             if name in ("one", "all"):
                 found["kernels"][name] = decode(mesh, kernels=True)[0], kernel_gradient()
     six = jax.devices()[:6]
@@ -229,7 +250,7 @@ def found(tmp_path_factory, request) -> dict:
 
 
 @pytest.mark.parametrize("mesh", SHARDED)
-@pytest.mark.parametrize("kind", ["target", "spire"])
+@pytest.mark.parametrize("kind", ["target", "spire", LATER])
 def test_loss_and_gradients_are_those_of_one_device(found, mesh, kind):
     loss, gradients, alpha = found["gradients"][f"{mesh} {kind} 1"]
     assert loss < 1e-5 and gradients < 1e-5 and alpha < 1e-5
@@ -241,8 +262,9 @@ def test_accumulated_gradients_are_those_of_one_device_at_once(found):
 
 
 @pytest.mark.parametrize("mesh", SHARDED)
-def test_decoding_gives_the_tokens_of_one_device(found, mesh):
-    one, other = (np.array(found["decoding"][name]["tokens"]) for name in ("one", mesh))
+@pytest.mark.parametrize("kind", ["", pytest.param(" block", marks=pytest.mark.slow)])
+def test_decoding_gives_the_tokens_of_one_device(found, mesh, kind):
+    one, other = (np.array(found["decoding"][f"{name}{kind}"]["tokens"]) for name in ("one", mesh))
     for row, length in enumerate(LENGTHS):
         np.testing.assert_array_equal(one[row, : length + BUDGET], other[row, : length + BUDGET])
         assert one[row, length : length + BUDGET].any()

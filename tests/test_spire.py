@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import SINK, TINY, WINDOW, init, pair, target, texts
+from models import FUSED, SINK, TINY, WINDOW, init, pair, target, texts
 
-from spire_jax.drafting.spire import SpireDraft, target_layers
+from spire_jax.costs.roofline import Roofline
+from spire_jax.drafting.spire import SpireDraft, SpireOptions, mean_of_blocks, target_layers
 from spire_jax.drafting.strategy import Processed
 from spire_jax.models.attention import Compute
 from spire_jax.models.caches import empty_full, full_cache
@@ -17,7 +18,9 @@ from spire_jax.models.transformer import Model, Transformer
 
 T, K = 24, 4  # a text well beyond window + sink + k = 11
 KINDS = ["spire", "spire_strict", "spire_plain"]
-MORE = ["spire_final", "spire_embedding", "spire_dense"]  # ablations of the memories and the mask
+# Other memories, and another mask.
+MORE = ["spire_final", "spire_embedding", "spire_dense",
+        pytest.param("spire_fused", marks=pytest.mark.slow)]  # fmt: skip
 VALID = slice(0, TINY.n_tokens)
 STARTS = np.arange(T - K + 1)
 
@@ -118,6 +121,57 @@ def test_other_memories_are_other_activations_and_mixes(kind):
     close(found, rollout_of("spire")(params, tokens, given))
     ordinary = rollout_of("spire")(params, tokens, reference("spire")[1])
     assert np.abs(found - ordinary)[..., VALID].max() > 1e-2
+
+
+def test_fused_memories_are_one_vector_for_all_layers():
+    """RMSNorm(concat(y) F), by hand, as what every layer makes its own keys and values of."""
+    p = pair("spire_fused")
+    tokens, activations, found = reference("spire_fused")
+    assert p.strategy.collect == FUSED and len(activations) == 2
+    params = dict(p.draft_params)
+    matrix, scale = params.pop("fuse"), params.pop("norm_fused")["scale"]
+    assert matrix.shape == (2 * TINY.d_model, TINY.d_model)
+    y = np.concatenate(activations, axis=-1) @ np.asarray(matrix)
+    y = y / np.sqrt((y**2).mean(axis=-1, keepdims=True) + TINY.norm_eps) * np.asarray(scale)
+    close(found, rollout_of("spire")(params, tokens, (jnp.asarray(y),) * 2))
+    other = p.draft_params | {"norm_fused": {"scale": scale * np.linspace(0.1, 2, TINY.d_model)}}
+    moved = np.abs(found - rollout_of("spire_fused")(other, tokens, activations))
+    assert moved[..., VALID].max() > 1e-2
+
+
+def test_a_pruned_draft_starts_with_the_mean_of_what_it_fuses():
+    """Of one activation that is what the copied block read in the target."""
+    of_target = target()[1]
+    tokens, (_, last), _ = reference("spire")
+    logits = []
+    for memory in ("layers", "fused"):
+        draft = SpireOptions(n_layers=1, window=WINDOW, sink=SINK, memory=memory)
+        model = draft.strategy(TINY, Compute()).model
+        begun = draft.initial(of_target, init(model, 1))
+        rollout = jax.jit(lambda w, *x, model=model: model.bind(w).rollout(*x, STARTS[:1], 2))
+        logits.append(rollout(begun, tokens, (last,)))
+    close(*logits)
+    fresh = jnp.ones((3 * TINY.d_model, TINY.d_model))
+    ys = np.random.default_rng(0).normal(size=(5, 3, TINY.d_model))
+    close(ys.reshape(5, -1) @ np.asarray(mean_of_blocks(fresh)), ys.mean(axis=1))
+    random = SpireOptions(memory="fused", init="random")
+    fresh = {"fuse": fresh}
+    assert random.initial(of_target, fresh) is fresh
+
+
+def test_what_fuses_costs_its_bytes_and_products():
+    draft = SpireOptions(window=WINDOW, memory="fused", fused=FUSED)
+    plain = dataclasses.replace(draft, memory="layers", fused=())
+    found, without = (d.cost(TINY, 20, K) for d in (draft, plain))
+    matrix = 2 * TINY.d_model**2
+    assert found.more == without.more + matrix + TINY.d_model
+    assert [p.weights for p in found.passes] == [matrix, 0, 0, 0]
+    assert found.passes[0].products == (K + 1) * matrix
+    sizes, read = draft.model(TINY), dict(batch=8, tokens=1, rows=10.0)
+    memory, compute = Roofline(1e9, "paper", 1, 1), Roofline(1e-9, "paper", 1, 1)
+    extra = dict(weights=matrix, products=(K + 1) * matrix)
+    for of, more in ((memory, matrix * 1e9), (compute, 2 * 8 * (K + 1) * matrix)):
+        assert of.forward(sizes, **read, **extra) - of.forward(sizes, **read) == pytest.approx(more)
 
 
 def test_a_draft_without_a_window_sees_everything():

@@ -37,6 +37,7 @@ OPTIONS: dict[str, list[dict]] = {
         {"window": WINDOW, "feedback": False, "share_embedding": True},
         {"window": 0, "memory": "final"},
         {"window": WINDOW, "memory": "embedding", "head_tokens": 12},
+        {"window": WINDOW, "memory": "fused", "fused": models.FUSED},
     ],
     "vanilla": [
         {"window": WINDOW, "sink": SINK},
@@ -49,7 +50,14 @@ OPTIONS: dict[str, list[dict]] = {
         {"window": WINDOW, "sink": SINK, "stride": 2},
         {"window": WINDOW, "stride": 3, "head": "markov", "head_rank": 4},
         {"window": 0, "stride": 2, "head": "recurrent", "head_rank": 4, "head_tokens": 12},
-        {"window": WINDOW, "stride": 2, "draws": "argmax", "feedback": False},
+        {"window": WINDOW, "stride": 2, "draws": "argmax", "feedback": False, "memory": "fused"},
+    ],
+    "block": [
+        {"window": WINDOW, "sink": SINK, "k": 4, "head": "markov", "head_rank": 4,
+         "confidence": True, "fused": models.FUSED},
+        {"window": WINDOW, "k": 3, "bidirectional": False, "draws": "argmax"},
+        {"window": 0, "k": 5, "head": "recurrent", "head_rank": 4, "memory": "layers"},
+        {"window": WINDOW, "bidirectional": False, "k": 2, "head_tokens": 12},
     ],
 }  # fmt: skip
 CASES = [(kind, options) for kind in DRAFT_KINDS.names() for options in OPTIONS.get(kind, [{}])]

@@ -29,6 +29,8 @@ class Pass(NamedTuple):
     drafted: int = 1  # of which it computes logits
     projections: int = 0  # of tokens to keys and values, besides the transformer's own
     head: int = 0  # weights that each drafted token reads anew, after those before it
+    weights: int = 0  # beside its transformer's and its heads', that it reads
+    products: int = 0  # multiplications with these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,8 @@ class DraftOptions:
 class TrainedOptions(DraftOptions):
     """A draft that is trained on the frozen target, whatever it is made of."""
 
-    loss: str = "mixed"  # "hard", "distillation", "mixed", or one of a module in `plugins`
+    # "hard", "distillation", "mixed", "dspark", or one of a module in `plugins`
+    loss: str = "mixed"
     # Weight of distillation in the mixed loss.
     omega: float = read_by(0.5, DRAFT, when=lambda of: of.loss == "mixed")
     # Another draft, whose trained parameters this one uses: it differs in how it decodes.
@@ -222,7 +225,7 @@ class TransformerOptions(TrainedOptions):
         check(0 <= self.head_tokens < target.n_tokens,
               f"{at}.head_tokens={self.head_tokens} must lie between 1 and the target's "
               f"{target.n_tokens} tokens, or be 0 (all of them)")  # fmt: skip
-        check(not self.head_tokens or self.loss != "hard",
+        check(not self.head_tokens or self.loss not in ("hard", "dspark"),
               f"{at}: a head of {self.head_tokens} tokens cannot learn the hard target, which may "
               f"be any token; use loss='mixed' or 'distillation'")  # fmt: skip
         check(not self.share_embedding or model.d_model == target.d_model,

@@ -197,7 +197,8 @@ class DecodeConfig:
     attention: str = read_by("auto")  # as train.attention; "gpu", the kernel for Hopper (bfloat16)
     products: str = read_by("auto")  # "auto": on CPUs the kernel for a few rows (few_rows); "xla"
     rounds_per_call: int = read_by(64)  # rounds before the loop returns to the host
-    # python -m spire_jax.decode: depths to choose k among, round by round; () = k alone
+    # python -m spire_jax.decode: depths to choose k among, round by round, or, of a draft with
+    # `confidence`, how many tokens of each request are verified; () = k alone
     depths: tuple[int, ...] = read_by(())
     chunk: int = read_by(128)  # prompt tokens that are read at once
     chunks_per_round: int = read_by(1)  # ... between two rounds of the rows that decode

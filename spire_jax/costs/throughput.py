@@ -71,6 +71,23 @@ def round_cost(
     return roofline.round(config.target, draft, batch=batch, k=k, contexts=contexts)
 
 
+def depth_prices(config: ExperimentConfig, method: str, k: int) -> tuple[float, ...]:
+    """What a round costs that drafts k tokens and verifies the first 0 .. k of them.
+
+    In autoregressive steps, at throughput.batch_size and context_length, of which all rows are
+    taken to verify as many.
+    """
+    at = config.throughput
+
+    def of(j: int) -> RoundCost:
+        return round_cost(config, method, batch=at.batch_size, context=at.context_length, k=j)
+
+    whole = of(k)
+    drafting, step = whole.total - whole.verification, whole.target_step
+    verifying = [of(j).verification for j in range(1, k + 1)]
+    return tuple((drafting + each) / step for each in (step, *verifying))
+
+
 def multiplier(
     config: ExperimentConfig,
     method: str,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
+from spire_jax.decoding.depth import chosen
 from spire_jax.decoding.verification import VERIFICATIONS
 from spire_jax.drafting.strategy import Processed, Proposal, State, Strategy, sampled
 from spire_jax.models.caches import Caches, empty_full, full_cache
@@ -50,10 +51,22 @@ class Decoder:
     sampling: Sampling = Sampling()
     eos: int | tuple[int, ...] = ()  # the token, or tokens, that end a row; -1 = none
     verification: str = "token"  # a key of VERIFICATIONS
+    # What a round costs that verifies 0 .. k drafted tokens, in any unit: with these each row
+    # chooses how many of its own (depth.py), of a draft that estimates what survives. () = all.
+    prices: tuple[float, ...] = ()
+    # Then the target's pass takes in as many drafted tokens as the smallest of these that is enough
+    # for every row; k is one of them. A row verifies at least the least of them. () = k alone, 0.
+    widths: tuple[int, ...] = ()
 
     def __post_init__(self):
         if (self.strategy is None) != (self.k == 0):
             raise DecodeError(f"k={self.k}: use 1 or more with a draft, 0 without one")
+        if self.prices and len(self.prices) != self.k + 1:
+            raise DecodeError(
+                f"prices are {len(self.prices)}: give those of 0 to k={self.k} tokens"
+            )
+        if self.widths and (max(self.widths) != self.k or min(self.widths) < 1 or not self.prices):
+            raise DecodeError(f"widths={self.widths}: k={self.k} and less, with prices")
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -105,6 +118,13 @@ def generation_lengths(counts: Int[np.ndarray, "*rows k1"]) -> tuple[int, int]:
 
 def speculation_round(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeState:
     """Draft k tokens, verify them in one pass of the target over k + 1, keep what is accepted."""
+    return round_and_depths(decoder, weights, state)[0]
+
+
+def round_and_depths(
+    decoder: Decoder, weights: Weights, state: DecodeState
+) -> tuple[DecodeState, Int[Array, " B"]]:
+    """`speculation_round`, and how many drafted tokens each row had verified."""
     keys = round_keys(state.seeds, state.rounds)
     positions = state.lengths - 1
     last = _token(state.tokens, positions)
@@ -121,17 +141,54 @@ def speculation_round(decoder: Decoder, weights: Weights, state: DecodeState) ->
         )  # fmt: skip
     block = jnp.concatenate([last[:, None], drafted.tokens], axis=1)
     block_positions = positions[:, None] + jnp.arange(decoder.k + 1)
-    logits, activations, cache = decoder.target.bind(weights.target).extend(
-        state.target_cache, block, block_positions, decoder.collect
+    depth = None
+    if decoder.prices:
+        if drafted.survival is None:
+            raise DecodeError("prices: the draft makes no estimate of what survives "
+                              "(drafts.NAME.confidence)")  # fmt: skip
+        depth = chosen(drafted.survival, decoder.prices, min(decoder.widths, default=0))
+    logits, activations, cache, block_positions = _target_pass(
+        decoder, weights, state, block, block_positions, depth
     )
     p = transformed_logits(logits, decoder.sampling)
     verify = VERIFICATIONS[decoder.verification]
-    accepted, following = verify(keys, drafted.tokens, drafted.q, p)
+    accepted, following = verify(keys, drafted.tokens, drafted.q, p, depth)
     if strategy is not None:
         processed = Processed(block, block_positions, activations, cache)
         draft_state = strategy.commit(weights.draft, draft_state, processed)
     state = dataclasses.replace(state, target_cache=cache, draft_state=draft_state)
-    return _emit(decoder, state, drafted.tokens, accepted, following)
+    depths = jnp.full_like(accepted, decoder.k) if depth is None else depth
+    return _emit(decoder, state, drafted.tokens, accepted, following, depths), depths
+
+
+def _target_pass(
+    decoder: Decoder,
+    weights: Weights,
+    state: DecodeState,
+    block: Int[Array, "B k1"],
+    positions: Int[Array, "B k1"],
+    depth: Int[Array, " B"] | None,
+) -> tuple[Array, Any, Caches, Int[Array, "B k1"]]:
+    """Logits, activations and cache of the target over a block, and positions: -1 where it has not
+    looked, since no row that still decodes needs it."""
+    extend, widths = decoder.target.bind(weights.target).extend, sorted(decoder.widths)
+    if depth is None or len(widths) < 2:
+        return *extend(state.target_cache, block, positions, decoder.collect), positions
+    deepest = jnp.max(jnp.where(state.done, 0, depth))
+
+    def of_width(width: int):
+        logits, ys, cache = extend(
+            state.target_cache, block[:, : width + 1], positions[:, : width + 1], decoder.collect
+        )
+        rest = decoder.k - width
+        logits, ys = jax.tree.map(
+            lambda x: jnp.pad(x, ((0, 0), (0, rest), (0, 0))), (logits, tuple(ys))
+        )
+        seen = jnp.arange(decoder.k + 1) <= width
+        return logits, ys, cache, jnp.where(seen, positions, -1)
+
+    enough = jnp.searchsorted(jnp.asarray(widths), deepest)
+    return jax.lax.switch(enough, [functools.partial(of_width, width) for width in widths])
 
 
 def _emit(
@@ -140,13 +197,15 @@ def _emit(
     drafts: Int[Array, "B k"],
     accepted: Int[Array, " B"],
     following: Int[Array, " B"],
+    depths: Int[Array, " B"],
 ) -> DecodeState:
     """Append the accepted drafts and the token after them, up to the budget and to EOS."""
     k = decoder.k
     depth = jnp.arange(k + 1)[None]
     at_following = depth == accepted[:, None]
     new = jnp.where(at_following, following[:, None], jnp.pad(drafts, ((0, 0), (0, 1))))
-    kinds = jnp.where(at_following, jnp.where(depth == k, BONUS, CORRECTION), ACCEPTED)
+    last = jnp.where(depth == depths[:, None], BONUS, CORRECTION)
+    kinds = jnp.where(at_following, last, ACCEPTED)
     emitted = depth <= accepted[:, None]
     is_end = emitted & jnp.isin(new, jnp.array((*decoder.ends, NO_TOKEN)))
     emitted &= jnp.cumsum(is_end, axis=1) - is_end == 0  # up to and with the first

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt32
 
-from spire_jax.decoding.rounds import Decoder, DecodeState, Weights, speculation_round
+from spire_jax.decoding.rounds import Decoder, DecodeState, Weights, round_and_depths
 from spire_jax.drafting.strategy import Processed
 from spire_jax.models.caches import empty_full
 from spire_jax.models.sampling import seed_keys
@@ -131,7 +131,7 @@ def serve_rounds(
     halted: Bool[np.ndarray | Array, " B"],
     max_rounds: int | Int[Array, ""],
     room: int,
-) -> tuple[DecodeState, Int[Array, "room B k3"]]:
+) -> tuple[DecodeState, Int[Array, "room B k4"]]:
     """Rounds of `decoder.k` until a row finishes, or `max_rounds` (at most `room`) have passed.
 
     Args:
@@ -139,12 +139,12 @@ def serve_rounds(
 
     Returns:
         The state, and what each round gave each row: the drafted tokens accepted (-1: the row was
-        not in it), the tokens emitted, and these tokens, up to k + 1.
+        not in it), those verified, the tokens emitted, and these tokens, up to k + 1.
     """
     batch = state.done.shape[0]
     state = dataclasses.replace(state, done=state.done | halted)
     before = jnp.sum(state.done)
-    log = jnp.full((room, batch, decoder.k + 3), -1, jnp.int32)
+    log = jnp.full((room, batch, decoder.k + 4), -1, jnp.int32)
 
     def go_on(carry):
         i, state, _ = carry
@@ -153,19 +153,22 @@ def serve_rounds(
 
     def body(carry):
         i, old, log = carry
-        new = speculation_round(decoder, weights, old)
-        return i + 1, new, log.at[i].set(_entry(decoder.k, old, new))
+        new, depths = round_and_depths(decoder, weights, old)
+        return i + 1, new, log.at[i].set(_entry(decoder.k, old, new, depths))
 
     _, state, log = jax.lax.while_loop(go_on, body, (jnp.int32(0), state, log))
     return _pinned(state), log
 
 
-def _entry(k: int, old: DecodeState, new: DecodeState) -> Int[Array, "B k3"]:
+def _entry(
+    k: int, old: DecodeState, new: DecodeState, depths: Int[Array, " B"]
+) -> Int[Array, "B k4"]:
     accepted = jnp.where(old.done, -1, jnp.argmax(new.counts - old.counts, axis=1))
     emitted = new.lengths - old.lengths
     at = jnp.minimum(old.lengths[:, None] + jnp.arange(k + 1), new.tokens.shape[1] - 1)
     tokens = jnp.take_along_axis(new.tokens, at, axis=1)
-    return jnp.concatenate([accepted[:, None], emitted[:, None], tokens], axis=1)
+    numbers = jnp.stack([accepted, depths, emitted], axis=1)
+    return jnp.concatenate([numbers, tokens], axis=1)
 
 
 def _pinned(state: DecodeState) -> DecodeState:

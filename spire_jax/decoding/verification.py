@@ -19,6 +19,7 @@ def verify_tokens(
     drafts: Int[Array, "B k"],
     q: Float[Array, "B k V"],
     p: Float[Array, "B k1 V"],
+    depth: Int[Array, " B"] | None = None,
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """How many drafted tokens each row keeps, and the token that follows them.
 
@@ -30,6 +31,9 @@ def verify_tokens(
         drafts: drafted tokens, each sampled from its row of `q`.
         q: logits of the draft's transformed distributions, as they were sampled, float32.
         p: the target's, at the same depths and one beyond (k1 = k + 1), float32.
+        depth: how many of a row's drafts are looked at, as if no more had been drafted; all unless
+            given. Lossless where that a row goes on to token j was settled by what was known before
+            j was drawn (`depth.chosen`).
 
     Returns:
         Accepted counts in 0 .. k, and next tokens.
@@ -39,8 +43,10 @@ def verify_tokens(
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (k,)))(stream(keys, "accept"))
     # u < p/q without the division; u lies in [0, 1), so p = 0 never passes and p = q always does.
     accept = (uniform * q_drafted < p_drafted) & (drafts != NO_TOKEN)
+    if depth is not None:
+        accept &= jnp.arange(k) < depth[:, None]
     accepted = jnp.sum(jnp.cumprod(accept.astype(jnp.int32), axis=1), axis=1)
-    return accepted, _following(keys, accepted, q, p, jnp.ones_like(p[:, :, 0]))
+    return accepted, _following(keys, accepted, q, p, jnp.ones_like(p[:, :, 0]), depth)
 
 
 def verify_blocks(
@@ -48,17 +54,22 @@ def verify_blocks(
     drafts: Int[Array, "B k"],
     q: Float[Array, "B k V"],
     p: Float[Array, "B k1 V"],
+    depth: Int[Array, " B"] | None = None,
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """As `verify_tokens`, but the block is judged as a whole.
 
     The accepted length is the largest i whose uniform is below h_i of `block_acceptance`; the next
-    token comes from normalize(max(b_i p - q, 0)), after k acceptances from p at depth k + 1.
+    token comes from normalize(max(b_i p - q, 0)), after k acceptances from p at depth k + 1. With a
+    `depth` k is that: h there is b, by which the first i tokens are all kept, whatever follows.
     """
     k = drafts.shape[1]
     b, h = block_acceptance(drafts, q, p)
+    if depth is not None:
+        at, last = jnp.arange(1, k + 1), depth[:, None]
+        h = jnp.where(at < last, h, jnp.where(at == last, b[:, 1:], 0.0))
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (k,)))(stream(keys, "accept"))
     accepted = jnp.max(jnp.where(uniform < h, jnp.arange(1, k + 1), 0), axis=1, initial=0)
-    return accepted, _following(keys, accepted, q, p, b)
+    return accepted, _following(keys, accepted, q, p, b, depth)
 
 
 def block_acceptance(
@@ -99,15 +110,16 @@ def _following(
     q: Float[Array, "B k V"],
     p: Float[Array, "B k1 V"],
     b: Float[Array, "B k1"],
+    depth: Int[Array, " B"] | None = None,
 ) -> Int[Array, " B"]:
     """The token after the accepted ones, from normalize(max(b p - q, 0))."""
-    # Distributions at one depth a row, not at all. Depth k + 1 has no draft: q = 0 there, so that
+    # Distributions at one depth a row, not at all. After the last draft that counts q = 0, so that
     # the residual is p itself.
     k = q.shape[1]
     p_at = jax.nn.softmax(_at(p, accepted))
     q_at = jnp.zeros_like(p_at)
     if k:
-        drafted = (accepted < k)[:, None]
+        drafted = (accepted < (k if depth is None else depth))[:, None]
         q_at = jnp.where(drafted, jax.nn.softmax(_at(q, jnp.minimum(accepted, k - 1))), 0.0)
     b_at = jnp.take_along_axis(b, accepted[:, None], axis=1)
     return sample(stream(keys, "next"), jnp.log(residual_distribution(p_at, q_at, b_at)))

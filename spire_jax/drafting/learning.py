@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spire_jax.drafting.losses import draft_loss
 from spire_jax.drafting.strategy import Strategy
-from spire_jax.models.transformer import Params
+from spire_jax.models.transformer import Activations, Params
 
 
 class TrainBatch(NamedTuple):
@@ -48,10 +48,24 @@ class DraftLoss:
     k: int = 1  # depth of rollouts
 
     def __call__(self, params, lesson, batch):
-        activations = ()
-        if lesson is not None:
-            activations = tuple(lesson.activations[y] for y in self.strategy.collect)
-        logits = self.strategy.predict(params, batch.tokens, activations, self.k)
+        given = self.given(lesson)
+        logits = self.strategy.predict(params, batch.tokens, given, self.k)
+        return self.values(params, lesson, batch, logits)
+
+    def given(self, lesson: Lesson | None) -> Activations:
+        """What the strategy reads of a lesson."""
+        if lesson is None:
+            return ()
+        return tuple(lesson.activations[y] for y in self.strategy.collect)
+
+    def values(
+        self,
+        params: Params,
+        lesson: Lesson | None,
+        batch: TrainBatch,
+        logits: Float[Array, "B T Vh"],
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
+        """The loss and alpha of predictions."""
         p = None if lesson is None else lesson.p
         if p is not None and self.strategy.model.config.head_tokens:
             p = p[..., params["head_ids"]]

@@ -86,6 +86,15 @@ def _distillation(distillation, alpha, logits, targets, omega):
     return distillation
 
 
+@LOSSES.register("dspark")
+def _dspark(distillation, alpha, logits, targets, omega):
+    """0.1 (-log q of the text's next token) + 0.9 sum |p - q|, as DSpark (arXiv 2607.05147).
+
+    The sum is twice the total variation, 2 (1 - alpha): DeepSpec's code weighs the former.
+    """
+    return 0.1 * cross_entropy(logits, targets) + 1.8 * (1 - alpha)
+
+
 @LOSSES.register("mixed")
 def _mixed(distillation, alpha, logits, targets, omega):
     """omega distillation + (1 - omega)(-alpha)."""

@@ -5,6 +5,10 @@ the frozen target's activations y^(N - n + i - 1) for tokens that the target has
 learned mix of all the draft's layers for drafted ones (and other choices, for comparison: the
 option `memory`). One stack serves training (`rollout`: k passes, parallel over all starts) and
 decoding (`step`).
+
+"fused" memories are DFlash's (arXiv 2602.06036): RMSNorm(concat(y^l for l in `fused`) F) with one
+matrix F, the same vector for all layers, of which each makes its own keys and values. (There a
+layer's pre-attention norm is not applied to it; here it is, as to every memory.)
 """
 
 import dataclasses
@@ -19,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from spire_jax.config.checks import check, choice, not_negative
-from spire_jax.config.drafts import Pass, TransformerOptions
+from spire_jax.config.drafts import DraftCost, Pass, TransformerOptions
 from spire_jax.config.readers import DRAFT, read_by
 from spire_jax.config.registry import DRAFT_KINDS
 from spire_jax.config.schema import ModelConfig
@@ -40,9 +44,10 @@ from spire_jax.models.caches import (
     ring_cache,
     ring_positions,
 )
-from spire_jax.models.layers import Block, parameter
+from spire_jax.models.layers import Block, RMSNorm, parameter, product, truncated_normal
 from spire_jax.models.masks import EMPTY, View
 from spire_jax.models.sampling import probability_of
+from spire_jax.models.sharding import constrain
 from spire_jax.models.transformer import Activations, Model, Transformer
 
 
@@ -57,12 +62,16 @@ class SpireOptions(TransformerOptions):
     feedback: bool = True  # memories mix all layers; False: each layer's own input
     memory: str = "layers"  # what the memories of tokens the target has processed are:
     # "layers": the target's activations, layer by layer; "final": its last one for all layers,
-    # with one mix for all; "embedding": none of it, the draft's own embeddings of the tokens
+    # with one mix for all; "embedding": none of it, the draft's own embeddings of the tokens;
+    # "fused": several of its activations as one for all layers, by a matrix and a norm
+    fused: tuple[int, ...] = ()  # the l of these y^l, 0 to N; () = those of "layers"
     memory_init: float = 0.95  # initial softmax weight of the layer's own input
 
     def strategy(self, target, compute):
         names = ("feedback", "attend_self", "memory", "memory_init")
         options = {"views": self.views(target)} | {n: getattr(self, n) for n in names}
+        if self.memory == "fused":
+            options["fused"] = self.fused or target_layers(target.n_layers, self.n_layers)
         sizes = self.model(target)
         model = Model(of_family(sizes), sizes, compute, tuple(options.items()))
         return Spire(model, target.n_layers)
@@ -70,17 +79,52 @@ class SpireOptions(TransformerOptions):
     def rollout(self, train):
         return self.k or train.k
 
+    def initial(self, target, fresh):
+        params = super().initial(target, fresh)
+        if self.memory == "fused" and self.init == "pruned":
+            # The mean of the activations. Those of a residual stream's neighbouring layers are
+            # alike, and each layer's norm undoes their length: with the default layers the pruned
+            # blocks make nearly the keys and values that they made in the target.
+            params = params | {"fuse": mean_of_blocks(fresh["fuse"])}
+        return params
+
     def cost(self, target, context, k):
         # A second projection, of memories beside layer inputs; without feedback they are the same.
         twice = int(self.attend_self and self.feedback)
         passes = (Pass(projections=twice),) * k
-        return dataclasses.replace(super().cost(target, context, k), passes=passes)
+        return self.with_fusion(
+            target, k, dataclasses.replace(super().cost(target, context, k), passes=passes)
+        )
+
+    def with_fusion(self, target: ModelConfig, k: int, cost: DraftCost) -> DraftCost:
+        """A round's cost with what fuses the activations of the k + 1 tokens that it verifies.
+
+        It counts in the first pass.
+        """
+        if self.memory != "fused":
+            return cost
+        first, *rest = cost.passes
+        matrix = (len(self.fused) or self.n_layers) * target.d_model**2
+        first = first._replace(weights=matrix, products=(k + 1) * matrix)
+        more = cost.more + matrix + target.d_model
+        return dataclasses.replace(cost, passes=(first, *rest), more=more)
 
     def check(self, at, config):
         super().check(at, config)
         why = "reads the target's activations"
         self.check_against(config.target, at, "d_model", why)
-        choice(f"{at}.memory", self.memory, "layers final embedding")
+        choice(f"{at}.memory", self.memory, "layers final embedding fused")
+        deepest, fused = config.target.n_layers, f"{at}.fused={self.fused}"
+        check(
+            not self.fused or self.memory == "fused",
+            f"{fused} is of memory='fused', not of memory={self.memory!r}; leave it out",
+        )
+        check(
+            all(0 <= layer <= deepest for layer in self.fused),
+            f"{fused}: the target has the activations y^0 (its embedding) to y^{deepest}",
+        )
+        check(len(set(self.fused)) == len(self.fused), f"{fused} names a layer twice; leave one "
+                                                       f"out")  # fmt: skip
         check(0 < self.memory_init < 1,
               f"{at}.memory_init={self.memory_init} must lie in (0, 1)")  # fmt: skip
         not_negative(self, at, "k")
@@ -112,9 +156,16 @@ class SpireDraft(Transformer):
         attend_self: bool = True,
         memory: str = "layers",
         memory_init: float = 0.95,
+        fused: tuple[int, ...] = (),
     ):
         super().__init__(config, compute, rngs=rngs, views=views)
         self.feedback, self.attend_self, self.memory = feedback, attend_self, memory
+        if memory == "fused":
+            rows = len(fused) * config.d_model
+            self.fuse = parameter(
+                rngs, (rows, config.d_model), ("embed", None), truncated_normal(rows)
+            )
+            self.norm_fused = RMSNorm(config.d_model, config.norm_eps, rngs=rngs)
         if feedback:
             mix = initial_mix(config.n_layers, memory, memory_init)
             self.memory_mix = parameter(
@@ -130,6 +181,20 @@ class SpireDraft(Transformer):
         mixed = [jnp.einsum("l,l...->...", w, stacked) for w in weights]
         return mixed * (len(self.blocks) // len(mixed))
 
+    def of_target(
+        self, tokens: Int[Array, "B T"], activations: Activations
+    ) -> tuple[Float[Array, "B T D"], ...]:
+        """Each layer's memories of tokens that the target has processed."""
+        depth, dtype = len(self.blocks), self.compute.dtype
+        if self.memory == "embedding":
+            return (self.embed(tokens),) * depth
+        ys = tuple(y.astype(dtype) for y in activations)
+        if self.memory == "fused":
+            weight = self.fuse[...].astype(dtype)
+            y = product(jnp.concatenate(ys, axis=-1), weight, compute=self.compute)
+            ys = (self.norm_fused(constrain(y, "batch", None, None)),)
+        return ys * (depth // len(ys))
+
     def read_target(
         self,
         layer: int,
@@ -138,11 +203,15 @@ class SpireDraft(Transformer):
         positions: Positions,
     ) -> KeysValues:
         """A layer's keys and values of tokens that the target has processed."""
-        if self.memory == "embedding":
-            y = self.embed(tokens)
-        else:
-            y = activations[0 if self.memory == "final" else layer]
-        return self.blocks[layer].keys_values(y.astype(self.compute.dtype), positions)
+        y = self.of_target(tokens, activations)[layer]
+        return self.blocks[layer].keys_values(y, positions)
+
+    def read_target_whole(
+        self, tokens: Int[Array, "B T"], activations: Activations, positions: Positions
+    ) -> list[KeysValues]:
+        """`read_target` of every layer."""
+        ys = self.of_target(tokens, activations)
+        return [block.keys_values(y, positions) for block, y in zip(self.blocks, ys, strict=True)]
 
     def of_text(
         self,
@@ -152,9 +221,7 @@ class SpireDraft(Transformer):
     ) -> tuple[list[Memory], Int[np.ndarray, " M"]]:
         """Each layer's memories of a text at the positions `read`, and these; all unless given."""
         read = np.arange(tokens.shape[1]) if read is None else read
-        return [
-            self.read_target(i, tokens[:, read], activations, read) for i in range(len(self.blocks))
-        ], read
+        return self.read_target_whole(tokens[:, read], activations, read), read
 
     def rollout(
         self,
@@ -299,12 +366,10 @@ class Spire(Strategy):
     target_depth: int  # N
 
     @property
-    def _memory(self) -> str:
-        return dict(self.model.options).get("memory", "layers")
-
-    @property
     def collect(self) -> tuple[int, ...]:
-        return target_layers(self.target_depth, self.model.config.n_layers, self._memory)
+        options, depth = dict(self.model.options), self.model.config.n_layers
+        memory = options.get("memory", "layers")
+        return options.get("fused") or target_layers(self.target_depth, depth, memory)
 
     def reads(self, start):
         begins = [max(start - view.window + 1, 0) if view.window else 0 for view in self.views]
@@ -330,14 +395,10 @@ class Spire(Strategy):
         return self.model.bind(params).step(state, tokens, positions)
 
     def commit(self, params, state, block):
-        module = self.model.bind(params)
+        module, at = self.model.bind(params), block.positions
+        read = module.read_target_whole(block.tokens, block.activations, at)
         return tuple(
-            cache.append(
-                block.positions,
-                *module.read_target(i, block.tokens, block.activations, block.positions),
-                block.rows,
-            )
-            for i, cache in enumerate(state)
+            cache.append(at, *kv, block.rows) for cache, kv in zip(state, read, strict=True)
         )
 
     def along(self, params, tokens, activations, cache, read, starts, k, sampling):
@@ -384,6 +445,12 @@ def target_layers(n_target: int, n_draft: int, memory: str = "layers") -> tuple[
     if memory == "embedding":
         return ()
     return (n_target,) if memory == "final" else tuple(range(n_target - n_draft, n_target))
+
+
+def mean_of_blocks(fuse: Float[Array, "rows D"]) -> Float[Array, "rows D"]:
+    """The matrix, of the size of `fuse`, that makes of several vectors in a row their mean."""
+    rows, size = fuse.shape
+    return jnp.tile(jnp.eye(size, dtype=fuse.dtype), (rows // size, 1)) / (rows // size)
 
 
 def initial_mix(n: int, memory: str, own: float) -> np.ndarray:

@@ -49,6 +49,9 @@ class Proposal:
     tokens: Int[Array, "B k"]
     q: Float[Array, "B k V"]  # float32 logits that each was drawn from, transformed
     parents: Int[Array, "B k"] | None = None  # of a tree: which one each follows; None: a chain
+    # Estimates that tokens 1 .. j are all kept, by j; None: the draft makes none. Such a one, and
+    # all before it, must be made of what was known before token j was drawn (`decoding.depth`).
+    survival: Float[Array, "B k"] | None = None
 
 
 # Of a depth and its logits: the token there, and the transformed logits that it is taken to be
@@ -273,6 +276,10 @@ class Strategy:
         strategy that learns by depth.
         """
         return self.model.bind(params).forward(tokens, in_head=True)[0]
+
+    def depths(self, tokens: Int[Array, "B T"], k: int) -> Int[Array, " T"]:
+        """At which depth (0-based) of a rollout `predict` predicts what follows each token."""
+        return jnp.arange(tokens.shape[1]) % k
 
     @property
     def views(self) -> tuple[View, ...]:

@@ -17,6 +17,10 @@ that the tokens are jointly drawn from:
                z_j += h_j W2
 
 W2 is 0 at first. Without a head the slots of a pass are drawn independently of each other.
+
+With `confidence` a slot's final activations also say, by a vector and a bias, how likely its token
+is to be kept if all before it are (DSpark; there the token before the slot is read, too, which is
+left out here).
 """
 
 import dataclasses
@@ -28,65 +32,110 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from spire_jax.config.checks import check, choice, positive
-from spire_jax.config.drafts import Pass
-from spire_jax.config.readers import EVALUATE, STUDY, read_by
+from spire_jax.config.checks import check, choice, not_negative, positive
+from spire_jax.config.drafts import DraftCost, Pass, TransformerOptions
+from spire_jax.config.readers import DRAFT, EVALUATE, STUDY, read_by
 from spire_jax.config.registry import DRAFT_KINDS
-from spire_jax.config.schema import head_size
+from spire_jax.config.schema import ModelConfig, head_size
+from spire_jax.drafting.learning import DraftLoss
 from spire_jax.drafting.spire import Spire, SpireDraft, SpireOptions, of_family
-from spire_jax.drafting.strategy import Proposal
-from spire_jax.models.attention import attention, merge_attention
+from spire_jax.drafting.strategy import Draw, Proposal
+from spire_jax.models.attention import Attended, Compute, attention, merge_attention
 from spire_jax.models.caches import Caches, KeysValues
 from spire_jax.models.layers import Block, parameter, truncated_normal
 from spire_jax.models.sampling import Sampling, probability_of, transformed_logits
+from spire_jax.models.transformer import Activations, Model, Params
 
 HEADS = ("none", "markov", "recurrent")
 GREEDY = Sampling(0.0)
 
 
-@DRAFT_KINDS.register("stride")
 @dataclasses.dataclass(frozen=True)
-class StrideOptions(SpireOptions):
-    """SPIRe whose passes draft several tokens."""
+class SlotOptions(SpireOptions):
+    """What passes that draft several tokens have, whatever they read."""
 
-    kind: str = "stride"
-    strides: tuple[int, ...] = (1, 2, 4)  # each batch of training draws one of them
-    stride: int = read_by(1, EVALUATE, STUDY)  # tokens that a pass drafts, in decoding
     head: str = "none"  # over the slots of a pass: "markov", "recurrent"
     head_rank: int = 64
     # What is drawn of a slot's logits: "sampled", or the "argmax", whose q is one-hot.
     draws: str = read_by("sampled", EVALUATE, STUDY)
+    # Whether each slot says how likely its token is to be kept, given that all before it were; and
+    # the weight of what that learns. (Of sampled tokens, at the temperature of training, 1.)
+    confidence: bool = False
+    confidence_weight: float = read_by(1.0, DRAFT, when=lambda of: of.confidence)
 
-    def strategy(self, target, compute):
-        model = super().strategy(target, compute).model
-        options = (("head", self.head), ("head_rank", self.head_rank))
-        module = of_family(model.config, StridedDraft)
-        model = dataclasses.replace(model, module=module, options=(*model.options, *options))
-        return Strided(model, target.n_layers, self.stride, self.strides, self.draws)
+    def slots_model(self, target: ModelConfig, compute: Compute, module: type[SpireDraft]) -> Model:
+        """The structure of the draft's parameters; `module` is StridedDraft or of it."""
+        model = SpireOptions.strategy(self, target, compute).model
+        options = {name: getattr(self, name) for name in ("head", "head_rank", "confidence")}
+        return dataclasses.replace(
+            model,
+            module=of_family(model.config, module),
+            options=(*model.options, *options.items()),
+        )
+
+    def learns(self, strategy, k):
+        return SlotLoss(strategy, self.loss, self.omega, k, confidence=self.confidence_weight)
 
     def initial(self, target, fresh):
         params = super().initial(target, fresh)
         table = params["embedding"] if "embedding" in params else target["embedding"]
         return params | {"mask": jnp.mean(table, axis=0).astype(fresh["mask"].dtype)}
 
-    def cost(self, target, context, k):
+    def cost_of(
+        self,
+        target: ModelConfig,
+        context: float | int,
+        k: int,
+        of: list[tuple[int, int]],
+        twice: int,
+    ) -> DraftCost:
+        """A round of k by passes over so many known tokens that draft so many.
+
+        `twice`: how often known tokens become keys and values besides as inputs.
+        """
         sizes = self.model(target)
-        twice = int(self.feedback)  # memories beside layer inputs, of the known tokens
         out = self.head_rank * head_size(sizes) if self.head != "none" else 0
         mix = self.head_rank**2 if self.head == "recurrent" else 0
         table = self.head_rank * sizes.vocab_size if self.head != "none" else 0
         of_passes = tuple(Pass(known + slots - 1, slots, twice * known, out + mix)
-                          for known, slots in passes(k, self.stride))  # fmt: skip
+                          for known, slots in of)  # fmt: skip
         more = sizes.d_model + table + out + mix
-        return dataclasses.replace(super().cost(target, context, k), passes=of_passes, more=more)
+        if self.confidence:
+            more += sizes.d_model + 1
+        plain = TransformerOptions.cost(self, target, context, k)
+        plain = dataclasses.replace(plain, passes=of_passes, more=more)
+        return self.with_fusion(target, k, plain)
 
     def check(self, at, config):
         super().check(at, config)
-        positive(self, at, "stride head_rank")
+        positive(self, at, "head_rank")
+        not_negative(self, at, "confidence_weight")
         choice(f"{at}.head", self.head, HEADS)
         choice(f"{at}.draws", self.draws, "sampled argmax")
         check(self.attend_self, f"{at}.attend_self: the tokens of a pass see each other; leave it "
                                 f"out, or use kind 'spire'")  # fmt: skip
+
+
+@DRAFT_KINDS.register("stride")
+@dataclasses.dataclass(frozen=True)
+class StrideOptions(SlotOptions):
+    """SPIRe whose passes draft several tokens."""
+
+    kind: str = "stride"
+    strides: tuple[int, ...] = (1, 2, 4)  # each batch of training draws one of them
+    stride: int = read_by(1, EVALUATE, STUDY)  # tokens that a pass drafts, in decoding
+
+    def strategy(self, target, compute):
+        model = self.slots_model(target, compute, StridedDraft)
+        return Strided(model, target.n_layers, self.draws, self.stride, self.strides)
+
+    def cost(self, target, context, k):
+        # Memories beside layer inputs, of the known tokens; without feedback they are the same.
+        return self.cost_of(target, context, k, passes(k, self.stride), int(self.feedback))
+
+    def check(self, at, config):
+        super().check(at, config)
+        positive(self, at, "stride")
         check(bool(self.strides) and all(s >= 1 for s in self.strides),
               f"{at}.strides={self.strides} must be one or more, each 1 or more")  # fmt: skip
         depths = (config.decode.k, *config.decode.depths)
@@ -109,28 +158,37 @@ def passes(k: int, stride: int) -> list[tuple[int, int]]:
 
 
 class StridedDraft(SpireDraft):
-    """A SPIRe draft with a mask token's embedding, and a head over the slots of a pass."""
+    """A SPIRe draft with a mask token's embedding, and what reads its slots: head, confidence."""
 
     def __init__(
-        self, config, compute, *, rngs, head: str = "none", head_rank: int = 64, **options
+        self,
+        config,
+        compute,
+        *,
+        rngs,
+        head: str = "none",
+        head_rank: int = 64,
+        confidence: bool = False,
+        **options,
     ):
         super().__init__(config, compute, rngs=rngs, **options)
-        self.head = head
-        self.mask = parameter(rngs, (config.d_model,), (None,), nnx.initializers.zeros)
+        self.head, self.confident, zeros = head, confidence, nnx.initializers.zeros
+        self.mask = parameter(rngs, (config.d_model,), (None,), zeros)
         if head != "none":
             size = config.head_tokens or config.vocab_size
             self.head_in = parameter(
                 rngs, (config.vocab_size, head_rank), ("vocab", None), truncated_normal(head_rank)
             )
-            self.head_out = parameter(
-                rngs, (head_rank, size), (None, "vocab"), nnx.initializers.zeros
-            )
+            self.head_out = parameter(rngs, (head_rank, size), (None, "vocab"), zeros)
         if head == "recurrent":
             self.head_mix = parameter(
                 rngs, (head_rank, head_rank), (None, None), truncated_normal(head_rank)
             )
+        if confidence:
+            self.confidence_vector = parameter(rngs, (config.d_model,), (None,), zeros)
+            self.confidence_bias = parameter(rngs, (1,), (None,), zeros)
 
-    # --- the head ------------------------------------------------------------------------------
+    # --- of the slots --------------------------------------------------------------------------
 
     def head_start(self, *rows: int) -> Float[Array, "*rows r"]:
         """The head's state before the first slot of a pass."""
@@ -151,6 +209,22 @@ class StridedDraft(SpireDraft):
             h = state = jnp.tanh(h + state @ self.head_mix[...].astype(jnp.float32))
         return logits + h @ self.head_out[...].astype(jnp.float32), state
 
+    def confidence(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows"] | None:
+        """Of slots' final activations, the logit of the estimate that their tokens are kept."""
+        if not self.confident:
+            return None
+        x = self.norm_final(x).astype(jnp.float32)
+        return x @ self.confidence_vector[...] + self.confidence_bias[0]
+
+    def seen_ahead(
+        self, i: int, q: Float[Array, "B T K G H"], at: Int[Array, "B T"], k: Array, v: Array
+    ) -> list[Attended]:
+        """What layer i attends to of the inputs of a pass beyond those up to each: nothing.
+
+        `at` are the positions of all of them.
+        """
+        return []
+
     # --- training and the oracle ---------------------------------------------------------------
 
     def strided_rollout(
@@ -168,6 +242,23 @@ class StridedDraft(SpireDraft):
 
         Slot j (0-based) from start s predicts token s + j + 1. Arguments as of `rollout`.
         """
+        x = self.strided_slots(tokens, activations, starts, k, stride, read)
+        logits = self.slot_logits(x, tokens, starts, stride)
+        return logits if in_head else self.widened(logits)
+
+    def strided_slots(
+        self,
+        tokens: Int[Array, "B T"],
+        activations: tuple[Float[Array, "B M D"], ...],
+        starts: Int[np.ndarray, " R"],
+        k: int,
+        stride: int,
+        read: Int[np.ndarray, " M"] | None = None,
+    ) -> Float[Array, "B R k D"]:
+        """`strided_rollout` up to the slots' final activations.
+
+        A start needs a text up to the known tokens of its last pass.
+        """
         memory, read = self.of_text(tokens, activations, read)
         own: list[list[KeysValues]] = [[] for _ in self.blocks]
         one_pass = self._strided_pass
@@ -181,17 +272,16 @@ class StridedDraft(SpireDraft):
             begin += known
             for layer, kv in zip(own, memories, strict=True):
                 layer.append(kv)
-        logits = self.unembed_head(jnp.concatenate(x, axis=2))
-        logits = self._with_heads(logits, tokens[:, starts[:, None] + np.arange(k)], stride)
-        return logits if in_head else self.widened(logits)
+        return jnp.concatenate(x, axis=2)
 
     def _strided_pass(self, at: "_Pass", tokens, memory, own):
         """What a pass drafts from, [B, R, slots, D], and keys and values of its known tokens."""
         batch, rollouts = len(tokens), len(at.starts)
         positions, limit = at.positions(at.offsets).ravel(), np.repeat(at.starts, len(at.offsets))
-        x = self.embed(tokens[:, positions])
-        masked = np.tile(np.arange(len(at.offsets)) >= at.known, rollouts)
-        x = jnp.where(masked[:, None], self.mask[...].astype(x.dtype), x)
+        x = self.embed(tokens[:, at.positions(at.offsets[: at.known])])
+        masks = len(at.offsets) - at.known
+        mask = jnp.broadcast_to(self.mask[...].astype(x.dtype), (*x.shape[:2], masks, x.shape[3]))
+        x = jnp.concatenate([x, mask], axis=2).reshape(batch, len(positions), -1)
 
         def of_starts(x: Array) -> Array:
             """Each start of each row by itself."""
@@ -200,14 +290,16 @@ class StridedDraft(SpireDraft):
         def attend(i: int, block: Block, x: Array):
             q = block.queries(x, positions)
             parts = self.over_text(i, q, memory[i], positions, at.read, limit)
-            recent = [*own[i], block.keys_values(x, positions)]
-            k, v = (
-                jnp.concatenate([*map(of_starts, y)], axis=1) for y in zip(*recent, strict=True)
-            )
+            inputs = block.keys_values(x, positions)
+            k, v = (jnp.concatenate([*map(of_starts, y)], axis=1)
+                    for y in zip(*own[i], inputs, strict=True))  # fmt: skip
             q_pos, k_pos = (jnp.tile(at.positions(offsets), (batch, 1))
                             for offsets in (at.offsets, np.arange(at.end)))  # fmt: skip
-            out, lse = attention(of_starts(q), k, v, q_pos, k_pos, self.views[i])
-            parts.append((out.reshape(q.shape), lse.reshape(q.shape[:-1])))
+            beside = [attention(of_starts(q), k, v, q_pos, k_pos, self.views[i])]
+            now = (of_starts(y) for y in inputs)
+            beside += self.seen_ahead(i, of_starts(q), q_pos, *now)
+            for out, lse in beside:
+                parts.append((out.reshape(q.shape), lse.reshape(q.shape[:-1])))
             return merge_attention(parts), None
 
         xs, _ = self.run(x, attend, remat=False)
@@ -218,14 +310,25 @@ class StridedDraft(SpireDraft):
         kept = [block.keys_values(m, known) for block, m in zip(self.blocks, memories, strict=True)]
         return xs[-1].reshape(each)[:, :, at.known - 1 :], kept
 
-    def _with_heads(self, logits, previous, stride):
-        """The logits of all slots of all passes, given the tokens before them."""
+    def slot_logits(
+        self,
+        x: Float[Array, "B R k D"],
+        tokens: Int[Array, "B T"],
+        starts: Int[np.ndarray, " R"],
+        stride: int,
+    ) -> Float[Array, "B R k Vh"]:
+        """Logits of slots' final activations, given the tokens before them.
+
+        Beyond the text these are any: what is there counts for nothing.
+        """
+        logits = self.unembed_head(x)
         if self.head == "none":
             return logits
-        slots = []
-        for j in range(logits.shape[2]):
+        before = np.minimum(starts[:, None] + np.arange(x.shape[2]), tokens.shape[1] - 1)
+        previous, slots = tokens[:, before], []
+        for j in range(x.shape[2]):
             if j % stride == 0:
-                state = self.head_start(*logits.shape[:2])
+                state = self.head_start(*x.shape[:2])
             z, state = self.with_head(logits[:, :, j], previous[:, :, j], state)
             slots.append(z)
         return jnp.stack(slots, axis=2)
@@ -238,8 +341,13 @@ class StridedDraft(SpireDraft):
         tokens: Int[Array, "B m"],
         positions: Int[Array, "B m"],
         slots: int,
-    ) -> tuple[Float[Array, "B slots Vh"], Caches]:
-        """A pass over known tokens and `slots` - 1 masks after them: logits before the head."""
+        remember: bool = True,
+    ) -> tuple[Float[Array, "B slots D"], Caches]:
+        """A pass over known tokens and `slots` - 1 masks after them: the slots' final activations.
+
+        Without `remember` the known tokens leave no memories: no other pass comes before the
+        target has processed them.
+        """
         known = tokens.shape[1]
         x = self.embed(tokens)
         mask = jnp.broadcast_to(self.mask[...].astype(x.dtype), (len(x), slots - 1, x.shape[2]))
@@ -250,16 +358,21 @@ class StridedDraft(SpireDraft):
         def attend(i: int, block: Block, x: Array):
             # What the pass sees of itself lies in the cache until memories take its place, or, of
             # masks, the next pass does: after all that a query of then may see.
-            q, cache = block.queries(x, at), caches[i].append(at, *block.keys_values(x, at))
-            return merge_attention(self.over_cache(i, q, cache, at)), cache
+            q, (k, v) = block.queries(x, at), block.keys_values(x, at)
+            cache = caches[i].append(at, k, v)
+            parts = self.over_cache(i, q, cache, at) + self.seen_ahead(i, q, at, k, v)
+            return merge_attention(parts), cache
 
         xs, written = self.run(x, attend)
-        memories = (m[:, :known] for m in self.memories(xs))
-        layers = zip(written, self.blocks, memories, strict=True)
-        caches = tuple(
-            cache.append(positions, *block.keys_values(m, positions)) for cache, block, m in layers
-        )
-        return self.unembed_head(xs[-1][:, known - 1 :]), caches
+        caches = tuple(written)
+        if remember:
+            memories = (m[:, :known] for m in self.memories(xs))
+            layers = zip(written, self.blocks, memories, strict=True)
+            caches = tuple(
+                cache.append(positions, *block.keys_values(m, positions))
+                for cache, block, m in layers
+            )
+        return xs[-1][:, known - 1 :], caches
 
 
 class _Pass:
@@ -278,15 +391,16 @@ class _Pass:
 class Strided(Spire):
     """SPIRe's ring of memories; `model` is a StridedDraft."""
 
+    draws: str = "sampled"
     stride: int = 1
     strides: tuple[int, ...] = (1,)  # in training
-    draws: str = "sampled"
 
     def step(self, params, state, target, tokens, positions):
         """A pass that drafts one token: what a stride of 1 is made of."""
         module = self.model.bind(params)
-        logits, state = module.strided_step(state, tokens, positions, 1)
-        logits, _ = module.with_head(logits[:, 0], tokens[:, -1], module.head_start(len(tokens)))
+        x, state = module.strided_step(state, tokens, positions, 1)
+        logits = module.unembed_head(x)[:, 0]
+        logits, _ = module.with_head(logits, tokens[:, -1], module.head_start(len(tokens)))
         return module.widened(self._drawn(logits)), state
 
     def propose(self, params, state, target, previous, last, positions, k, draw):
@@ -296,40 +410,56 @@ class Strided(Spire):
             """After `tokens`, of which the last is `begin` behind the round's first."""
             known = tokens.shape[1]
             at = (positions + begin)[:, None] + np.arange(1 - known, 1)
-            logits, state = module.strided_step(state, tokens, at, slots)
+            x, state = module.strided_step(state, tokens, at, slots)
+            return state, self.drawn_slots(module, x, tokens[:, -1], begin, draw)
 
-            def one_slot(carry, slot):
-                token, of_head = carry
-                j, z = slot
-                z, of_head = module.with_head(z, token, of_head)
-                token, q = draw(begin + j, self._drawn(module.widened(z)))
-                return (token, of_head), (token, q)
-
-            carry = tokens[:, -1], module.head_start(len(tokens))
-            slots_first = jnp.moveaxis(logits, 1, 0)
-            _, drawn = jax.lax.scan(one_slot, carry, (jnp.arange(slots), slots_first))
-            tokens, q = (jnp.moveaxis(x, 0, 1) for x in drawn)
-            return state, tokens, q
-
-        state, tokens, q = one_pass(state, last[:, None], 0, sizes[0][1])
-        drafted = [(tokens, q)]
+        state, drawn = one_pass(state, last[:, None], 0, sizes[0][1])
+        drafted = [drawn]
         even = sum(slots == self.stride for _, slots in sizes[1:])
         if even:
 
             def again(carry, begin):
                 state, tokens = carry
-                state, tokens, q = one_pass(state, tokens, begin, self.stride)
-                return (state, tokens), (tokens, q)
+                state, drawn = one_pass(state, tokens, begin, self.stride)
+                return (state, drawn[0]), drawn
 
             begins = self.stride * jnp.arange(1, even + 1)
-            (state, tokens), drawn = jax.lax.scan(again, (state, tokens), begins)
+            (state, tokens), drawn = jax.lax.scan(again, (state, drawn[0]), begins)
             # [passes, B, s, ...] -> [B, passes * s, ...]
-            drafted.append(tuple(jnp.concatenate(list(x), axis=1) for x in drawn))
+            drafted.append(jax.tree.map(lambda x: jnp.concatenate(list(x), axis=1), drawn))
+        else:
+            tokens = drawn[0]
         if len(sizes) > 1 + even:
-            state, *drawn = one_pass(state, tokens, k - sizes[-1][1], sizes[-1][1])
-            drafted.append(tuple(drawn))
-        tokens, q = (jnp.concatenate(x, axis=1) for x in zip(*drafted, strict=True))
-        return Proposal(tokens, q), state
+            state, drawn = one_pass(state, tokens, k - sizes[-1][1], sizes[-1][1])
+            drafted.append(drawn)
+        return proposal(*jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *drafted)), state
+
+    def drawn_slots(
+        self,
+        module: StridedDraft,
+        x: Float[Array, "B slots D"],
+        token: Int[Array, " B"],
+        begin: int | Int[Array, ""],
+        draw: Draw,
+    ) -> tuple[Array, Array, Array | None]:
+        """Tokens of a pass's slots, slot by slot, from `begin` deep; their q and confidence.
+
+        `token` is the one before the first. A slot's confidence is of its activations alone, which
+        know nothing of what is drawn there, nor of what the pass draws before or after it.
+        """
+
+        def one_slot(carry, slot):
+            token, of_head = carry
+            j, z = slot
+            z, of_head = module.with_head(z, token, of_head)
+            token, q = draw(begin + j, self._drawn(module.widened(z)))
+            return (token, of_head), (token, q)
+
+        slots_first = jnp.moveaxis(module.unembed_head(x), 1, 0)
+        each = jnp.arange(x.shape[1]), slots_first
+        _, drawn = jax.lax.scan(one_slot, (token, module.head_start(len(token))), each)
+        tokens, q = (jnp.moveaxis(y, 0, 1) for y in drawn)
+        return tokens, q, module.confidence(x)
 
     def _drawn(self, logits: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
         """What is drawn from: the logits, or all on the most likely token."""
@@ -342,16 +472,72 @@ class Strided(Spire):
         return probability_of(self._drawn(logits), of_text, sampling)
 
     def predict(self, params, tokens, activations, k):
-        """Of one of `strides`, which the batch's own tokens draw: the same for every run of it."""
-        starts = np.arange(0, tokens.shape[1], k)
+        return self.predict_slots(params, tokens, activations, k)[0]
+
+    def predict_slots(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        activations: Activations,
+        k: int,
+    ) -> tuple[Float[Array, "B T Vh"], Float[Array, "B T"] | None]:
+        """`predict`, and the logits of confidences.
+
+        Of one of `strides`, which the batch's own tokens draw: the same for every run of it.
+        """
+        module, starts = self.model.bind(params), np.arange(0, tokens.shape[1], k)
 
         def of_stride(stride: int):
-            logits = self.model.bind(params).strided_rollout(
-                tokens, activations, starts, k, stride, in_head=True
-            )
-            return logits.reshape(*tokens.shape, -1)
+            x = module.strided_slots(tokens, activations, starts, k, stride)
+            found = module.slot_logits(x, tokens, starts, stride), module.confidence(x)
+            return jax.tree.map(lambda y: y.reshape(*tokens.shape, *y.shape[3:]), found)
 
         if len(self.strides) == 1:
             return of_stride(self.strides[0])
-        drawn = jnp.sum(tokens) % len(self.strides)
-        return jax.lax.switch(drawn, [functools.partial(of_stride, s) for s in self.strides])
+        branches = [functools.partial(of_stride, s) for s in self.strides]
+        return jax.lax.switch(drawn_by(tokens, len(branches)), branches)
+
+
+def drawn_by(tokens: Int[Array, "B T"], n: int) -> Int[Array, ""]:
+    """One of 0 .. n - 1 that a batch's own tokens draw: the same for every run of it."""
+    return jnp.sum(tokens) % n
+
+
+def proposal(
+    tokens: Int[Array, "B k"], q: Float[Array, "B k V"], confidence: Float[Array, "B k"] | None
+) -> Proposal:
+    """With the running product of confidences, given as logits."""
+    survival = None
+    if confidence is not None:
+        survival = jnp.cumprod(jax.nn.sigmoid(confidence), axis=1)
+    return Proposal(tokens, q, survival=survival)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotLoss(DraftLoss):
+    """A loss by depth, with what confidences learn.
+
+    Depth j (1-based) counts exp(-(j - 1) / gamma) with a `gamma` (DFlash, arXiv 2602.06036), over
+    the mean of these weights, so that a step stays as long. A confidence c learns by binary
+    cross-entropy against alpha, the probability that its token is kept after those before it
+    (DSpark, arXiv 2607.05147; no gradient reaches alpha, those of c go on into the body, as in
+    DeepSpec's code: there too the slot's activations are not cut off).
+    """
+
+    gamma: float = 0.0  # 0: all depths alike
+    confidence: float = 1.0  # weight
+
+    def __call__(self, params, lesson, batch):
+        assert isinstance(self.strategy, Strided)
+        logits, confidence = self.strategy.predict_slots(
+            params, batch.tokens, self.given(lesson), self.k
+        )
+        values, alpha = self.values(params, lesson, batch, logits)
+        if confidence is not None:
+            kept = jax.lax.stop_gradient(alpha)
+            values += self.confidence * (jax.nn.softplus(confidence) - kept * confidence)
+        if self.gamma:
+            weights = np.exp(-np.arange(self.k) / self.gamma)
+            depths = self.strategy.depths(batch.tokens, self.k)
+            values *= jnp.asarray(weights / weights.mean(), values.dtype)[depths]
+        return values, alpha

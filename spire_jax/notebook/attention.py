@@ -72,7 +72,7 @@ def reads(config: ExperimentConfig, name: str, length: int = 24) -> Int[np.ndarr
         own = np.eye(1, 2, dtype=bool)
         params["memory_mix"] = jnp.where(own, 0.0, jnp.finfo(jnp.float32).min)
     predict = jax.jit(drafting.predict, static_argnums=3)
-    given = (jnp.asarray(activations, jnp.float32),)
+    given = (jnp.asarray(activations, jnp.float32),) * len(drafting.collect)
     logits = np.asarray(predict(params, jnp.asarray(tokens), given, k))[..., :n]
     moved = np.abs(logits - logits[-1]).max(axis=-1) > MOVED
     by_target, by_token = moved[:length].T, moved[length : 2 * length].T
@@ -101,8 +101,12 @@ def layers_figure(config: ExperimentConfig, name: str, params: Params = None) ->
         raise ConfigError(f"drafts.{name} has no feedback memory; use a spire draft with feedback")
     n, n_target = draft.n_layers, config.target.n_layers
     taken = np.zeros((n, n_target + 1))
-    for i, layer in zip(range(n), _layers(config.target, n, draft.memory), strict=True):
-        taken[i, layer] = 1
+    if draft.memory == "fused":  # by a matrix: how much of each is not a number
+        fused = draft.fused or target_layers(n_target, n)
+        taken[:, list(fused)] = 1 / len(fused)
+    else:
+        for i, layer in zip(range(n), _layers(config.target, n, draft.memory), strict=True):
+            taken[i, layer] = 1
     mix = initial_mix(n, draft.memory, draft.memory_init)
     if params is not None:
         mix = np.asarray(params["memory_mix"], np.float32)

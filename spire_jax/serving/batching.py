@@ -86,8 +86,12 @@ class Server:
         serving: Serving = Serving(),
         depths: Sequence[int] = (),
     ):
-        """`depths` are those to choose from; without any, all rounds are of `decoder.k`."""
-        depths = tuple(depths) if decoder.strategy is not None and depths else (decoder.k,)
+        """`depths` are those to choose from; without any, all rounds are of `decoder.k`.
+
+        With `decoder.prices` rows choose by themselves, and all rounds are of it, too.
+        """
+        chosen = decoder.strategy is not None and not decoder.prices and depths
+        depths = tuple(depths) if chosen else (decoder.k,)
         self.controller = DepthController(depths)
         self.decoders = {k: dataclasses.replace(decoder, k=k) for k in self.controller.depths}
         self.decoder = self.decoders[max(depths)]  # whose rings every depth fits
@@ -237,7 +241,7 @@ class Server:
         if clean and done:
             self.controller.took(k, (now - begin) / done)
         for row, lines in zip(rows, given[:done].swapaxes(0, 1)[rows].tolist(), strict=True):
-            reason = self._take_in(row, lines, k, watch)
+            reason = self._take_in(row, lines, watch)
             if reason:
                 self._halted[row] = True
                 slot, self._slots[row] = self._slots[row], None
@@ -247,19 +251,20 @@ class Server:
                 else:
                     yield self._result(slot, reason, now)
 
-    def _take_in(self, row: int, lines: list[list[int]], k: int, watch: Watch | None) -> str:
+    def _take_in(self, row: int, lines: list[list[int]], watch: Watch | None) -> str:
         """What the rounds of a call gave one row; why it ends, "" if it goes on."""
         slot = self._slots[row]
         assert slot is not None
-        for accepted, emitted, *tokens in lines:
+        for accepted, depth, emitted, *tokens in lines:
             if accepted < 0:
                 break
             slot.first = slot.first or time.perf_counter()
             self.first_token = self.first_token or slot.first
             slot.lengths.append(accepted + 1)
-            slot.depths.append(k)
+            slot.depths.append(depth)
             if watch:
-                watch(slot.request, [t for t in tokens[:emitted] if t != NO_TOKEN], accepted, k)
+                given = [t for t in tokens[:emitted] if t != NO_TOKEN]
+                watch(slot.request, given, accepted, depth)
             # One by one, so that no end depends on how many tokens a round brings.
             for token in tokens[:emitted]:
                 if token == NO_TOKEN:

@@ -15,6 +15,7 @@ from spire_jax.config.registry import DRAFT_KINDS
 from spire_jax.config.schema import AUTOREGRESSIVE, ConfigError, ExperimentConfig, StudyConfig
 from spire_jax.config.validation import validate_decoding
 from spire_jax.config.values import convert, to_dict
+from spire_jax.costs.throughput import depth_prices
 from spire_jax.data.tokenizer import Tokenizer, end_tokens, make_tokenizer
 from spire_jax.decoding.build import for_decoding, make_decoder
 from spire_jax.decoding.rounds import Decoder, Weights
@@ -111,6 +112,7 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
         drafts[of] = (of_target.draft(of, target) if exported is None
                       else _placed(exported, config, name, target, of_target.mesh))  # fmt: skip
     depths = config.decode.depths if decoder.strategy is not None else ()
+    decoder = with_prices(config, name, decoder, depths)
     made_by = {}
     if args.out != "-":
         made_by = _made_by(config, name, decoder, depths)
@@ -122,6 +124,21 @@ def load_for_decoding(args: argparse.Namespace, config: ExperimentConfig) -> Loa
     target, drafts = for_decoding(config, target, drafts)
     weights = Weights(target, drafts.get(name))
     return Loaded(decoder, weights, tokenizer, of_target.mesh, depths, made_by)
+
+
+def with_prices(
+    config: ExperimentConfig, name: str, decoder: Decoder, depths: Sequence[int]
+) -> Decoder:
+    """The decoder, of rows that choose among `depths` by themselves where the draft lets them.
+
+    It then drafts as many as the deepest, and the cost model says what verifying costs.
+    """
+    if not depths or not getattr(config.draft(name), "confidence", False):
+        return decoder
+    k = max(depths)
+    return dataclasses.replace(
+        decoder, k=k, prices=depth_prices(config, name, k), widths=tuple(sorted({*depths}))
+    )
 
 
 def _only(config: ExperimentConfig, names: Collection[str]) -> ExperimentConfig:
@@ -156,6 +173,7 @@ def _made_by(
     return {
         "method": method,
         "k": list(depths) or decoder.k,
+        **({"prices": list(decoder.prices)} if decoder.prices else {}),
         "verification": decode.verification,
         "sampling": dataclasses.asdict(decoder.sampling),
         "ends": list(decoder.ends),

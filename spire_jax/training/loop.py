@@ -21,6 +21,7 @@ from jaxtyping import Array
 from spire_jax.config.schema import TrainConfig
 from spire_jax.costs.hardware import peak_flops
 from spire_jax.data.pipeline import Batch
+from spire_jax.drafting.strategy import Strategy
 from spire_jax.models.sharding import batch_sharding, constrain, replicated, shardings
 from spire_jax.models.transformer import Params
 from spire_jax.storage.checkpoints import Checkpoints
@@ -105,8 +106,12 @@ def loss_and_metrics(task: Task, params: Params, lesson: Lesson | None, batch: T
         alpha = jnp.where(batch.mask, alpha, 0.0)
         metrics["alpha"] = jnp.sum(alpha) / count
         if task.k > 1:
-            by_depth = alpha.reshape(-1, task.k), batch.mask.reshape(-1, task.k)
-            metrics["alpha_sums"], metrics["alpha_counts"] = (x.sum(axis=0) for x in by_depth)
+            drafting = task.strategy or Strategy(task.model)
+            depths = drafting.depths(batch.tokens, task.k)
+            metrics["alpha_sums"], metrics["alpha_counts"] = (
+                jnp.zeros(task.k, x.dtype).at[depths].add(x)
+                for x in (jnp.sum(alpha, axis=0), jnp.sum(batch.mask, axis=0))
+            )
     return mean, metrics
 
 

@@ -35,7 +35,8 @@ class Task:
     peak_lr: float
     flops_per_token: float  # of one training step, forward and backward, without the target's
     shared: tuple[str, ...] = ()  # top-level parameters that are the target's own, frozen
-    k: int = 1  # tokens t, t + k, ... of a sequence share a depth; 1 = no depths
+    k: int = 1  # depths of rollouts; 1 = none
+    strategy: Strategy | None = None  # says which token has which depth; None: t, t + k, ... one
     reads: tuple[int, ...] | None = None  # the y^l of its lessons; None: it needs no lesson
 
 
@@ -94,6 +95,7 @@ def draft_task(config: ExperimentConfig, name: str) -> Task:
         3 * forward_flops(drafting.model, train.seq_len, rolled_out=depths > 0),
         shared=draft.shared,
         k=depths or 1,
+        strategy=drafting,
         reads=drafting.collect if taught else None,
     )
 
@@ -144,13 +146,14 @@ def forward_flops(model: Model, seq_len: int, rolled_out: bool = False) -> float
     """Matrix-product FLOPs per token of a forward pass over sequences of `seq_len`.
 
     Weights count 2 each (the embedding is a look-up), those that make keys and values twice in a
-    rollout, of the target's activations too; attention 4 per query head, head dimension and visible
-    key.
+    rollout, of the target's activations too, with what fuses these; attention 4 per query head,
+    head dimension and visible key.
     """
     c = model.config
     weights = c.body_parameters()
     if rolled_out:
         weights += 2 * 2 * c.n_layers * c.d_model * c.n_kv_heads * c.d_head
+        weights += len(dict(model.options).get("fused", ())) * c.d_model**2
     everything = (seq_len + 1) / 2
     visible = sum((min(everything, view.window + view.sink) if view.window else everything
                    for view in model.views), start=0.0)  # fmt: skip
