@@ -13,16 +13,19 @@ import numpy as np
 import pytest
 import test_decode
 import test_decode_rounds
+import test_longspec
 import test_lossless
 import test_strategies
 import test_verification
 
 import spire_jax.decoding.rounds as decode
 import spire_jax.decoding.verification as verification
+import spire_jax.drafting.longspec as longspec_drafting
 import spire_jax.drafting.spire as spire_drafting
 import spire_jax.drafting.strategy as drafting
 import spire_jax.drafting.vanilla as vanilla_drafting
 import spire_jax.models.masks as masks
+from spire_jax.drafting.longspec import Before, LongSpec, LongSpecDraft
 from spire_jax.drafting.spire import Spire
 from spire_jax.drafting.stride import Strided, StridedDraft
 from spire_jax.models.caches import LayerCache, RingCache
@@ -83,6 +86,21 @@ def strides_follow_the_rollout() -> None:
 
 def strides_samples_follow_the_target() -> None:
     test_lossless.test_sampled_joint_equals_enumeration("stride", 1.0, {})
+
+
+def longspec_follows_the_rollout() -> None:
+    test_strategies.test_the_oracles_view_is_what_replaying_finds(
+        "longspec", {"window": 6}, test_strategies.models.TINY, 11
+    )
+
+
+def longspec_drafts_follow_the_rollout() -> None:
+    test_decode_rounds.check_rounds("longspec")
+
+
+def longspec_is_as_defined() -> None:
+    test_longspec.compiled.cache_clear()
+    test_longspec.test_a_rollout_is_the_layer_by_definition(test_strategies.WINDOWED)
 
 
 # --- the mutants -------------------------------------------------------------------------------
@@ -363,6 +381,49 @@ def verified_with_the_q_before_the_head(patch):
     patch(Strided, "propose", propose)
 
 
+def sees_the_target_at_the_start(patch):
+    patch(LongSpec, "of_round", lambda _, target, at: Before(target[-1], at + 1))
+
+
+def reads_the_layer_before_the_last(patch):
+    patch(LongSpec, "of_round", lambda _, target, at: Before(target[-2], at))
+
+
+def final_norm_before_the_head(patch):
+    def norm_final(self, x):
+        decoding = x.shape[1] == 1
+        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True)) if decoding else x
+
+    patch(LongSpecDraft, "norm_final", norm_final)
+
+
+def last_drafted_token_without_an_entry(patch):
+    patch(LongSpec, "commit", lambda self, params, state, block: state)
+
+
+def a_rollouts_limit_off_by_one(patch):
+    def attention(*args, limit=None, **options):
+        return original(*args, limit=None if limit is None else limit + 1, **options)
+
+    original = longspec_drafting.attention
+    patch(longspec_drafting, "attention", attention)
+
+
+def a_rollout_rotates_by_its_start(patch):
+    def far(self, x, positions, attend):
+        return original(self, x, positions // test_longspec.K * test_longspec.K, attend)
+
+    original = LongSpecDraft.far
+    patch(LongSpecDraft, "far", far)
+
+
+def final_norm_in_training(patch):
+    def norm_final(self, x):
+        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True))
+
+    patch(LongSpecDraft, "norm_final", norm_final)
+
+
 # The first of each check in the fast tier (nothing where it is None), the others in the full one.
 CAUGHT: dict = {
     blocks_follow_the_target: (block_residual_without_b, block_kept_as_often_as_it_could_be),
@@ -380,6 +441,13 @@ CAUGHT: dict = {
     strides_follow_the_rollout: (
         slots_shifted_by_one, a_pass_one_position_on, mask_is_a_token,
         masks_stay_in_the_cache, memory_one_layer_off, head_fed_the_token_before_the_previous,
+    ),
+    longspec_follows_the_rollout: (
+        sees_the_target_at_the_start, reads_the_layer_before_the_last, final_norm_before_the_head,
+    ),
+    longspec_drafts_follow_the_rollout: (None, last_drafted_token_without_an_entry),
+    longspec_is_as_defined: (
+        a_rollouts_limit_off_by_one, a_rollout_rotates_by_its_start, final_norm_in_training,
     ),
     strides_samples_follow_the_target: (None, verified_with_the_q_before_the_head),
     greedy_follows_the_target: (target_writes_one_slot_late,),

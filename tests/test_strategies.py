@@ -45,6 +45,7 @@ OPTIONS: dict[str, list[dict]] = {
     ],
     "magicdec": [{"window": WINDOW, "sink": SINK}, {"window": WINDOW, "sink": 0}],
     "snapkv": [{"budget": 7, "observed": 3}],
+    "longspec": [{"window": WINDOW}, {"window": 0, "d_ff": 24}],
     "stride": [
         {"window": WINDOW, "sink": SINK, "stride": 2},
         {"window": WINDOW, "stride": 3, "head": "markov", "head_rank": 4},

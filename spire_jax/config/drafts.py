@@ -39,6 +39,8 @@ class DraftCost:
     slots: float  # cached tokens that its state has room for, likewise
     passes: tuple[Pass, ...]
     more: int = 0  # weights beside its transformer's
+    beside: int = 0  # of these, those of more layers' kind: every pass reads them once
+    target_rows: float = 0.0  # cached tokens of one layer of the target that a pass reads in place
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,12 +5,14 @@ step.
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
 
 from spire_jax.drafting.losses import draft_loss
 from spire_jax.drafting.strategy import Strategy
+from spire_jax.models.caches import KeysValues
 from spire_jax.models.transformer import Params
 
 
@@ -27,6 +29,15 @@ class Lesson(NamedTuple):
 
     p: Float[Array, "B T V"]  # its distribution of the next token
     activations: dict[int, Float[Array, "B T D"]]  # y^l by l
+    keys_values: dict[int, KeysValues]  # by layer, from 0: what its cache holds
+
+    def only(self, activations: Iterable[int], layers: Iterable[int]) -> "Lesson":
+        """What one draft reads of a lesson for several."""
+        return Lesson(
+            self.p,
+            {y: self.activations[y] for y in activations},
+            {layer: self.keys_values[layer] for layer in layers},
+        )
 
 
 @runtime_checkable
@@ -48,10 +59,12 @@ class DraftLoss:
     k: int = 1  # depth of rollouts
 
     def __call__(self, params, lesson, batch):
-        activations = ()
+        activations, cached = (), ()
         if lesson is not None:
             activations = tuple(lesson.activations[y] for y in self.strategy.collect)
-        logits = self.strategy.predict(params, batch.tokens, activations, self.k)
+            cached = tuple(lesson.keys_values[i] for i in self.strategy.collect_cache)
+        more: tuple[Any, ...] = (cached,) if cached else ()
+        logits = self.strategy.predict(params, batch.tokens, activations, self.k, *more)
         p = None if lesson is None else lesson.p
         if p is not None and self.strategy.model.config.head_tokens:
             p = p[..., params["head_ids"]]
