@@ -9,6 +9,7 @@ import numpy as np
 
 from spire_jax.config.schema import ModelConfig
 from spire_jax.decoding import Decoder, Weights
+from spire_jax.drafting.anchor import AnchorOptions
 from spire_jax.drafting.longspec import LongSpecOptions
 from spire_jax.drafting.magicdec import magicdec
 from spire_jax.drafting.pruning import prune
@@ -25,6 +26,7 @@ TINY = ModelConfig(
     n_layers=3, d_model=32, n_kv_heads=2, q_per_kv=2, d_head=8, d_ff=48, vocab_size=24, n_tokens=21
 )
 WINDOW, SINK = 6, 1
+ANCHORS = (2, 9, 14)
 HEAD_IDS = (0, 1, 2, 4, 5, 7, 10, 11, 12, 16, 18, 20)  # of TINY's 21 tokens
 
 
@@ -91,7 +93,7 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     """kind: "spire", "spire_strict" (attend_self=False), "spire_plain" (no feedback),
     "spire_final" and "spire_embedding" (other memories), "spire_dense" (no window),
     "spire_trimmed" (an unembedding of HEAD_IDS alone), "stride" (two tokens a pass, a Markov head)
-    and "stride_argmax" (its most likely tokens), "longspec", "vanilla"
+    and "stride_argmax" (its most likely tokens), "longspec", "anchor", "vanilla"
     (another small model), "ring" (pruned, windowed, no activations), "self" (the target),
     "magicdec" (the target with a sparse cache), "snapkv" (... that attention selected)."""
     model, params = target(config)
@@ -114,6 +116,10 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
         of = StrideOptions(window=WINDOW, sink=SINK, stride=2, head="markov", head_rank=4,
                            draws="argmax" if kind == "stride_argmax" else "sampled")  # fmt: skip
         strategy = of.strategy(config, Compute())
+        return Pair(model, params, strategy, prune(params, init(strategy.model, 1)))
+    if kind == "anchor":
+        anchor = AnchorOptions(anchors=ANCHORS, full_every=2, line=4, budget=2)
+        strategy = anchor.strategy(config, Compute())
         return Pair(model, params, strategy, prune(params, init(strategy.model, 1)))
     if kind == "longspec":
         longspec = LongSpecOptions(window=WINDOW)

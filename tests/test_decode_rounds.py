@@ -22,7 +22,7 @@ WINDOWED = dataclasses.replace(TINY, window=7, sink=2)
     "kind, config",
     [("spire", WINDOWED), ("vanilla", TINY), ("ring", TINY)]
     + [pytest.param(kind, TINY, marks=pytest.mark.slow)
-       for kind in ("spire", "spire_strict", "spire_plain", "self", "longspec")]
+       for kind in ("spire", "spire_strict", "spire_plain", "self", "longspec", "anchor")]
     + [pytest.param("longspec", WINDOWED, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_cached_steps_are_the_full_pass_after_rejections_at_every_depth(kind, config):

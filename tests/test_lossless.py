@@ -167,6 +167,7 @@ SAMPLED_LATER = [
     ("snapkv", 1.0, {}), ("spire", 1.0, {"verification": "block"}), ("stride", 0.6, {"top_k": 9}),
     ("stride", 1.0, {"verification": "block"}), ("stride_argmax", 1.0, {}),
     ("longspec", 0.6, {"top_k": 9}), ("longspec", 1.0, {"verification": "block"}),
+    ("anchor", 0.6, {"top_k": 9}), ("anchor", 1.0, {"verification": "block"}),
 ]  # fmt: skip
 
 

@@ -210,12 +210,13 @@ CASES: list[tuple] = [
         "stride",
         "stride_argmax",
         "longspec",
+        "anchor",
     )
 ]
 CASES += [("spire", TINY, 0.7), ("spire", WINDOWED, 1.0), ("longspec", WINDOWED, 1.0)]
 BLOCKS = [(kind, TINY, temperature, "block") for kind, temperature in (
     ("spire", 1.0), ("vanilla", 0.7), ("ring", 1.0), ("stride", 1.0),
-    ("stride_argmax", 0.7), ("longspec", 1.0))]  # fmt: skip
+    ("stride_argmax", 0.7), ("longspec", 1.0), ("anchor", 0.7))]  # fmt: skip
 
 
 @functools.cache
