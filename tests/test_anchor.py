@@ -35,7 +35,8 @@ def rows() -> np.ndarray:
 
 def seen(text: np.ndarray, draft: AnchorOptions = DRAFT) -> np.ndarray:
     """Which tokens an anchored layer sees from each, by going through the text."""
-    out, begin, ends = np.zeros((len(text), len(text)), bool), 0, []
+    out, begin = np.zeros((len(text), len(text)), bool), 0
+    ends: list[int] = []
     for q, token in enumerate(text):
         out[q, [0, *ends[-draft.budget :], *range(max(begin, q - draft.line + 1), q + 1)]] = True
         if token in draft.anchors:
