@@ -9,7 +9,9 @@ import numpy as np
 
 from spire_jax.config.schema import ModelConfig
 from spire_jax.decoding import Decoder, Weights
+from spire_jax.drafting.anchor import AnchorOptions
 from spire_jax.drafting.block import BlockOptions
+from spire_jax.drafting.longspec import LongSpecOptions
 from spire_jax.drafting.magicdec import magicdec
 from spire_jax.drafting.pruning import prune
 from spire_jax.drafting.snapkv import snapkv
@@ -26,6 +28,7 @@ TINY = ModelConfig(
 )
 WINDOW, SINK = 6, 1
 FUSED = (0, 2)  # activations that are fused
+ANCHORS = (2, 9, 14)
 HEAD_IDS = (0, 1, 2, 4, 5, 7, 10, 11, 12, 16, 18, 20)  # of TINY's 21 tokens
 
 
@@ -94,7 +97,7 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     "spire_trimmed" (an unembedding of HEAD_IDS alone), "stride" (two tokens a pass, a Markov head),
     "stride_argmax" (its most likely tokens) and "stride_confident" (one a pass, which says how
     likely it is kept), "block" (five slots, a recurrent head and confidence) and "block_causal" (no
-    head), "vanilla"
+    head), "longspec", "anchor", "vanilla"
     (another small model), "ring" (pruned, windowed, no activations), "self" (the target),
     "magicdec" (the target with a sparse cache), "snapkv" (... that attention selected)."""
     model, params = target(config)
@@ -130,6 +133,15 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
         if head != "none":  # that it is there must be seen in samples
             draft_params["head_out"] *= 8
         return Pair(model, params, strategy, draft_params)
+    if kind == "anchor":
+        anchor = AnchorOptions(anchors=ANCHORS, full_every=2, line=4, budget=2)
+        strategy = anchor.strategy(config, Compute())
+        return Pair(model, params, strategy, prune(params, init(strategy.model, 1)))
+    if kind == "longspec":
+        longspec = LongSpecOptions(window=WINDOW)
+        strategy = longspec.strategy(config, Compute())
+        lent = {name: params[name] for name in longspec.shared if name in params}
+        return Pair(model, params, strategy, init(strategy.model, 1) | lent)
     if kind == "magicdec":
         return Pair(model, params, magicdec(config, WINDOW, SINK, Compute()), params)
     if kind == "snapkv":

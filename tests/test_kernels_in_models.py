@@ -10,6 +10,7 @@ from models import SINK, TINY, WINDOW, computed_by, init, pair, ragged, texts
 
 from spire_jax.config.schema import ExperimentConfig, TrainConfig
 from spire_jax.decoding import generate
+from spire_jax.drafting.longspec import LongSpecOptions
 from spire_jax.drafting.spire import SpireOptions
 from spire_jax.drafting.vanilla import VanillaOptions
 from spire_jax.models.caches import full_cache
@@ -25,7 +26,13 @@ slow = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "kind",
-    ["spire", *(pytest.param(k, marks=slow) for k in ("ring", "vanilla", "magicdec", "snapkv"))],
+    [
+        "spire",
+        *(
+            pytest.param(k, marks=slow)
+            for k in ("ring", "vanilla", "magicdec", "snapkv", "longspec", "anchor")
+        ),
+    ],
 )
 def test_decoding(kind):
     """Greedy tokens, and how many drafts each round kept: prompts of 1 to 20 tokens."""
@@ -60,6 +67,7 @@ def test_sampled_decoding():
                 ("target", False, 4),
                 ("spire", True, 4),
                 ("vanilla", False, 4),
+                ("longspec", True, 4),
             )
         ),
     ],
@@ -67,7 +75,8 @@ def test_sampled_decoding():
 def test_training(name, remat, k):
     """Loss and gradients of a step, a rollout of every k-th token included."""
     sizes: dict = {"n_layers": 1, "window": WINDOW, "sink": SINK}
-    drafts = (("spire", SpireOptions(**sizes)), ("vanilla", VanillaOptions(loss="hard", **sizes)))
+    drafts = (("longspec", LongSpecOptions(window=WINDOW)), ("spire", SpireOptions(**sizes)),
+              ("vanilla", VanillaOptions(loss="hard", **sizes)))  # fmt: skip
     rows = jnp.asarray(texts(2, 25))
     batch = TrainBatch(rows[:, :-1], rows[:, 1:], jnp.ones((2, 24), bool))
     found = []
@@ -76,7 +85,7 @@ def test_training(name, remat, k):
         config = ExperimentConfig(target=WIDE, drafts=drafts, train=train)
         task = target_task(config) if name == "target" else draft_task(config, name)
         lesson = None
-        if name == "spire":
+        if name in ("spire", "longspec"):
             params = pair("spire", WIDE).target_params
             lesson = teach(teacher(config, [task]), params, batch)
 
@@ -92,7 +101,7 @@ def test_training(name, remat, k):
 
 
 @slow
-@pytest.mark.parametrize("kind", ["spire", "magicdec", "vanilla"])
+@pytest.mark.parametrize("kind", ["spire", "magicdec", "vanilla", "longspec", "anchor"])
 def test_probabilities_along_a_text(kind):
     """What the oracle reads: rollouts from every position."""
     tokens, context = jnp.asarray(texts(2, 20)), 8

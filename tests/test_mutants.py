@@ -11,9 +11,11 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_anchor
 import test_block
 import test_decode
 import test_decode_rounds
+import test_longspec
 import test_lossless
 import test_spire
 import test_strategies
@@ -21,11 +23,15 @@ import test_verification
 
 import spire_jax.decoding.rounds as decode
 import spire_jax.decoding.verification as verification
+import spire_jax.drafting.anchor as anchor_drafting
+import spire_jax.drafting.longspec as longspec_drafting
 import spire_jax.drafting.spire as spire_drafting
 import spire_jax.drafting.strategy as drafting
 import spire_jax.drafting.vanilla as vanilla_drafting
 import spire_jax.models.masks as masks
+from spire_jax.drafting.anchor import AnchorCache, AnchorView
 from spire_jax.drafting.block import BlockDraft, BlockDrafting
+from spire_jax.drafting.longspec import Before, LongSpec, LongSpecDraft
 from spire_jax.drafting.spire import Spire, SpireDraft
 from spire_jax.drafting.stride import Strided, StridedDraft
 from spire_jax.models.caches import LayerCache, RingCache
@@ -39,8 +45,10 @@ def forget() -> None:
     """Trace and decode anew: what was made before a patch does not have it."""
     for function in (decode.decode_rounds, decode._prefill):
         function.clear_cache()  # type: ignore[attr-defined]
-    for result in (test_decode.free, test_verification.decoded, test_block.plain,
-                   test_spire.reference, test_spire.rollout_of):  # fmt: skip
+    for result in (
+        test_decode.free, test_verification.decoded, test_block.plain, test_spire.reference,
+        test_spire.rollout_of, test_longspec.compiled, test_anchor.made, test_anchor.steps,
+    ):  # fmt: skip
         result.cache_clear()
 
 
@@ -117,6 +125,28 @@ def depths_keep_the_targets_distribution() -> None:
     test_lossless.test_sampled_joint_equals_enumeration(
         "stride_confident", 1.0, {"prices": test_lossless.PRICES}
     )
+
+
+def longspec_follows_the_rollout() -> None:
+    test_strategies.test_the_oracles_view_is_what_replaying_finds(
+        "longspec", {"window": 6}, test_strategies.models.TINY, 11
+    )
+
+
+def longspec_drafts_follow_the_rollout() -> None:
+    test_decode_rounds.check_rounds("longspec")
+
+
+def longspec_is_as_defined() -> None:
+    test_longspec.test_a_rollout_is_the_layer_by_definition(test_strategies.WINDOWED)
+
+
+def anchors_are_those_of_brute_force() -> None:
+    test_anchor.test_a_text_is_read_under_the_mask()
+
+
+def cached_anchors_are_those_of_brute_force() -> None:
+    test_anchor.check_steps(0)
 
 
 # --- the mutants -------------------------------------------------------------------------------
@@ -479,6 +509,120 @@ def what_is_fused_is_not_normalized(patch):
     patch(SpireDraft, "of_target", of_target)
 
 
+def sees_the_target_at_the_start(patch):
+    patch(LongSpec, "of_round", lambda _, target, at: Before(target[-1], at + 1))
+
+
+def reads_the_layer_before_the_last(patch):
+    patch(LongSpec, "of_round", lambda _, target, at: Before(target[-2], at))
+
+
+def final_norm_before_the_head(patch):
+    def norm_final(self, x):
+        decoding = x.shape[1] == 1
+        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True)) if decoding else x
+
+    patch(LongSpecDraft, "norm_final", norm_final)
+
+
+def last_drafted_token_without_an_entry(patch):
+    patch(LongSpec, "commit", lambda self, params, state, block: state)
+
+
+def a_rollouts_limit_off_by_one(patch):
+    def attention(*args, limit=None, **options):
+        return original(*args, limit=None if limit is None else limit + 1, **options)
+
+    original = longspec_drafting.attention
+    patch(longspec_drafting, "attention", attention)
+
+
+def a_rollout_rotates_by_its_start(patch):
+    def far(self, x, positions, attend):
+        return original(self, x, positions // test_longspec.K * test_longspec.K, attend)
+
+    original = LongSpecDraft.far
+    patch(LongSpecDraft, "far", far)
+
+
+def final_norm_in_training(patch):
+    def norm_final(self, x):
+        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True))
+
+    patch(LongSpecDraft, "norm_final", norm_final)
+
+
+def a_line_end_begins_the_next_line(patch):
+    def lines_of(*arguments):
+        lines = original(*arguments)
+        begin = jnp.where(lines.ends, lines.positions, lines.begin)
+        return dataclasses.replace(lines, begin=begin)
+
+    original = anchor_drafting.lines_of
+    patch(anchor_drafting, "lines_of", lines_of)
+
+
+def one_anchor_more_than_the_budget(patch):
+    def sees(self, q_pos, k_pos):
+        return original(dataclasses.replace(self, budget=self.budget + 1), q_pos, k_pos)
+
+    original = AnchorView.sees
+    patch(AnchorView, "sees", sees)
+
+
+def full_layers_counted_from_zero(patch):
+    def views(self, target):
+        found = original(self, target)
+        return found[-1:] + found[:-1]
+
+    original = anchor_drafting.AnchorOptions.views
+    patch(anchor_drafting.AnchorOptions, "views", views)
+
+
+def the_ring_sees_the_line_before(patch):
+    def near(self, q, k_pos):
+        cached = k_pos.shape != q.positions.shape
+        begin = q.begin - 1 if cached else q.begin
+        return original(self, dataclasses.replace(q, begin=begin), k_pos)
+
+    original = AnchorView.near
+    patch(AnchorView, "near", near)
+
+
+def rejected_anchors_stay(patch):
+    def continued(anchors, tokens, positions, ends):
+        new = original(anchors, tokens, positions, ends)
+        return dataclasses.replace(new, old=anchors)
+
+    original = anchor_drafting.continued
+    patch(anchor_drafting, "continued", continued)
+
+
+def anchors_begin_in_the_first_slot(patch):
+    def continued(anchors, tokens, positions, ends):
+        new = original(anchors, tokens, positions, ends)
+        size = anchors.shape[1]
+        slots = jnp.where(new.slots < size, new.lines.before % size, size)
+        return dataclasses.replace(new, slots=slots)
+
+    original = anchor_drafting.continued
+    patch(anchor_drafting, "continued", continued)
+
+
+def no_room_for_drafted_anchors(patch):
+    original = anchor_drafting.Anchor._room
+    patch(anchor_drafting.Anchor, "_room", lambda self, k: original(self, k) - k)
+
+
+def the_first_token_is_seen_twice(patch):
+    def attend_and_append(self, rows, q, k, v, new, view):
+        again = jnp.where(new.old == 0, 1, new.old)  # as if it were none of the sinks
+        return original(self, rows, q, k, v, dataclasses.replace(new, old=again), view)
+
+    original = AnchorCache.attend_and_append
+    patch(AnchorCache, "attend_and_append", attend_and_append)
+
+
 # The first of each check in the fast tier (nothing where it is None), the others in the full one.
 CAUGHT: dict = {
     blocks_follow_the_target: (block_residual_without_b, block_kept_as_often_as_it_could_be),
@@ -496,6 +640,22 @@ CAUGHT: dict = {
     strides_follow_the_rollout: (
         slots_shifted_by_one, a_pass_one_position_on, mask_is_a_token,
         masks_stay_in_the_cache, memory_one_layer_off, head_fed_the_token_before_the_previous,
+    ),
+    longspec_follows_the_rollout: (
+        None, sees_the_target_at_the_start, reads_the_layer_before_the_last,
+        final_norm_before_the_head,
+    ),
+    longspec_drafts_follow_the_rollout: (None, last_drafted_token_without_an_entry),
+    longspec_is_as_defined: (
+        a_rollouts_limit_off_by_one, a_rollout_rotates_by_its_start, final_norm_in_training,
+    ),
+    anchors_are_those_of_brute_force: (
+        None, a_line_end_begins_the_next_line, one_anchor_more_than_the_budget,
+        full_layers_counted_from_zero,
+    ),
+    cached_anchors_are_those_of_brute_force: (
+        None, the_ring_sees_the_line_before, rejected_anchors_stay, anchors_begin_in_the_first_slot,
+        no_room_for_drafted_anchors, the_first_token_is_seen_twice,
     ),
     strides_samples_follow_the_target: (None, verified_with_the_q_before_the_head),
     blocks_drafts_follow_the_rollout: (

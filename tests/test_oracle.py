@@ -212,12 +212,15 @@ CASES: list[tuple] = [
         "spire_fused",
         "block",
         "block_causal",
+        "longspec",
+        "anchor",
     )
 ]
-CASES += [("spire", TINY, 0.7), ("spire", WINDOWED, 1.0)]
+CASES += [("spire", TINY, 0.7), ("spire", WINDOWED, 1.0), ("longspec", WINDOWED, 1.0)]
 BLOCKS = [(kind, TINY, temperature, "block") for kind, temperature in (
     ("spire", 1.0), ("vanilla", 0.7), ("ring", 1.0), ("stride", 1.0),
-    ("stride_argmax", 0.7), ("block", 1.0), ("block_causal", 0.7))]  # fmt: skip
+    ("stride_argmax", 0.7), ("block", 1.0), ("block_causal", 0.7), ("longspec", 1.0),
+    ("anchor", 0.7))]  # fmt: skip
 
 
 @functools.cache
@@ -250,10 +253,8 @@ def both(kind: str, config, temperature: float, verification: str = "token"):
 
 
 # In the full tier: other drafts stand for them.
-LATER = [*[(kind, TINY, 1.0) for kind in ("spire_strict", "spire_plain", "spire_trimmed", "self",
-                                              "ring", "stride", "stride_argmax", "spire_fused",
-                                              "block", "block_causal")],
-         ("spire", TINY, 0.7), ("spire", WINDOWED, 1.0), *BLOCKS[1:]]  # fmt: skip
+LATER = [case for case in CASES if case[0] not in ("spire", "vanilla", "magicdec", "snapkv")]
+LATER += [("spire", TINY, 0.7), ("spire", WINDOWED, 1.0), *BLOCKS[1:]]
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
-from models import SINK, TINY, WINDOW, computed_by, init, pair, ragged, texts
+from models import ANCHORS, SINK, TINY, WINDOW, computed_by, init, pair, ragged, texts
 
+from spire_jax.config.drafts import TrainedOptions
 from spire_jax.config.schema import (
     ConfigError,
     ExperimentConfig,
@@ -30,9 +31,12 @@ from spire_jax.config.schema import (
     TrainConfig,
 )
 from spire_jax.decoding import Weights, generate
+from spire_jax.drafting.anchor import AnchorOptions
 from spire_jax.drafting.block import BlockOptions
+from spire_jax.drafting.longspec import LongSpecOptions
 from spire_jax.drafting.pruning import prune
 from spire_jax.drafting.spire import SpireOptions
+from spire_jax.drafting.stride import StrideOptions
 from spire_jax.models.attention import Compute, attention
 from spire_jax.models.masks import View
 from spire_jax.models.sharding import check_mesh, constrain, make_mesh, shardings, spec
@@ -45,6 +49,7 @@ from spire_jax.training.tasks import (
     target_task,
     teach,
     teacher,
+    with_shared,
 )
 
 MESHES = {
@@ -55,29 +60,23 @@ MESHES = {
 }
 # An axis alone is a case of all of them.
 SHARDED = ["all", *(pytest.param(name, marks=pytest.mark.slow) for name in ("data", "fsdp"))]
-LATER = pytest.param("block", marks=pytest.mark.slow)  # with its own depths in decoding
 SMALL = dataclasses.replace(TINY, n_layers=2)  # few layers and depths: compiling takes the time
 WIDE = dataclasses.replace(SMALL, d_head=32)  # heads that the kernels take
 CONFIG = ExperimentConfig(
     target=SMALL,
-    drafts=(
-        (
-            "block",
-            BlockOptions(
-                n_layers=1,
-                window=WINDOW,
-                sink=SINK,
-                k=2,
-                offsets=(1,),
-                head="markov",
-                head_rank=4,
-                confidence=True,
-            ),
-        ),
-        ("spire", SpireOptions(n_layers=1, window=WINDOW, sink=SINK)),
-    ),
+    drafts=(("spire", SpireOptions(n_layers=1, window=WINDOW, sink=SINK)),),
     train=TrainConfig(batch_size=8, seq_len=16, k=2),
 )
+# Kinds of the full tier.
+LATER: dict[str, TrainedOptions] = {
+    "longspec": LongSpecOptions(window=WINDOW),
+    "anchor": AnchorOptions(anchors=ANCHORS, full_every=2, line=4, budget=2),
+    "block": BlockOptions(n_layers=1, window=WINDOW, sink=SINK, k=2, offsets=(1,), head="markov",
+                          head_rank=4, confidence=True),
+    "stride": StrideOptions(n_layers=1, window=WINDOW, sink=SINK, strides=(2,), head="recurrent",
+                            head_rank=4),
+}  # fmt: skip
+EVERY = dataclasses.replace(CONFIG, drafts=(*CONFIG.drafts, *LATER.items()))
 K, BUDGET = 2, 14
 SHAPES = [  # meshes of six devices
     (MeshConfig(), (6, 1, 1)),
@@ -112,7 +111,10 @@ def recorder() -> optax.GradientTransformation:
 
 def parameters(kind: str = "spire") -> tuple:
     target = init(Model(Transformer, SMALL, Compute()), 0, sharpness=2.0)
-    return target, prune(target, init(draft_task(CONFIG, kind).model, 1))
+    task = draft_task(EVERY, kind)
+    own = {name: x for name, x in init(task.model, 1).items() if name not in task.shared}
+    # As deep as the target a pruned draft would agree with it, where acceptance has an edge.
+    return target, prune(target, own) if kind == "spire" else own
 
 
 def batch() -> TrainBatch:
@@ -123,15 +125,16 @@ def batch() -> TrainBatch:
 
 def gradient(kind: str, mesh, accumulate: int = 1):
     """Loss, acceptance by depth and gradient of one step of the real training step."""
-    task = target_task(CONFIG) if kind == "target" else draft_task(CONFIG, kind)
+    task = target_task(CONFIG) if kind == "target" else draft_task(EVERY, kind)
     target, draft = parameters("spire" if kind == "target" else kind)
     placed = jax.device_put(target, shardings(mesh, target_task(CONFIG).model.axes()))
     params, frozen = (target, None) if kind == "target" else (draft, placed)
     optimizer = recorder()
     train = dataclasses.replace(CONFIG.train, accumulate=accumulate)
     state = init_state(task, optimizer, params, mesh)
-    lesson = None if kind == "target" else teach(teacher(CONFIG, [task]), frozen, batch())
-    state, metrics = train_step(task, train, optimizer, state, lesson, batch())
+    lesson = None if kind == "target" else teach(teacher(EVERY, [task]), frozen, batch())
+    fixed = with_shared(task, {}, placed)
+    state, metrics = train_step(task, train, optimizer, state, lesson, batch(), fixed)
     flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state["opt_state"])])
     depths = metrics.get("alpha_by_depth", jnp.zeros(0))
     return float(metrics["loss"]), flat.astype(np.float64), np.asarray(depths), state
@@ -151,10 +154,10 @@ def decode(mesh, kernels: bool = False, kind: str = "spire") -> tuple[list, dict
     )
     prompts = ragged(LENGTHS)
     decoder = p.autoregressive(0.0) if kernels else p.decoder(K, 0.0)
-    if kind == "block":
+    if kind == "block":  # rows choose how much is verified
         decoder = dataclasses.replace(decoder, prices=(1.0, 1.5, 2.05), widths=(1, 2))
     state = generate(decoder, weights, prompts, [BUDGET] * 8, range(8))
-    if kernels:
+    if kernels or kind != "spire":
         return np.asarray(state.tokens).tolist(), {}
     arrays = {"tokens": state.tokens, "keys": state.target_cache[0].keys,
               "ring": state.draft_state[0].keys}  # fmt: skip
@@ -193,13 +196,14 @@ def main(path: str, *names: str) -> None:
     found: dict[str, Any] = {
         key: {} for key in ("gradients", "decoding", "sharding", "errors", "kernels")
     }
-    one, full = {}, len(names) == len(MESHES)
+    one = {}
     for name in names:
         sizes = MESHES[name]
         mesh = make_mesh(sizes, jax.devices()[:1] if name == "one" else jax.devices())
         with jax.set_mesh(mesh):
-            for kind in ("target", "spire", *("block",) * full):
-                for accumulate in (1, 2) if (name, kind) == ("all", "target") else (1,):
+            for kind in ("target", "spire", *(LATER if len(names) > 2 else ())):
+                twice = name == "all" and kind in ("target", "longspec")
+                for accumulate in (1, 2) if twice else (1,):
                     loss, grads, depths, state = gradient(kind, mesh, accumulate)
                     if name == "one":
                         one[kind] = loss, grads, depths
@@ -218,8 +222,8 @@ def main(path: str, *names: str) -> None:
                 found["step keeps shardings"] = shardings_kept(mesh)
             tokens, placed = decode(mesh)
             found["decoding"][name] = {"tokens": tokens, "sharding": placed}
-            if full:
-                found["decoding"][f"{name} block"] = {"tokens": decode(mesh, kind="block")[0]}
+            for kind in LATER if len(names) > 2 else ():
+                found["decoding"][f"{name} {kind}"] = {"tokens": decode(mesh, kind=kind)[0]}
             if name in ("one", "all"):
                 found["kernels"][name] = decode(mesh, kernels=True)[0], kernel_gradient()
     six = jax.devices()[:6]
@@ -242,6 +246,8 @@ def main(path: str, *names: str) -> None:
 
 # --- the tests ---------------------------------------------------------------------------------
 
+AFTER = [pytest.param(kind, marks=pytest.mark.slow) for kind in LATER]
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, request) -> dict:
@@ -250,21 +256,23 @@ def found(tmp_path_factory, request) -> dict:
 
 
 @pytest.mark.parametrize("mesh", SHARDED)
-@pytest.mark.parametrize("kind", ["target", "spire", LATER])
+@pytest.mark.parametrize("kind", ["target", "spire", *AFTER])
 def test_loss_and_gradients_are_those_of_one_device(found, mesh, kind):
     loss, gradients, alpha = found["gradients"][f"{mesh} {kind} 1"]
     assert loss < 1e-5 and gradients < 1e-5 and alpha < 1e-5
 
 
-def test_accumulated_gradients_are_those_of_one_device_at_once(found):
-    loss, gradients, alpha = found["gradients"]["all target 2"]
+@pytest.mark.parametrize("kind", ["target", pytest.param("longspec", marks=pytest.mark.slow)])
+def test_accumulated_gradients_are_those_of_one_device_at_once(found, kind):
+    loss, gradients, alpha = found["gradients"][f"all {kind} 2"]
     assert loss < 1e-5 and gradients < 1e-5 and alpha < 1e-5
 
 
 @pytest.mark.parametrize("mesh", SHARDED)
-@pytest.mark.parametrize("kind", ["", pytest.param(" block", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["", *AFTER])
 def test_decoding_gives_the_tokens_of_one_device(found, mesh, kind):
-    one, other = (np.array(found["decoding"][f"{name}{kind}"]["tokens"]) for name in ("one", mesh))
+    names = (f"{name} {kind}".strip() for name in ("one", mesh))
+    one, other = (np.array(found["decoding"][name]["tokens"]) for name in names)
     for row, length in enumerate(LENGTHS):
         np.testing.assert_array_equal(one[row, : length + BUDGET], other[row, : length + BUDGET])
         assert one[row, length : length + BUDGET].any()

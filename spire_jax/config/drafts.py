@@ -41,6 +41,7 @@ class DraftCost:
     slots: float  # cached tokens that its state has room for, likewise
     passes: tuple[Pass, ...]
     more: int = 0  # weights beside its transformer's
+    target_rows: float = 0.0  # cached tokens of one layer of the target that a pass reads in place
 
 
 @dataclasses.dataclass(frozen=True)

@@ -150,22 +150,25 @@ class Roofline:
         head: int = 0,
         weights: int = 0,
         products: int = 0,
+        elsewhere: float = 0.0,
     ) -> float:
         """A forward pass over `tokens` tokens of each request, reading `rows` cached tokens.
 
         Of every chip in the group: `batch` is what the group decodes. Logits are computed of
         `drafted` tokens, by default all, each of which reads `head` more weights by itself;
         `projections` tokens become keys and values once more. `weights` are read beside the
-        model's, for `products` multiplications of each request.
+        model's, for `products` multiplications of each request; `elsewhere` are the cached numbers
+        of a request that it reads of another model's.
         """
         drafted = tokens if drafted is None else drafted
-        body, row = self.group.weights(model), model.cache_row()
+        body = self.group.weights(model)
         flops = 2.0 * body * batch * tokens + 2 * batch * products / self.group.chips
         shards = self.group.cache_shards(model)
         if projections:
             flops += 2 * projections * batch * _keys_values(model) / shards
         weight_reads = (body + weights / self.group.chips) * self.weight_bytes * self.hoi
-        cache_reads = batch * rows * row * self.cache_bytes * self.hoi / shards
+        cached = rows * model.cache_row() + elsewhere
+        cache_reads = batch * cached * self.cache_bytes * self.hoi / shards
         with_head = self.variant == "with_head"
         if self.variant in ("paper", "fixed_window"):
             cost = max(flops, weight_reads + cache_reads)
@@ -197,8 +200,10 @@ class Roofline:
         if draft:
             model, cost = draft
             passes, of_group = len(cost.passes), dataclasses.replace(self, group=group.drafting)
+            elsewhere = cost.target_rows * target.cache_row() / target.n_layers
             step = sum(
-                of_group.forward(model, batch=group.drafted(batch), rows=cost.rows, **one._asdict())
+                of_group.forward(model, batch=group.drafted(batch), rows=cost.rows,
+                                 elsewhere=elsewhere, **one._asdict())
                 for one in cost.passes
             ) / passes  # fmt: skip
             if group.drafting is not group and self.variant == "with_head":

@@ -93,6 +93,13 @@ def check_sharding(config: ExperimentConfig, method: str, parallel: TensorParall
     ):
         raise ConfigError(f"draft_parallelism='replicated': {method} drafts with the target, whose "
                           f"weights are sharded; use 'tensor'")  # fmt: skip
+    elif (
+        parallel.draft_parallelism == "replicated"
+        and method != AUTOREGRESSIVE
+        and config.draft(method).cost(config.target, 1.0, 1).target_rows
+    ):
+        raise ConfigError(f"draft_parallelism='replicated': {method} reads the target's cache, "
+                          f"which is sharded; use 'tensor'")  # fmt: skip
     for name, model in models:
         kv_heads, heads = model.n_kv_heads, model.n_kv_heads * model.q_per_kv
         if (kv_heads % n and n % kv_heads) or heads % n:

@@ -5,13 +5,15 @@ step.
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
 
 from spire_jax.drafting.losses import draft_loss
 from spire_jax.drafting.strategy import Strategy
-from spire_jax.models.transformer import Activations, Params
+from spire_jax.models.caches import KeysValues
+from spire_jax.models.transformer import Params
 
 
 class TrainBatch(NamedTuple):
@@ -27,6 +29,15 @@ class Lesson(NamedTuple):
 
     p: Float[Array, "B T V"]  # its distribution of the next token
     activations: dict[int, Float[Array, "B T D"]]  # y^l by l
+    keys_values: dict[int, KeysValues]  # by layer, from 0: what its cache holds
+
+    def only(self, activations: Iterable[int], layers: Iterable[int]) -> "Lesson":
+        """What one draft reads of a lesson for several."""
+        return Lesson(
+            self.p,
+            {y: self.activations[y] for y in activations},
+            {layer: self.keys_values[layer] for layer in layers},
+        )
 
 
 @runtime_checkable
@@ -48,15 +59,16 @@ class DraftLoss:
     k: int = 1  # depth of rollouts
 
     def __call__(self, params, lesson, batch):
-        given = self.given(lesson)
-        logits = self.strategy.predict(params, batch.tokens, given, self.k)
+        logits = self.strategy.predict(params, batch.tokens, *self.given(lesson))
         return self.values(params, lesson, batch, logits)
 
-    def given(self, lesson: Lesson | None) -> Activations:
-        """What the strategy reads of a lesson."""
+    def given(self, lesson: Lesson | None) -> tuple[Any, ...]:
+        """What a strategy predicts from besides tokens: of the lesson, and the depth."""
         if lesson is None:
-            return ()
-        return tuple(lesson.activations[y] for y in self.strategy.collect)
+            return (), self.k
+        activations = tuple(lesson.activations[y] for y in self.strategy.collect)
+        cached = tuple(lesson.keys_values[i] for i in self.strategy.collect_cache)
+        return (activations, self.k, cached) if cached else (activations, self.k)
 
     def values(
         self,

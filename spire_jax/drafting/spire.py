@@ -344,7 +344,7 @@ class SpireDraft(Transformer):
 
 
 @functools.cache
-def of_family(config: ModelConfig, draft: type[SpireDraft] = SpireDraft) -> type[SpireDraft]:
+def of_family(config: ModelConfig, draft: type[Transformer] = SpireDraft) -> type[Transformer]:
     """The draft's module, with what a model's family has of its own (embedding, head) in it."""
     module = config.module()
     if issubclass(draft, module):

@@ -98,6 +98,14 @@ class Strategy:
         """Which activations y^l of the target the strategy reads."""
         return ()
 
+    @property
+    def collect_cache(self) -> tuple[int, ...]:
+        """The layers (from 0) whose keys and values of the target training needs (`predict`).
+
+        Decoding and the oracle have the target's cache, whole.
+        """
+        return ()
+
     def reads(self, start: int) -> tuple[int, int]:
         """Which activations drafting at or after the position `start` may need.
 
@@ -147,10 +155,14 @@ class Strategy:
     ) -> tuple[Float[Array, "B V"], State]:
         """Logits after the last of T tokens per row: one, or two where a round catches up.
 
-        `target` is the target's cache over all tokens before the round. A token at position -1 is
-        none.
+        `target` is the target's cache over all tokens before the round, or what `of_round` makes
+        of it. A token at position -1 is none.
         """
         raise NotImplementedError
+
+    def of_round(self, target: Caches, positions: Int[Array, " B"]) -> Any:
+        """What the steps of a round that begins at `positions` are given as the target's cache."""
+        return target
 
     def propose(
         self,
@@ -170,6 +182,7 @@ class Strategy:
             previous: the one before it (any value where `positions` is 0; -1 in a row that waits,
                 of which nothing before `positions` may change).
         """
+        target = self.of_round(target, positions)
         first: list[tuple[Array, Array]] = []
         token = last
         if self.catches_up:
@@ -273,7 +286,8 @@ class Strategy:
         """Teacher-forced logits of the token after each, in the draft's own head.
 
         `activations` are the target's, those of `collect`; k is the depth of rollouts, of a
-        strategy that learns by depth.
+        strategy that learns by depth. One that has `collect_cache` is given their keys and values
+        besides, layer by layer, as the target caches them.
         """
         return self.model.bind(params).forward(tokens, in_head=True)[0]
 

@@ -529,9 +529,7 @@ class SlotLoss(DraftLoss):
 
     def __call__(self, params, lesson, batch):
         assert isinstance(self.strategy, Strided)
-        logits, confidence = self.strategy.predict_slots(
-            params, batch.tokens, self.given(lesson), self.k
-        )
+        logits, confidence = self.strategy.predict_slots(params, batch.tokens, *self.given(lesson))
         values, alpha = self.values(params, lesson, batch, logits)
         if confidence is not None:
             kept = jax.lax.stop_gradient(alpha)

@@ -4,11 +4,20 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from spire_jax.config.drafts import TransformerOptions
 from spire_jax.config.registry import DRAFT_KINDS
 from spire_jax.drafting.strategy import Strategy
-from spire_jax.models.caches import empty_windowed, full_cache, ring_cache, ring_positions
+from spire_jax.models.attention import Compute
+from spire_jax.models.caches import (
+    LayerCache,
+    empty_windowed,
+    full_cache,
+    ring_cache,
+    ring_positions,
+)
+from spire_jax.models.masks import View
 from spire_jax.models.sampling import probability_of
 from spire_jax.models.transformer import Model
 
@@ -39,16 +48,10 @@ class Vanilla(Strategy):
         if prompt.tokens.shape[1] == 0:
             return self.empty(params, prompt.tokens.shape[0], k, capacity)
         _, keys_values = self.model.bind(params).prefill(prompt.tokens)
-        caches = []
-        for view, (key, value) in zip(self.views, keys_values, strict=True):
-            if not view.window:
-                caches.append(full_cache(key, value, capacity, self.model.compute))
-                continue
-            ring = view.window + k
-            _, at = ring_positions(lengths, view.sink, ring)
-            held = (jnp.take_along_axis(x, at[..., None, None], axis=1) for x in (key, value))
-            caches.append(ring_cache(*held, view.sink, ring, self.model.compute))
-        return tuple(caches)
+        return tuple(
+            held_of(*kv, lengths, view, k, capacity, self.model.compute)
+            for view, kv in zip(self.views, keys_values, strict=True)
+        )
 
     def read(self, params, state, chunk):
         module = self.model.bind(params)
@@ -66,3 +69,20 @@ class Vanilla(Strategy):
         logits, _ = self.model.bind(params).forward(tokens[:, :-1], logits_from=first)
         q = probability_of(logits, tokens[:, first + 1 :], sampling)
         return q[:, starts[:, None] - first + np.arange(k)]
+
+
+def held_of(
+    key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], lengths: Int[Array, " B"],
+    view: View, room: int, capacity: int, compute: Compute,
+) -> LayerCache:  # fmt: skip
+    """A layer's cache under its view, of the first `lengths` of T prompt tokens.
+
+    Args:
+        room: drafted tokens that a ring has room for.
+    """
+    if not view.window:
+        return full_cache(key, value, capacity, compute)
+    ring = view.window + room
+    _, at = ring_positions(lengths, view.sink, ring)
+    key, value = (jnp.take_along_axis(x, at[..., None, None], axis=1) for x in (key, value))
+    return ring_cache(key, value, view.sink, ring, compute)

@@ -160,8 +160,17 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], attended: Float[Array, "B T K G H"]
     ) -> Float[Array, "B T D"]:
         """The block's output from its input and what its attention returned."""
+        return self.feed_forward(self.add(x, attended))
+
+    def add(
+        self, x: Float[Array, "B T D"], attended: Float[Array, "B T K G H"]
+    ) -> Float[Array, "B T D"]:
+        """The residual stream after attention."""
         x = x + self._product(attended, self.out, over=3)
-        x = constrain(x, "batch", None, None)
+        return constrain(x, "batch", None, None)
+
+    def feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The residual stream after the MLP."""
         y = self.norm_mlp(x)
         gate = constrain(self._product(y, self.gate), "batch", None, "mlp")
         up = constrain(self._product(y, self.up), "batch", None, "mlp")

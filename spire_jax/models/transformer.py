@@ -125,7 +125,8 @@ class Transformer(nnx.Module):
         y^l is the residual stream after layer l; y^0 is the embedding. Logits of the positions
         before `logits_from` are left out; with `in_head` they are those of `unembed_head`.
         """
-        xs, _ = self.run(self.embed(tokens), lambda *layer: (self._over_text(*layer)[0], None))
+        over_text = functools.partial(self._over_text, tokens)
+        xs, _ = self.run(self.embed(tokens), lambda *layer: (over_text(*layer)[0], None))
         unembed = self.unembed_head if in_head else self.unembed
         return unembed(xs[-1][:, logits_from:]), tuple(xs[i] for i in collect)
 
@@ -137,15 +138,26 @@ class Transformer(nnx.Module):
         def kept(k: Array, v: Array) -> KeysValues:
             return stored(k, v, self.compute.dtype)
 
-        over_text = functools.partial(self._over_text, kept=kept)
+        over_text = functools.partial(self._over_text, tokens, kept=kept)
         xs, keys_values = self.run(self.embed(tokens), over_text)
         return tuple(xs[i] for i in collect), keys_values
 
-    def _over_text(self, i: int, block: Block, x: Float[Array, "B T D"], kept=lambda k, v: (k, v)):
+    def _over_text(self, tokens, i: int, block: Block, x, kept=lambda k, v: (k, v)):
         positions = np.arange(x.shape[1])
         q, (k, v) = block.queries(x, positions), kept(*block.keys_values(x, positions))
-        attended, _ = attention(q, k, v, positions, positions, self.views[i], compute=self.compute)
-        return attended, (k, v)
+        return self.within_text(i, q, k, v, tokens), (k, v)
+
+    def within_text(
+        self,
+        i: int,
+        q: Float[Array, "B T K G H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        tokens: Int[Array, "B T"],
+    ) -> Float[Array, "B T K G H"]:
+        """Attention of layer i within a whole text, whose tokens a mask may depend on."""
+        at = np.arange(tokens.shape[1])
+        return attention(q, k, v, at, at, self.views[i], compute=self.compute)[0]
 
     def extend(
         self,

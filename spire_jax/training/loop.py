@@ -153,8 +153,13 @@ def train_step(
             of_lesson, of_batch = micro
             if of_lesson is not None:
                 p = constrain(of_lesson.p, "batch", None, "vocab")
-                ys = of_lesson.activations.items()
-                of_lesson = Lesson(p, {y: constrain(x, "batch", None, None) for y, x in ys})
+                ys, cached = of_lesson.activations.items(), of_lesson.keys_values.items()
+                of_lesson = Lesson(
+                    p,
+                    {y: constrain(x, "batch", None, None) for y, x in ys},
+                    {i: tuple(constrain(x, "batch", None, "kv_heads", None) for x in kv)
+                     for i, kv in cached},
+                )  # fmt: skip
             of_batch = TrainBatch(*(constrain(x, "batch", None) for x in of_batch))
             new = gradient(state["params"], of_lesson, of_batch)
             return jax.tree.map(jnp.add, total, new), None
@@ -273,7 +278,7 @@ class Learner:
                 monitored = evaluate_batch(task, params, lesson, device_batch)
             lesson = None
         elif lesson is not None:  # others' layers are no argument of this one's compiled step
-            lesson = Lesson(lesson.p, {y: lesson.activations[y] for y in task.reads})
+            lesson = lesson.only(task.reads, task.reads_cache)
         self.state, metrics = train_step(
             task, self._config, self._optimizer, self.state, lesson, device_batch, self._fixed
         )

@@ -17,6 +17,7 @@ from spire_jax.config.schema import ExperimentConfig, head_size
 from spire_jax.drafting.build import compute_for, strategy, target_model
 from spire_jax.drafting.learning import DraftLoss, Lesson, Loss, TrainBatch
 from spire_jax.drafting.strategy import Strategy
+from spire_jax.models.masks import View
 from spire_jax.models.sampling import seed_keys, seed_words, stream
 from spire_jax.models.sharding import constrain, replicated, shardings
 from spire_jax.models.transformer import Model, Params
@@ -38,6 +39,7 @@ class Task:
     k: int = 1  # depths of rollouts; 1 = none
     strategy: Strategy | None = None  # says which token has which depth; None: t, t + k, ... one
     reads: tuple[int, ...] | None = None  # the y^l of its lessons; None: it needs no lesson
+    reads_cache: tuple[int, ...] = ()  # the layers (from 0) of the target's cache, in its lessons
 
 
 def trainable(task: Task, params: Params) -> tuple[Params, Params]:
@@ -49,7 +51,8 @@ def trainable(task: Task, params: Params) -> tuple[Params, Params]:
 
 def with_shared(task: Task, params: Params, target: Params) -> Params:
     """A draft's own parameters and those of the target that it shares (the same arrays)."""
-    return {**params, **{name: target[name] for name in task.shared}}
+    # A tied target has one table where others have two.
+    return {**params, **{name: target[name] for name in task.shared if name in target}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Teacher:
 
     model: Model
     collect: tuple[int, ...]
+    collect_cache: tuple[int, ...] = ()
 
     def pass_flops(self, seq_len: int) -> float:
         """FLOPs per token."""
@@ -86,32 +90,48 @@ def draft_task(config: ExperimentConfig, name: str) -> Task:
     assert isinstance(draft, TrainedOptions)  # of `config.trained`
     drafting, depths = strategy(config, name, compute_for(train, train)), draft.rollout(train)
     taught = drafting.collect or depths or draft.loss != "hard"
+    views, cost = config.target.views(), draft.cost(config.target, train.seq_len, depths or 1)
+    reads = tuple(views[i] for i in drafting.collect_cache)
+    # What reads the target's keys and values makes none of its activations.
+    flops = forward_flops(drafting.model, train.seq_len, depths > 0 and not reads, reads)
+    beside = sum(one.products for one in cost.passes) / (depths or 1)  # weights, of each token
     return Task(
         name,
         drafting.model,
         draft.learns(drafting, depths or 1),
         draft.steps,
         draft.peak_lr,
-        3 * forward_flops(drafting.model, train.seq_len, rolled_out=depths > 0),
+        3 * (flops + 2 * beside),
         shared=draft.shared,
         k=depths or 1,
         strategy=drafting,
         reads=drafting.collect if taught else None,
+        reads_cache=drafting.collect_cache,
     )
 
 
 def teacher(config: ExperimentConfig, tasks: Sequence[Task]) -> Teacher:
     """The target's pass for drafts that are trained together: all that any of them reads."""
     collect = sorted({layer for task in tasks for layer in task.reads or ()})
-    return Teacher(target_model(config, compute_for(config.train, config.train)), tuple(collect))
+    cached = sorted({layer for task in tasks for layer in task.reads_cache})
+    model = target_model(config, compute_for(config.train, config.train))
+    return Teacher(model, tuple(collect), tuple(cached))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def teach(teacher: Teacher, params: Params, batch: TrainBatch) -> Lesson:
     """The target's pass over a batch."""
     tokens = constrain(batch.tokens, "batch", None)
-    logits, activations = teacher.model.bind(params).forward(tokens, teacher.collect)
-    return Lesson(jax.nn.softmax(logits), dict(zip(teacher.collect, activations, strict=True)))
+    module, keys_values = teacher.model.bind(params), {}
+    if teacher.collect_cache:
+        last = module.config.n_layers
+        activations, cached = module.prefill(tokens, (*teacher.collect, last))
+        logits, activations = module.unembed(activations[-1]), activations[:-1]
+        keys_values = {i: cached[i] for i in teacher.collect_cache}
+    else:
+        logits, activations = module.forward(tokens, teacher.collect)
+    by_layer = dict(zip(teacher.collect, activations, strict=True))
+    return Lesson(jax.nn.softmax(logits), by_layer, keys_values)
 
 
 def initial_draft(
@@ -142,20 +162,21 @@ def stream_key(seed: int, name: str) -> jax.Array:
     return stream(seed_keys(seed_words(seed)[None]), name)[0]
 
 
-def forward_flops(model: Model, seq_len: int, rolled_out: bool = False) -> float:
+def forward_flops(
+    model: Model, seq_len: int, rolled_out: bool = False, of_target: Sequence[View] = ()
+) -> float:
     """Matrix-product FLOPs per token of a forward pass over sequences of `seq_len`.
 
     Weights count 2 each (the embedding is a look-up), those that make keys and values twice in a
-    rollout, of the target's activations too, with what fuses these; attention 4 per query head,
-    head dimension and visible key.
+    rollout, of the target's activations too; attention 4 per query head, head dimension and visible
+    key, to those of the target's layers under `of_target` too.
     """
     c = model.config
     weights = c.body_parameters()
     if rolled_out:
         weights += 2 * 2 * c.n_layers * c.d_model * c.n_kv_heads * c.d_head
-        weights += len(dict(model.options).get("fused", ())) * c.d_model**2
     everything = (seq_len + 1) / 2
     visible = sum((min(everything, view.window + view.sink) if view.window else everything
-                   for view in model.views), start=0.0)  # fmt: skip
+                   for view in (*model.views, *of_target)), start=0.0)  # fmt: skip
     attention = 4 * c.n_kv_heads * c.q_per_kv * c.d_head * visible
     return float(2 * (weights + c.d_model * head_size(c)) + attention)
