@@ -9,6 +9,7 @@ import numpy as np
 
 from spire_jax.config.schema import ModelConfig
 from spire_jax.decoding import Decoder, Weights
+from spire_jax.drafting.eagle3 import Eagle3Options
 from spire_jax.drafting.magicdec import magicdec
 from spire_jax.drafting.pruning import prune
 from spire_jax.drafting.snapkv import snapkv
@@ -90,7 +91,7 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     """kind: "spire", "spire_strict" (attend_self=False), "spire_plain" (no feedback),
     "spire_final" and "spire_embedding" (other memories), "spire_dense" (no window),
     "spire_trimmed" (an unembedding of HEAD_IDS alone), "stride" (two tokens a pass, a Markov head)
-    and "stride_argmax" (its most likely tokens), "vanilla"
+    and "stride_argmax" (its most likely tokens), "eagle3" and "eagle3_argmax", "vanilla"
     (another small model), "ring" (pruned, windowed, no activations), "self" (the target),
     "magicdec" (the target with a sparse cache), "snapkv" (... that attention selected)."""
     model, params = target(config)
@@ -114,6 +115,11 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
                            draws="argmax" if kind == "stride_argmax" else "sampled")  # fmt: skip
         strategy = of.strategy(config, Compute())
         return Pair(model, params, strategy, prune(params, init(strategy.model, 1)))
+    if kind.startswith("eagle3"):
+        eagle = Eagle3Options(window=WINDOW, sink=SINK, layers=tuple(range(1, config.n_layers + 1)),
+                              draws="argmax" if kind == "eagle3_argmax" else "sampled")  # fmt: skip
+        strategy = eagle.strategy(config, Compute())
+        return Pair(model, params, strategy, eagle.initial(params, init(strategy.model, 1)))
     if kind == "magicdec":
         return Pair(model, params, magicdec(config, WINDOW, SINK, Compute()), params)
     if kind == "snapkv":

@@ -18,7 +18,6 @@ from spire_jax.config.schema import ExperimentConfig
 from spire_jax.decoding.rounds import Decoder, Weights, _prefill, decode_rounds
 from spire_jax.decoding.slots import empty_slots, prefill_chunk
 from spire_jax.drafting.build import compute_for, strategy, target_model
-from spire_jax.drafting.spire import Spire
 from spire_jax.drafting.strategy import Strategy
 from spire_jax.models.sampling import Sampling
 from spire_jax.models.sharding import batch_sharding, replicated, shardings, spec
@@ -69,7 +68,7 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> Iterator[tuple[str, Any]]:
     for name in names:
         steps = {"prefill": "prefill", "chunk": "prefill of a chunk", "draft": "draft step",
                  "verify": "verify step", "round": "whole round"}  # fmt: skip
-        if not isinstance(strategy(config, name, compute_for(config.decode, config.train)), Spire):
+        if strategy(config, name, compute_for(config.decode, config.train)).catches_up:
             del steps["draft"]
         for which, title in steps.items():
             yield f"{name}: {title}", functools.partial(_serving, config, name, mesh, which)

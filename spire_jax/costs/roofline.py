@@ -148,20 +148,23 @@ class Roofline:
         projections: int = 0,
         drafted: int | None = None,
         head: int = 0,
+        more: int = 0,
+        products: int = 0,
     ) -> float:
         """A forward pass over `tokens` tokens of each request, reading `rows` cached tokens.
 
         Of every chip in the group: `batch` is what the group decodes. Logits are computed of
         `drafted` tokens, by default all, each of which reads `head` more weights by itself;
-        `projections` tokens become keys and values once more.
+        `projections` tokens become keys and values once more. `more` weights, which every chip
+        holds, are read besides, for so many `products` of each request.
         """
         drafted = tokens if drafted is None else drafted
         weights, row = self.group.weights(model), model.cache_row()
-        flops = 2.0 * weights * batch * tokens
+        flops = 2.0 * weights * batch * tokens + 2.0 * products * batch
         shards = self.group.cache_shards(model)
         if projections:
             flops += 2 * projections * batch * _keys_values(model) / shards
-        weight_reads = weights * self.weight_bytes * self.hoi
+        weight_reads = (weights + more) * self.weight_bytes * self.hoi
         cache_reads = batch * rows * row * self.cache_bytes * self.hoi / shards
         with_head = self.variant == "with_head"
         if self.variant in ("paper", "fixed_window"):

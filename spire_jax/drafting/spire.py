@@ -221,8 +221,8 @@ class SpireDraft(Transformer):
             if self.attend_self:
                 recent.append(block.keys_values(x, positions))
             if recent:
-                offsets = np.arange(at.j + self.attend_self)
-                parts.append(self._attend_recent(i, q, recent, starts, positions, offsets))
+                own_pos = starts[:, None] + np.arange(at.j + self.attend_self)
+                parts.append(attend_own(q, recent, positions, own_pos, self.views[i]))
             return merge_attention(parts), None
 
         xs, _ = self.run(self.embed(tokens[:, positions]), attend, remat=False)
@@ -230,17 +230,6 @@ class SpireDraft(Transformer):
             return xs[-1], []
         memories = zip(self.blocks, self.memories(xs), strict=True)
         return xs[-1], [block.keys_values(m, positions) for block, m in memories]
-
-    def _attend_recent(self, i, q, recent, starts, positions, offsets):
-        """Attention of each start's query to that start's own few keys."""
-        batch, rollouts = q.shape[:2]
-        flat = batch * rollouts
-        k, v = (jnp.stack(x, axis=2).reshape(flat, len(offsets), *x[0].shape[2:])
-                for x in zip(*recent, strict=True))  # fmt: skip
-        q_pos = jnp.tile(jnp.asarray(positions), batch)[:, None]
-        k_pos = jnp.tile(jnp.asarray(starts[:, None] + offsets), (batch, 1))
-        out, lse = attention(q.reshape(flat, 1, *q.shape[2:]), k, v, q_pos, k_pos, self.views[i])
-        return out.reshape(q.shape), lse.reshape(q.shape[:-1])
 
     def step(
         self, caches: Caches, tokens: Int[Array, "B 1"], positions: Int[Array, "B 1"]
@@ -276,10 +265,28 @@ class SpireDraft(Transformer):
                           compute=self.compute)]  # fmt: skip
 
 
+def attend_own(
+    q: Float[Array, "B R K G H"],
+    keys_values: Sequence[tuple[Float[Array, "B R K H"], Float[Array, "B R K H"]]],
+    positions: Int[np.ndarray, " R"],
+    k_pos: Int[np.ndarray, "R n"],
+    view: View,
+) -> Attended:
+    """Attention of each start's query to that start's own n keys."""
+    batch, rollouts = q.shape[:2]
+    flat = batch * rollouts
+    k, v = (jnp.stack(x, axis=2).reshape(flat, len(keys_values), *x[0].shape[2:])
+            for x in zip(*keys_values, strict=True))  # fmt: skip
+    q_pos = jnp.tile(jnp.asarray(positions), batch)[:, None]
+    own = jnp.tile(jnp.asarray(k_pos), (batch, 1))
+    out, lse = attention(q.reshape(flat, 1, *q.shape[2:]), k, v, q_pos, own, view)
+    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
+
+
 @functools.cache
-def of_family(config: ModelConfig, draft: type[SpireDraft] = SpireDraft) -> type[SpireDraft]:
+def of_family(config: ModelConfig, draft: type[Transformer] | None = None) -> type[Transformer]:
     """The draft's module, with what a model's family has of its own (embedding, head) in it."""
-    module = config.module()
+    module, draft = config.module(), draft or SpireDraft
     if issubclass(draft, module):
         return draft
     return types.new_class(f"{draft.__name__}Of{module.__name__}", (draft, module))

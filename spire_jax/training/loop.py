@@ -105,7 +105,8 @@ def loss_and_metrics(task: Task, params: Params, lesson: Lesson | None, batch: T
         alpha = jnp.where(batch.mask, alpha, 0.0)
         metrics["alpha"] = jnp.sum(alpha) / count
         if task.k > 1:
-            by_depth = alpha.reshape(-1, task.k), batch.mask.reshape(-1, task.k)
+            whole = alpha.shape[1] - alpha.shape[1] % task.k
+            by_depth = (x[:, :whole].reshape(-1, task.k) for x in (alpha, batch.mask))
             metrics["alpha_sums"], metrics["alpha_counts"] = (x.sum(axis=0) for x in by_depth)
     return mean, metrics
 

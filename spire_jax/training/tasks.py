@@ -85,13 +85,14 @@ def draft_task(config: ExperimentConfig, name: str) -> Task:
     assert isinstance(draft, TrainedOptions)  # of `config.trained`
     drafting, depths = strategy(config, name, compute_for(train, train)), draft.rollout(train)
     taught = drafting.collect or depths or draft.loss != "hard"
+    times = max(depths, 1) if draft.every_start else 1
     return Task(
         name,
         drafting.model,
         draft.learns(drafting, depths or 1),
         draft.steps,
         draft.peak_lr,
-        3 * forward_flops(drafting.model, train.seq_len, rolled_out=depths > 0),
+        3 * times * forward_flops(drafting.model, train.seq_len, rolled_out=depths > 0),
         shared=draft.shared,
         k=depths or 1,
         reads=drafting.collect if taught else None,
