@@ -18,6 +18,7 @@ from spire_jax.drafting.strategy import Strategy
 from spire_jax.drafting.stride import StrideOptions
 from spire_jax.drafting.vanilla import Vanilla
 from spire_jax.models.attention import Compute
+from spire_jax.models.caches import LayerCache
 from spire_jax.models.sampling import Sampling
 from spire_jax.models.transformer import Model, Params, Transformer
 
@@ -133,6 +134,12 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     small = dataclasses.replace(config, n_layers=1, d_model=16, d_ff=24)
     draft = Model(Transformer, small, Compute())
     return Pair(model, params, Vanilla(draft), init(draft, 2, sharpness=2.0))
+
+
+def caches_of(state) -> list[LayerCache]:
+    """The layers' caches in a draft's state, or the target's."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, LayerCache))
+    return [x for x in leaves if isinstance(x, LayerCache)]
 
 
 def computed_by(attention: str, p: Pair) -> Pair:

@@ -10,6 +10,7 @@ from models import TINY, pair, ragged, target, texts
 from test_decode import K, rows_of
 
 from spire_jax.decoding import ACCEPTED, BONUS, CORRECTION, Decoder, Weights, generate, start
+from spire_jax.drafting.eagle3 import Eagle3Draft
 from spire_jax.drafting.spire import SpireDraft
 from spire_jax.drafting.strategy import Processed, Proposal, Strategy, sampled
 from spire_jax.models.sampling import Sampling, round_keys
@@ -21,7 +22,7 @@ WINDOWED = dataclasses.replace(TINY, window=7, sink=2)
     "kind, config",
     [("spire", WINDOWED), ("vanilla", TINY), ("ring", TINY)]
     + [pytest.param(kind, TINY, marks=pytest.mark.slow)
-       for kind in ("spire", "spire_strict", "spire_plain", "self")],
+       for kind in ("spire", "spire_strict", "spire_plain", "self", "eagle3")],
 )  # fmt: skip
 def test_cached_steps_are_the_full_pass_after_rejections_at_every_depth(kind, config):
     check_rounds(kind, config)
@@ -66,6 +67,9 @@ def check_rounds(kind: str, config=TINY) -> None:
         draft = strategy.model.bind(p.draft_params)
         if isinstance(draft, SpireDraft):
             return logits, jax.nn.softmax(draft.rollout(text, ys, starts, K))
+        if isinstance(draft, Eagle3Draft):
+            steps = jnp.stack([*draft.rollout(text, ys, starts, K)], axis=2)
+            return logits, jax.nn.softmax(draft.unembed(steps))
         return logits, jax.nn.softmax(draft.forward(text)[0][:, every])
 
     caches = state.target_cache, state.draft_state

@@ -164,6 +164,8 @@ SAMPLED_LATER = [
     ("vanilla", 1.0, {"top_p": 0.7}), ("ring", 0.6, {}), ("magicdec", 1.0, {}),
     ("snapkv", 1.0, {}), ("spire", 1.0, {"verification": "block"}), ("stride", 0.6, {"top_k": 9}),
     ("stride", 1.0, {"verification": "block"}), ("stride_argmax", 1.0, {}),
+    ("eagle3", 0.6, {"top_k": 9}), ("eagle3", 1.0, {"verification": "block"}),
+    ("eagle3_argmax", 1.0, {}),
 ]  # fmt: skip
 
 

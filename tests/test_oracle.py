@@ -209,12 +209,14 @@ CASES: list[tuple] = [
         "snapkv",
         "stride",
         "stride_argmax",
+        "eagle3",
+        "eagle3_argmax",
     )
 ]
 CASES += [("spire", TINY, 0.7), ("spire", WINDOWED, 1.0)]
 BLOCKS = [(kind, TINY, temperature, "block") for kind, temperature in (
     ("spire", 1.0), ("vanilla", 0.7), ("ring", 1.0), ("stride", 1.0),
-    ("stride_argmax", 0.7))]  # fmt: skip
+    ("stride_argmax", 0.7), ("eagle3", 1.0))]  # fmt: skip
 
 
 @functools.cache
@@ -248,7 +250,8 @@ def both(kind: str, config, temperature: float, verification: str = "token"):
 
 # In the full tier: other drafts stand for them.
 LATER = [*[(kind, TINY, 1.0) for kind in ("spire_strict", "spire_plain", "spire_trimmed", "self",
-                                              "ring", "stride", "stride_argmax")],
+                                              "ring", "stride", "stride_argmax", "eagle3",
+                                              "eagle3_argmax")],
          ("spire", TINY, 0.7), ("spire", WINDOWED, 1.0), *BLOCKS[1:]]  # fmt: skip
 
 

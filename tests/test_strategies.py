@@ -22,7 +22,7 @@ from spire_jax.config.schema import (
 from spire_jax.costs.throughput import memory_bytes
 from spire_jax.drafting.strategy import Processed, Strategy
 from spire_jax.models.attention import Compute
-from spire_jax.models.caches import LayerCache, SelectedCache, empty_full, full_cache
+from spire_jax.models.caches import SelectedCache, empty_full, full_cache
 from spire_jax.models.sampling import Sampling
 from spire_jax.models.transformer import Model, Params
 
@@ -53,10 +53,8 @@ OPTIONS: dict[str, list[dict]] = {
     ],
     "eagle3": [
         {"window": WINDOW, "sink": SINK},
-        {"window": 0, "layers": (3, 0), "head_tokens": 12, "share_embedding": False},
-        {"window": WINDOW, "sink": 0, "d_model": 16, "n_kv_heads": 1, "layers": (1, 2, 3),
-         "init": "random", "share_embedding": False},
-        {"window": WINDOW, "draws": "argmax"},
+        {"window": 0, "layers": (3, 0), "head_tokens": 12, "d_model": 16, "n_kv_heads": 1,
+         "init": "random", "share_embedding": False, "draws": "argmax"},
     ],
 }  # fmt: skip
 CASES = [(kind, options) for kind in DRAFT_KINDS.names() for options in OPTIONS.get(kind, [{}])]
@@ -103,11 +101,6 @@ def state_over(options: DraftOptions, target: ModelConfig, context: int, k: int,
         (activation,) * len(strategy.collect),
         jax.eval_shape(lambda: empty_full(target, rows, context, Compute())),
     )
-
-
-def caches_of(state) -> list[LayerCache]:
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, LayerCache))
-    return [x for x in leaves if isinstance(x, LayerCache)]
 
 
 def floats(tree) -> int:
@@ -169,7 +162,7 @@ def check_rows(draft: DraftOptions, target: ModelConfig, context: int) -> None:
         return strategy.begin(own, prompt, lengths, K, context + K)
 
     state, charged = begin(params, params_of(draft, strategy, params), tokens), []
-    for of, view in zip(caches_of(state), strategy.views, strict=True):
+    for of, view in zip(models.caches_of(state), strategy.views, strict=True):
         held = np.asarray(of.held(lengths)).reshape(-1, of.size)[0]  # of a row, and of a head
         seen = view.sees(query, held).sum()
         if isinstance(of, SelectedCache):  # its budget is charged, which has the query in it
