@@ -138,7 +138,7 @@ def target_pass(model, params, tokens, context, sampling, config):
     """One pass for all drafts at once, on the cache of a prefill of the context alone."""
     _, keys_values = model.bind(params).prefill(tokens[:, : context - 1])
     cache = tuple(full_cache(*kv, tokens.shape[1], model.compute) for kv in keys_values)
-    served = tuple(pair(kind, config).strategy for kind in ("vanilla", "spire", "snapkv"))
+    served = tuple(pair(kind, config).strategy for kind in ("vanilla", "spire", "snapkv", "eagle3"))
     return target_along(model, params, cache, tokens, context, served, sampling)
 
 
