@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
-from models import SINK, TINY, WINDOW, computed_by, init, pair, ragged, texts
+from models import SINK, TINY, WINDOW, caches_of, computed_by, init, pair, ragged, texts
 
 from spire_jax.config.schema import (
     ConfigError,
@@ -30,7 +30,7 @@ from spire_jax.config.schema import (
     TrainConfig,
 )
 from spire_jax.decoding import Weights, generate
-from spire_jax.drafting.pruning import prune
+from spire_jax.drafting.eagle3 import Eagle3Options
 from spire_jax.drafting.spire import SpireOptions
 from spire_jax.models.attention import Compute, attention
 from spire_jax.models.masks import View
@@ -58,9 +58,14 @@ SMALL = dataclasses.replace(TINY, n_layers=2)  # few layers and depths: compilin
 WIDE = dataclasses.replace(SMALL, d_head=32)  # heads that the kernels take
 CONFIG = ExperimentConfig(
     target=SMALL,
-    drafts=(("spire", SpireOptions(n_layers=1, window=WINDOW, sink=SINK)),),
+    drafts=(
+        ("eagle3", Eagle3Options(window=WINDOW, sink=SINK, share_embedding=False)),
+        ("spire", SpireOptions(n_layers=1, window=WINDOW, sink=SINK)),
+    ),
     train=TrainConfig(batch_size=8, seq_len=16, k=2),
 )
+LATER = ("eagle3",)  # of its drafts, those in the full tier
+EVERY = ["target", "spire", *(pytest.param(kind, marks=pytest.mark.slow) for kind in LATER)]
 K, BUDGET = 2, 14
 SHAPES = [  # meshes of six devices
     (MeshConfig(), (6, 1, 1)),
@@ -93,9 +98,10 @@ def recorder() -> optax.GradientTransformation:
     return optax.GradientTransformation(zeros, lambda grads, state, params: (zeros(grads), grads))
 
 
-def parameters() -> tuple:
+def parameters(kind: str = "spire") -> tuple:
     target = init(Model(Transformer, SMALL, Compute()), 0, sharpness=2.0)
-    return target, prune(target, init(draft_task(CONFIG, "spire").model, 1))
+    draft = CONFIG.trained[kind]
+    return target, draft.initial(target, init(draft_task(CONFIG, kind).model, 1))
 
 
 def batch() -> TrainBatch:
@@ -106,8 +112,8 @@ def batch() -> TrainBatch:
 
 def gradient(kind: str, mesh, accumulate: int = 1):
     """Loss, acceptance by depth and gradient of one step of the real training step."""
-    task = target_task(CONFIG) if kind == "target" else draft_task(CONFIG, "spire")
-    target, draft = parameters()
+    task = target_task(CONFIG) if kind == "target" else draft_task(CONFIG, kind)
+    target, draft = parameters("spire" if kind == "target" else kind)
     placed = jax.device_put(target, shardings(mesh, target_task(CONFIG).model.axes()))
     params, frozen = (target, None) if kind == "target" else (draft, placed)
     optimizer = recorder()
@@ -125,9 +131,9 @@ def sharding_of(x: jax.Array) -> dict[str, object]:
     return {"spec": list(x.sharding.spec), "share": x.addressable_shards[0].data.size / x.size}
 
 
-def decode(mesh, kernels: bool = False) -> tuple[list, dict]:
+def decode(mesh, kernels: bool = False, kind: str = "spire") -> tuple[list, dict]:
     """By the draft and the target; by the kernels, the target alone."""
-    p = computed_by("interpret", pair("self", WIDE)) if kernels else pair("spire", SMALL)
+    p = computed_by("interpret", pair("self", WIDE)) if kernels else pair(kind, SMALL)
     weights = Weights(
         jax.device_put(p.target_params, shardings(mesh, p.target.axes())),
         jax.device_put(p.draft_params, shardings(mesh, p.strategy.model.axes())),
@@ -138,7 +144,7 @@ def decode(mesh, kernels: bool = False) -> tuple[list, dict]:
     if kernels:
         return np.asarray(state.tokens).tolist(), {}
     arrays = {"tokens": state.tokens, "keys": state.target_cache[0].keys,
-              "ring": state.draft_state[0].keys}  # fmt: skip
+              "ring": caches_of(state.draft_state)[0].keys}  # fmt: skip
     return np.asarray(state.tokens).tolist(), {n: sharding_of(x) for n, x in arrays.items()}
 
 
@@ -174,12 +180,12 @@ def main(path: str, *names: str) -> None:
     found: dict[str, Any] = {
         key: {} for key in ("gradients", "decoding", "sharding", "errors", "kernels")
     }
-    one = {}
+    one, later = {}, LATER if len(names) == len(MESHES) else ()
     for name in names:
         sizes = MESHES[name]
         mesh = make_mesh(sizes, jax.devices()[:1] if name == "one" else jax.devices())
         with jax.set_mesh(mesh):
-            for kind in ("target", "spire"):
+            for kind in ("target", "spire", *later):
                 for accumulate in (1, 2) if (name, kind) == ("all", "target") else (1,):
                     loss, grads, depths, state = gradient(kind, mesh, accumulate)
                     if name == "one":
@@ -197,8 +203,9 @@ def main(path: str, *names: str) -> None:
                 }
             if name == "all":
                 found["step keeps shardings"] = shardings_kept(mesh)
-            tokens, placed = decode(mesh)
-            found["decoding"][name] = {"tokens": tokens, "sharding": placed}
+            for kind in ("spire", *later):
+                tokens, placed = decode(mesh, kind=kind)
+                found["decoding"][f"{name} {kind}"] = {"tokens": tokens, "sharding": placed}
             if name in ("one", "all"):
                 found["kernels"][name] = decode(mesh, kernels=True)[0], kernel_gradient()
     six = jax.devices()[:6]
@@ -229,7 +236,7 @@ def found(tmp_path_factory, request) -> dict:
 
 
 @pytest.mark.parametrize("mesh", SHARDED)
-@pytest.mark.parametrize("kind", ["target", "spire"])
+@pytest.mark.parametrize("kind", EVERY)
 def test_loss_and_gradients_are_those_of_one_device(found, mesh, kind):
     loss, gradients, alpha = found["gradients"][f"{mesh} {kind} 1"]
     assert loss < 1e-5 and gradients < 1e-5 and alpha < 1e-5
@@ -241,8 +248,9 @@ def test_accumulated_gradients_are_those_of_one_device_at_once(found):
 
 
 @pytest.mark.parametrize("mesh", SHARDED)
-def test_decoding_gives_the_tokens_of_one_device(found, mesh):
-    one, other = (np.array(found["decoding"][name]["tokens"]) for name in ("one", mesh))
+@pytest.mark.parametrize("kind", EVERY[1:])
+def test_decoding_gives_the_tokens_of_one_device(found, mesh, kind):
+    one, other = (np.array(found["decoding"][f"{at} {kind}"]["tokens"]) for at in ("one", mesh))
     for row, length in enumerate(LENGTHS):
         np.testing.assert_array_equal(one[row, : length + BUDGET], other[row, : length + BUDGET])
         assert one[row, length : length + BUDGET].any()
@@ -257,7 +265,7 @@ def test_kernels_on_a_mesh_are_those_of_one_device(found):
 
 
 @pytest.mark.parametrize("mesh", SHARDED)
-@pytest.mark.parametrize("kind", ["target", "spire"])
+@pytest.mark.parametrize("kind", EVERY)
 def test_parameters_are_sharded(found, mesh, kind):
     placed = found["sharding"][f"{mesh} {kind}"]
     share = {"all": 1 / 4, "data": 1, "fsdp": 1 / 8}[mesh]
@@ -277,9 +285,10 @@ def test_no_array_is_replicated_to_be_sharded_anew(found):
 
 
 @pytest.mark.parametrize("mesh", SHARDED)
-def test_the_decode_batch_and_its_caches_are_sharded(found, mesh):
+@pytest.mark.parametrize("kind", EVERY[1:])
+def test_the_decode_batch_and_its_caches_are_sharded(found, mesh, kind):
     """Rows over data and fsdp, KV heads over tensor."""
-    placed = found["decoding"][mesh]["sharding"]
+    placed = found["decoding"][f"{mesh} {kind}"]["sharding"]
     assert placed["tokens"]["share"] == (1 / 4 if mesh == "all" else 1 / 8)
     assert placed["keys"]["share"] == placed["ring"]["share"] == 1 / 8
 
