@@ -11,6 +11,7 @@ from spire_jax.config.schema import ModelConfig
 from spire_jax.decoding import Decoder, Weights
 from spire_jax.drafting.anchor import AnchorOptions
 from spire_jax.drafting.block import BlockOptions
+from spire_jax.drafting.eagle3 import Eagle3Options
 from spire_jax.drafting.longspec import LongSpecOptions
 from spire_jax.drafting.magicdec import magicdec
 from spire_jax.drafting.pruning import prune
@@ -20,6 +21,7 @@ from spire_jax.drafting.strategy import Strategy
 from spire_jax.drafting.stride import StrideOptions
 from spire_jax.drafting.vanilla import Vanilla
 from spire_jax.models.attention import Compute
+from spire_jax.models.caches import LayerCache
 from spire_jax.models.sampling import Sampling
 from spire_jax.models.transformer import Model, Params, Transformer
 
@@ -97,7 +99,7 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     "spire_trimmed" (an unembedding of HEAD_IDS alone), "stride" (two tokens a pass, a Markov head),
     "stride_argmax" (its most likely tokens) and "stride_confident" (one a pass, which says how
     likely it is kept), "block" (five slots, a recurrent head and confidence) and "block_causal" (no
-    head), "longspec", "anchor", "vanilla"
+    head), "longspec", "anchor", "eagle3" and "eagle3_argmax", "vanilla"
     (another small model), "ring" (pruned, windowed, no activations), "self" (the target),
     "magicdec" (the target with a sparse cache), "snapkv" (... that attention selected)."""
     model, params = target(config)
@@ -142,6 +144,11 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
         strategy = longspec.strategy(config, Compute())
         lent = {name: params[name] for name in longspec.shared if name in params}
         return Pair(model, params, strategy, init(strategy.model, 1) | lent)
+    if kind.startswith("eagle3"):
+        eagle = Eagle3Options(window=WINDOW, sink=SINK, layers=tuple(range(1, config.n_layers + 1)),
+                              draws="argmax" if kind == "eagle3_argmax" else "sampled")  # fmt: skip
+        strategy = eagle.strategy(config, Compute())
+        return Pair(model, params, strategy, eagle.initial(params, init(strategy.model, 1)))
     if kind == "magicdec":
         return Pair(model, params, magicdec(config, WINDOW, SINK, Compute()), params)
     if kind == "snapkv":
@@ -155,6 +162,12 @@ def pair(kind: str, config: ModelConfig = TINY) -> Pair:
     small = dataclasses.replace(config, n_layers=1, d_model=16, d_ff=24)
     draft = Model(Transformer, small, Compute())
     return Pair(model, params, Vanilla(draft), init(draft, 2, sharpness=2.0))
+
+
+def caches_of(state) -> list[LayerCache]:
+    """The layers' caches in a draft's state, or the target's."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, LayerCache))
+    return [x for x in leaves if isinstance(x, LayerCache)]
 
 
 def computed_by(attention: str, p: Pair) -> Pair:

@@ -11,6 +11,7 @@ from test_decode import K, rows_of
 
 from spire_jax.decoding import ACCEPTED, BONUS, CORRECTION, Decoder, Weights, generate, start
 from spire_jax.drafting.block import BlockDrafting
+from spire_jax.drafting.eagle3 import Eagle3Draft
 from spire_jax.drafting.longspec import LongSpec
 from spire_jax.drafting.spire import SpireDraft
 from spire_jax.drafting.strategy import Processed, Proposal, Strategy, sampled
@@ -25,7 +26,7 @@ WINDOWED = dataclasses.replace(TINY, window=7, sink=2)
     [("spire", WINDOWED), ("vanilla", TINY), ("ring", TINY)]
     + [pytest.param(kind, TINY, marks=pytest.mark.slow)
        for kind in ("spire", "spire_strict", "spire_plain", "self", "stride", "block",
-                    "block_causal", "longspec", "anchor")]
+                    "block_causal", "longspec", "anchor", "eagle3")]
     + [pytest.param("longspec", WINDOWED, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_cached_steps_are_the_full_pass_after_rejections_at_every_depth(kind, config):
@@ -81,6 +82,9 @@ def check_rounds(kind: str, config=TINY) -> None:
             *_, last = p.target.bind(p.target_params).prefill(text)[1]
             rollout = draft.rollout(text, last, strategy.target_view, starts, K)
             return logits, jax.nn.softmax(rollout)
+        if isinstance(draft, Eagle3Draft):
+            steps = jnp.stack([*draft.rollout(text, ys, starts, K)], axis=2)
+            return logits, jax.nn.softmax(draft.unembed(steps))
         return logits, jax.nn.softmax(draft.forward(text)[0][:, every])
 
     caches = state.target_cache, state.draft_state

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import TINY, Pair, pair, ragged
+from models import TINY, Pair, caches_of, pair, ragged
 
 from spire_jax.decoding import Decoder, DecodeState, start
 from spire_jax.decoding.slots import admit, empty_slots, prefill_chunk, serve_rounds
@@ -46,7 +46,7 @@ def fill(p: Pair, decoder: Decoder, prompts, chunk: int, at_once: int = 1) -> De
 
 def same_cache(found, expected, lengths) -> None:
     """Every entry that the prefix of a row still has in `expected`."""
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(caches_of(found), caches_of(expected), strict=True):
         assert type(ours) is type(theirs)
         if isinstance(theirs, RingCache):
             assert (ours.sink, ours.ring) == (theirs.sink, theirs.ring)
@@ -61,9 +61,12 @@ def same_cache(found, expected, lengths) -> None:
 CASES = [(kind, SMALL, 8) for kind in ("spire", "spire_dense", "vanilla", "ring", "magicdec")]
 CASES += [("ring", SMALL, 5), ("ring", SMALL, 40), ("spire", SMALL, 1), ("spire", WINDOWED, 8)]
 CASES += [("self", WINDOWED, 20)]
+EAGLE = pytest.param("eagle3", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("kind, config, chunk", CASES)
+@pytest.mark.parametrize(
+    "kind, config, chunk", [*CASES, pytest.param("eagle3", SMALL, 8, marks=pytest.mark.slow)]
+)
 def test_chunks_are_the_whole_prompt(kind, config, chunk):
     """Caches at all live slots, and all that decides what follows."""
     p, prompts = pair(kind, config), ragged(LENGTHS)
@@ -87,9 +90,10 @@ def test_several_prompts_at_once():
         same_cache(getattr(three, cache), getattr(one, cache), np.array(LENGTHS))
 
 
-def test_a_used_slot_is_as_new():
+@pytest.mark.parametrize("kind", ["ring", EAGLE])
+def test_a_used_slot_is_as_new(kind):
     """Nothing of a longer request before, and of rounds while the row waits, is left to be seen."""
-    p, prompts = pair("ring", SMALL), ragged(LENGTHS)
+    p, prompts = pair(kind, SMALL), ragged(LENGTHS)
     decoder = p.decoder(K)
     fresh = fill(p, decoder, prompts, 8)
     nobody = np.zeros(8, bool)
@@ -137,7 +141,7 @@ def test_what_pads_shorter_prompts_may_be_nan(kind):
             assert np.isfinite(other.values).all()
 
 
-@pytest.mark.parametrize("kind", ["vanilla", "ring", "spire"])
+@pytest.mark.parametrize("kind", ["vanilla", "ring", "spire", EAGLE])
 def test_a_neighbours_rounds_leave_a_waiting_row_as_it_is(kind):
     """Bit for bit what its prompt's chunks wrote, and what it is answered."""
     p, prompts = pair(kind, SMALL), ragged((9, 33))
@@ -153,7 +157,7 @@ def test_a_neighbours_rounds_leave_a_waiting_row_as_it_is(kind):
                                   8)  # fmt: skip
             if read < 24:
                 state, _ = serve_rounds(decoder, p.weights, state, nobody, np.int32(rounds), 4)
-        caches.append(state.draft_state)
+        caches.append(caches_of(state.draft_state))
     assert not np.array_equal(*(np.asarray(cache[0].keys)[0] for cache in caches))
     for alone, beside in zip(*caches, strict=True):
         held = np.asarray(alone.held(jnp.asarray([31, 31])))[-1]

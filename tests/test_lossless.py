@@ -174,6 +174,8 @@ SAMPLED_LATER = [
     ("stride_confident", 0.6, {"prices": PRICES, "widths": (1, 2), "verification": "block"}),
     ("longspec", 0.6, {"top_k": 9}), ("longspec", 1.0, {"verification": "block"}),
     ("anchor", 0.6, {"top_k": 9}), ("anchor", 1.0, {"verification": "block"}),
+    ("eagle3", 0.6, {"top_k": 9}), ("eagle3", 1.0, {"verification": "block"}),
+    ("eagle3_argmax", 1.0, {}),
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import test_anchor
 import test_block
 import test_decode
 import test_decode_rounds
+import test_eagle3
 import test_longspec
 import test_lossless
 import test_spire
@@ -31,6 +32,7 @@ import spire_jax.drafting.vanilla as vanilla_drafting
 import spire_jax.models.masks as masks
 from spire_jax.drafting.anchor import AnchorCache, AnchorView
 from spire_jax.drafting.block import BlockDraft, BlockDrafting
+from spire_jax.drafting.eagle3 import Eagle3, Eagle3Draft, Eagle3Options
 from spire_jax.drafting.longspec import Before, LongSpec, LongSpecDraft
 from spire_jax.drafting.spire import Spire, SpireDraft
 from spire_jax.drafting.stride import Strided, StridedDraft
@@ -147,6 +149,24 @@ def anchors_are_those_of_brute_force() -> None:
 
 def cached_anchors_are_those_of_brute_force() -> None:
     test_anchor.check_steps(0)
+
+
+def eagles_follow_the_definition() -> None:
+    test_eagle3.test_the_rollout_is_the_chain_by_definition()
+
+
+def eagles_follow_their_rollout() -> None:
+    test_strategies.test_the_oracles_view_is_what_replaying_finds(
+        "eagle3", {"window": 6, "sink": 1}, test_strategies.models.TINY, 11
+    )
+
+
+def eagles_rounds_follow_their_rollout() -> None:
+    test_decode_rounds.check_rounds("eagle3")
+
+
+def eagles_steps_are_weighed() -> None:
+    test_eagle3.test_the_loss_is_every_steps_of_every_token("distillation")
 
 
 # --- the mutants -------------------------------------------------------------------------------
@@ -623,6 +643,100 @@ def the_first_token_is_seen_twice(patch):
     patch(AnchorCache, "attend_and_append", attend_and_append)
 
 
+def a_rollout_of_eagle(patch, change):
+    """`change` of the text and the activations of a rollout."""
+
+    def rollout(self, tokens, activations, *rest):
+        return original(self, *change(tokens, activations), *rest)
+
+    original = Eagle3Draft.rollout
+    patch(Eagle3Draft, "rollout", rollout)
+
+
+def feature_shifted_by_one(patch):
+    a_rollout_of_eagle(patch, lambda x, ys: (x, tuple(jnp.roll(y, 1, axis=1) for y in ys)))
+
+
+def feature_beside_its_own_token(patch):
+    a_rollout_of_eagle(patch, lambda x, ys: (jnp.roll(x, 1, axis=1), ys))
+
+
+def chain_learns_from_the_targets_features(patch):
+    """No training-time test: what the target made of drafted tokens, instead of the chain's own."""
+
+    def rollout(self, tokens, activations, starts, k, read=None):
+        for j in range(k):
+            of = np.minimum(starts + j, tokens.shape[1] - 1)
+            yield from original(self, tokens, activations, of, 1, read)
+
+    original = Eagle3Draft.rollout
+    patch(Eagle3Draft, "rollout", rollout)
+
+
+def steps_weigh_alike(patch):
+    def learns(self, strategy, k):
+        return dataclasses.replace(original(self, strategy, k), decay=1.0)
+
+    original = Eagle3Options.learns
+    patch(Eagle3Options, "learns", learns)
+
+
+def a_step_of_eagle(patch, change):
+    """`change` of the state before and after a step in decoding; the rollout stays as it is."""
+
+    def step(self, params, state, *rest):
+        logits, after = original(self, params, state, *rest)
+        return logits, change(state, after)
+
+    original = Eagle3.step
+    patch(Eagle3, "step", step)
+
+
+def chain_forgets_its_own_output(patch):
+    a_step_of_eagle(patch, lambda x, y: dataclasses.replace(y, features=x.features))
+
+
+def drafted_pairs_unseen(patch):
+    a_step_of_eagle(patch, lambda x, y: dataclasses.replace(y, cache=x.cache))
+
+
+def pair_one_index_on(patch):
+    def step(self, cache, tokens, features, at):
+        return original(self, cache, tokens, features, at + 1)
+
+    original = Eagle3Draft.step
+    patch(Eagle3Draft, "step", step)
+
+
+def a_commit_of_eagle(patch, keep):
+    """What a round drafted stays, in the part of the state called `keep`."""
+
+    def commit(self, params, state, block):
+        after = original(self, params, state, block)
+        drafted = block.tokens.shape[1] == test_decode_rounds.K + 1
+        return dataclasses.replace(after, **{keep: getattr(state, keep)}) if drafted else after
+
+    original = Eagle3.commit
+    patch(Eagle3, "commit", commit)
+
+
+def drafted_pairs_stay(patch):
+    a_commit_of_eagle(patch, "cache")
+
+
+def drafted_features_stay(patch):
+    a_commit_of_eagle(patch, "features")
+
+
+def committed_beside_the_wrong_token(patch):
+    def commit(self, params, state, block):
+        tokens = jnp.roll(block.tokens, 1, axis=1)
+        return original(self, params, state, dataclasses.replace(block, tokens=tokens))
+
+    original = Eagle3.commit
+    patch(Eagle3, "commit", commit)
+
+
 # The first of each check in the fast tier (nothing where it is None), the others in the full one.
 CAUGHT: dict = {
     blocks_follow_the_target: (block_residual_without_b, block_kept_as_often_as_it_could_be),
@@ -667,6 +781,17 @@ CAUGHT: dict = {
     blocks_samples_follow_the_target: (None, blocks_verified_with_the_q_before_the_head),
     fused_memories_are_normalized: (None, what_is_fused_is_not_normalized),
     depths_keep_the_targets_distribution: (None, depth_of_the_drawn_tokens),
+    eagles_follow_the_definition: (
+        chain_learns_from_the_targets_features, feature_shifted_by_one,
+        feature_beside_its_own_token,
+    ),
+    eagles_steps_are_weighed: (None, steps_weigh_alike),
+    eagles_follow_their_rollout: (
+        None, chain_forgets_its_own_output, drafted_pairs_unseen, pair_one_index_on,
+    ),
+    eagles_rounds_follow_their_rollout: (
+        None, drafted_pairs_stay, drafted_features_stay, committed_beside_the_wrong_token,
+    ),
     greedy_follows_the_target: (target_writes_one_slot_late,),
     the_target_accepts_itself: (bonus_token_skipped,),
     rows_stop_at_the_end_of_sequence: (end_of_sequence_ignored_in_a_block,),

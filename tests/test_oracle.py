@@ -138,7 +138,7 @@ def target_pass(model, params, tokens, context, sampling, config):
     """One pass for all drafts at once, on the cache of a prefill of the context alone."""
     _, keys_values = model.bind(params).prefill(tokens[:, : context - 1])
     cache = tuple(full_cache(*kv, tokens.shape[1], model.compute) for kv in keys_values)
-    served = tuple(pair(kind, config).strategy for kind in ("vanilla", "spire", "snapkv"))
+    served = tuple(pair(kind, config).strategy for kind in ("vanilla", "spire", "snapkv", "eagle3"))
     return target_along(model, params, cache, tokens, context, served, sampling)
 
 
@@ -214,13 +214,15 @@ CASES: list[tuple] = [
         "block_causal",
         "longspec",
         "anchor",
+        "eagle3",
+        "eagle3_argmax",
     )
 ]
 CASES += [("spire", TINY, 0.7), ("spire", WINDOWED, 1.0), ("longspec", WINDOWED, 1.0)]
 BLOCKS = [(kind, TINY, temperature, "block") for kind, temperature in (
     ("spire", 1.0), ("vanilla", 0.7), ("ring", 1.0), ("stride", 1.0),
     ("stride_argmax", 0.7), ("block", 1.0), ("block_causal", 0.7), ("longspec", 1.0),
-    ("anchor", 0.7))]  # fmt: skip
+    ("anchor", 0.7), ("eagle3", 1.0))]  # fmt: skip
 
 
 @functools.cache

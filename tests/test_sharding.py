@@ -33,6 +33,7 @@ from spire_jax.config.schema import (
 from spire_jax.decoding import Weights, generate
 from spire_jax.drafting.anchor import AnchorOptions
 from spire_jax.drafting.block import BlockOptions
+from spire_jax.drafting.eagle3 import Eagle3Options
 from spire_jax.drafting.longspec import LongSpecOptions
 from spire_jax.drafting.pruning import prune
 from spire_jax.drafting.spire import SpireOptions
@@ -71,6 +72,7 @@ CONFIG = ExperimentConfig(
 LATER: dict[str, TrainedOptions] = {
     "longspec": LongSpecOptions(window=WINDOW),
     "anchor": AnchorOptions(anchors=ANCHORS, full_every=2, line=4, budget=2),
+    "eagle3": Eagle3Options(window=WINDOW, sink=SINK, share_embedding=False),
     "block": BlockOptions(n_layers=1, window=WINDOW, sink=SINK, k=2, offsets=(1,), head="markov",
                           head_rank=4, confidence=True),
     "stride": StrideOptions(n_layers=1, window=WINDOW, sink=SINK, strides=(2,), head="recurrent",

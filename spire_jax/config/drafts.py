@@ -133,6 +133,9 @@ class TrainedOptions(DraftOptions):
     steps: int = read_by(0, DRAFT, as_train=True)  # 0 = train.steps
     peak_lr: float = read_by(0.0, DRAFT, as_train=True)  # 0 = train.peak_lr
 
+    # Whether training rolls out from every token, not from every k-th: it computes k times as much.
+    every_start: ClassVar[bool] = False
+
     @property
     def shared(self) -> tuple[str, ...]:
         """Tables that are the frozen target's own, by name: neither trained nor stored."""
@@ -171,7 +174,7 @@ class TrainedOptions(DraftOptions):
     def check_run(self, at: str, config: "ExperimentConfig") -> None:
         train = config.train
         check_warm_up(f"{at}.steps", self.steps or train.steps, train)
-        if k := self.rollout(train):
+        if (k := self.rollout(train)) and not self.every_start:
             own = f"{at}.k" if getattr(self, "k", 0) else "train.k"
             check(train.seq_len % k == 0, f"{own}={k} does not divide train.seq_len="
                                           f"{train.seq_len}")  # fmt: skip

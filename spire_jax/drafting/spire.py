@@ -344,9 +344,9 @@ class SpireDraft(Transformer):
 
 
 @functools.cache
-def of_family(config: ModelConfig, draft: type[Transformer] = SpireDraft) -> type[Transformer]:
+def of_family(config: ModelConfig, draft: type[Transformer] | None = None) -> type[Transformer]:
     """The draft's module, with what a model's family has of its own (embedding, head) in it."""
-    module = config.module()
+    module, draft = config.module(), draft or SpireDraft
     if issubclass(draft, module):
         return draft
     return types.new_class(f"{draft.__name__}Of{module.__name__}", (draft, module))

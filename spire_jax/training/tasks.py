@@ -94,6 +94,7 @@ def draft_task(config: ExperimentConfig, name: str) -> Task:
     reads = tuple(views[i] for i in drafting.collect_cache)
     # What reads the target's keys and values makes none of its activations.
     flops = forward_flops(drafting.model, train.seq_len, depths > 0 and not reads, reads)
+    times = max(depths, 1) if draft.every_start else 1
     beside = sum(one.products for one in cost.passes) / (depths or 1)  # weights, of each token
     return Task(
         name,
@@ -101,7 +102,7 @@ def draft_task(config: ExperimentConfig, name: str) -> Task:
         draft.learns(drafting, depths or 1),
         draft.steps,
         draft.peak_lr,
-        3 * (flops + 2 * beside),
+        3 * times * (flops + 2 * beside),
         shared=draft.shared,
         k=depths or 1,
         strategy=drafting,
