@@ -187,7 +187,7 @@ def test_losses_weigh_depths_and_teach_confidence():
     own = init(of.model, 1) | {"confidence_bias": jnp.asarray([0.3])}
     p = jax.nn.softmax(jnp.asarray(np.random.default_rng(0).normal(size=(2, T, TINY.vocab_size))))
     batch = TrainBatch(tokens, (tokens + 1) % TINY.n_tokens, jnp.ones((2, T), bool))
-    lesson = Lesson(p, dict(zip((1, 3), ys, strict=True)))
+    lesson = Lesson(p, dict(zip((1, 3), ys, strict=True)), {})
     loss = draft.learns(of, K)
     values, alpha = jax.jit(loss)(own, lesson, batch)
     logits, confidence = jax.jit(lambda w: of.predict_slots(w, tokens, ys, K))(own)

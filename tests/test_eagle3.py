@@ -133,7 +133,9 @@ def test_the_loss_is_every_steps_of_every_token(loss):
     wanted = np.zeros((2, T, TINY.vocab_size))
     wanted[..., VALID] = rng.dirichlet(np.ones(TINY.n_tokens), (2, T))
     lesson = Lesson(
-        jnp.asarray(wanted, jnp.float32), dict(zip(p.strategy.collect, activations, strict=True))
+        jnp.asarray(wanted, jnp.float32),
+        dict(zip(p.strategy.collect, activations, strict=True)),
+        {},
     )
     batch = TrainBatch(tokens, jnp.roll(tokens, -1, axis=1), jnp.ones((2, T), bool))
     of = Eagle3Options(loss=loss).learns(p.strategy, K)
@@ -222,7 +224,7 @@ def test_depths_need_not_divide_a_text():
     )
     assert seven.train.seq_len % 7 and draft_task(seven, "it").k == 7
     flops = [draft_task(of, "it").flops_per_token for of in (seven, one)]
-    assert flops[0] == 7 * flops[1]
+    assert 6 * flops[1] < flops[0] < 7 * flops[1]  # activations are fused once
 
 
 # --- how it begins -------------------------------------------------------------------------------
@@ -272,8 +274,8 @@ def test_a_rounds_cost_counts_what_the_layer_has_beside_a_transformers():
     d, heads = 32, 2 * 2 * 8 + 2 * 2 * 8
     wide, fc = d * heads + d, 3 * 32 * d
     cost = Eagle3Options(layers=(0, 1, 2), window=0).cost(TINY, 100.0, 3)
-    again = Pass(more=wide, products=wide)
-    first = Pass(projections=8, more=wide + fc, products=wide + 4 * fc)
+    again = Pass(weights=wide, products=wide)
+    first = Pass(projections=8, weights=wide + fc, products=wide + 4 * fc)
     assert cost.passes == (first, again, again) and cost.rows == 100
     assert cost.more == wide + fc
 

@@ -323,8 +323,8 @@ def q_recomputed_in_bfloat16(patch):
 
 
 def bonus_token_skipped(patch):
-    def verify(keys, drafts, q, p):
-        accepted, following = original(keys, drafts, q, p)
+    def verify(keys, drafts, q, p, depth=None):
+        accepted, following = original(keys, drafts, q, p, depth)
         k = drafts.shape[1]
         following = jnp.where(accepted == k, drafts[:, -1], following)
         return jnp.minimum(accepted, k - 1), following

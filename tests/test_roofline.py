@@ -98,15 +98,15 @@ _MUTANTS = {
         "(self.passes - 1) * self.draft_step",
     ),
     "verification free": ("self.draft_step + self.verification", "self.draft_step"),
-    "a FLOP per weight": ("flops = 2.0 * weights", "flops = 1.0 * weights"),
+    "a FLOP per weight": ("flops = 2.0 * body", "flops = 1.0 * body"),
     "keys without values": ("return 2 * model.n_layers", "return model.n_layers"),
     "free memory projection": ("if projections:", "if False:"),
     "memory projected once for keys and values": (
         "flops += 2 * projections * batch",
         "flops += projections * batch",
     ),
-    "weights of one byte": ("weights * self.weight_bytes", "weights"),
-    "cache of one byte": ("row * self.cache_bytes", "row"),
+    "weights of one byte": ("chips) * self.weight_bytes", "chips)"),
+    "cache of one byte": ("cached * self.cache_bytes", "cached"),
     "weights read for free": ("max(flops, weight_reads + cache_reads)", "max(flops, cache_reads)"),
     "cache read for free": ("max(flops, weight_reads + cache_reads)", "max(flops, weight_reads)"),
     "no overlap": (
@@ -179,6 +179,7 @@ def test_the_numbers_catch_a_change_of_any_term(
         monkeypatch.setattr(changed, "RoundCost", roofline.RoundCost)
     elif mutant in _OF_DRAFTS:
         changed = _changed(drafts, *_OF_DRAFTS[mutant], monkeypatch)
+        monkeypatch.setattr(changed, "DraftCost", drafts.DraftCost)
         monkeypatch.setattr(drafts.DraftOptions, "cost", changed.DraftOptions.cost)
     else:
         changed = _changed(throughput, *_OF_THE_PAPER[mutant], monkeypatch)
