@@ -150,7 +150,8 @@ def test_a_cache_of_odd_sizes_would_be_copied(libtpu):
 def small():
     return load("configs/paper_67m.py", [
         "target.n_layers=2", "target.d_model=256", "target.d_ff=512", "target.n_tokens=1000",
-        "drafts.spire.n_layers=1", "train.batch_size=8", "train.seq_len=256",
+        "drafts.spire.n_layers=1", "drafts.longspec.kind=longspec", "drafts.anchor.kind=anchor",
+        "drafts.anchor.anchors=198", "drafts.anchor.full_every=2", "train.batch_size=8", "train.seq_len=256",
         "throughput.batch_size=8", "throughput.context_length=500", "decode.dtype=bfloat16",
         "eval.context_lengths=100",
     ])  # fmt: skip
@@ -172,6 +173,13 @@ def small():
                 ("spire: draft step", 1),
                 ("spire: verify step", 2),
                 ("autoregressive step", 2),
+                # Forward and twice backward; the target's keys and values have no gradient.
+                ("longspec's train step", 3 + 2),
+                ("longspec: draft step", 2),
+                ("longspec: whole round", 2 + 2),
+                # Of its two layers one is a kernel's; its first step takes two tokens.
+                ("anchor's train step", 3),
+                ("anchor: whole round", 2 + 2),
             )
         ),
     ],
