@@ -146,15 +146,13 @@ def test_a_cache_of_odd_sizes_would_be_copied(libtpu):
     assert report.largest_copy >= 64 * 4101 * 1024 * 2
 
 
-@pytest.fixture(scope="module")
-def small():
-    return load("configs/paper_67m.py", [
-        "target.n_layers=2", "target.d_model=256", "target.d_ff=512", "target.n_tokens=1000",
-        "drafts.spire.n_layers=1", "drafts.longspec.kind=longspec", "drafts.anchor.kind=anchor",
-        "drafts.anchor.anchors=198", "drafts.anchor.full_every=2", "train.batch_size=8", "train.seq_len=256",
-        "throughput.batch_size=8", "throughput.context_length=500", "decode.dtype=bfloat16",
-        "eval.context_lengths=100",
-    ])  # fmt: skip
+SMALL = [
+    "target.n_layers=2", "target.d_model=256", "target.d_ff=512", "target.n_tokens=1000",
+    "drafts.spire.n_layers=1", "drafts.longspec.kind=longspec", "drafts.anchor.kind=anchor",
+    "drafts.anchor.anchors=198", "drafts.anchor.full_every=2", "train.batch_size=8", "train.seq_len=256",
+    "throughput.batch_size=8", "throughput.context_length=500", "decode.dtype=bfloat16",
+    "eval.context_lengths=100",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -184,9 +182,22 @@ def small():
         ),
     ],
 )
-def test_steps_compile_with_the_kernels_inside(libtpu, small, name, n_kernels):
+def test_steps_compile_with_the_kernels_inside(libtpu, name, n_kernels):
     """By default, since the device is a TPU; the caches of serving steps are updated in place."""
+    check_step(name, n_kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, n_kernels",
+    [("spire's train step", 2 * 3), ("spire: draft step", 1), ("spire: whole round", 1 + 2)],
+)
+def test_eagles_steps_compile(libtpu, name, n_kernels):
+    check_step(name, n_kernels, "drafts.spire.kind=eagle3", "drafts.spire.k=2")
+
+
+def check_step(name: str, n_kernels: int, *overrides: str) -> None:
     mesh = make_mesh(MeshConfig(), [*one_device("v5e").device_set])
     with jax.set_mesh(mesh):
-        steps = dict(programs(small, mesh))
+        steps = dict(programs(load("configs/paper_67m.py", [*SMALL, *overrides]), mesh))
     assert compile_on(mesh, steps[name]).kernels == n_kernels

@@ -10,6 +10,7 @@ from models import SINK, TINY, WINDOW, computed_by, init, pair, ragged, texts
 
 from spire_jax.config.schema import ExperimentConfig, TrainConfig
 from spire_jax.decoding import generate
+from spire_jax.drafting.eagle3 import Eagle3Options
 from spire_jax.drafting.longspec import LongSpecOptions
 from spire_jax.drafting.spire import SpireOptions
 from spire_jax.drafting.vanilla import VanillaOptions
@@ -30,7 +31,7 @@ slow = pytest.mark.slow
         "spire",
         *(
             pytest.param(k, marks=slow)
-            for k in ("ring", "vanilla", "magicdec", "snapkv", "longspec", "anchor")
+            for k in ("ring", "vanilla", "magicdec", "snapkv", "longspec", "anchor", "eagle3")
         ),
     ],
 )
@@ -68,6 +69,7 @@ def test_sampled_decoding():
                 ("spire", True, 4),
                 ("vanilla", False, 4),
                 ("longspec", True, 4),
+                ("eagle3", True, 4),
             )
         ),
     ],
@@ -75,7 +77,8 @@ def test_sampled_decoding():
 def test_training(name, remat, k):
     """Loss and gradients of a step, a rollout of every k-th token included."""
     sizes: dict = {"n_layers": 1, "window": WINDOW, "sink": SINK}
-    drafts = (("longspec", LongSpecOptions(window=WINDOW)), ("spire", SpireOptions(**sizes)),
+    drafts = (("eagle3", Eagle3Options(share_embedding=False, **sizes)),
+              ("longspec", LongSpecOptions(window=WINDOW)), ("spire", SpireOptions(**sizes)),
               ("vanilla", VanillaOptions(loss="hard", **sizes)))  # fmt: skip
     rows = jnp.asarray(texts(2, 25))
     batch = TrainBatch(rows[:, :-1], rows[:, 1:], jnp.ones((2, 24), bool))
@@ -85,7 +88,7 @@ def test_training(name, remat, k):
         config = ExperimentConfig(target=WIDE, drafts=drafts, train=train)
         task = target_task(config) if name == "target" else draft_task(config, name)
         lesson = None
-        if name in ("spire", "longspec"):
+        if task.reads:
             params = pair("spire", WIDE).target_params
             lesson = teach(teacher(config, [task]), params, batch)
 
@@ -101,7 +104,7 @@ def test_training(name, remat, k):
 
 
 @slow
-@pytest.mark.parametrize("kind", ["spire", "magicdec", "vanilla", "longspec", "anchor"])
+@pytest.mark.parametrize("kind", ["spire", "magicdec", "vanilla", "longspec", "anchor", "eagle3"])
 def test_probabilities_along_a_text(kind):
     """What the oracle reads: rollouts from every position."""
     tokens, context = jnp.asarray(texts(2, 20)), 8
