@@ -149,7 +149,8 @@ def test_a_cache_of_odd_sizes_would_be_copied(libtpu):
 SMALL = [
     "target.n_layers=2", "target.d_model=256", "target.d_ff=512", "target.n_tokens=1000",
     "drafts.spire.n_layers=1", "drafts.longspec.kind=longspec", "drafts.anchor.kind=anchor",
-    "drafts.anchor.anchors=198", "drafts.anchor.full_every=2", "train.batch_size=8", "train.seq_len=256",
+    "drafts.anchor.anchors=198", "drafts.anchor.full_every=2", "train.batch_size=8",
+    "train.seq_len=256",
     "throughput.batch_size=8", "throughput.context_length=500", "decode.dtype=bfloat16",
     "eval.context_lengths=100",
 ]  # fmt: skip
