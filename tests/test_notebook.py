@@ -28,7 +28,13 @@ from spire_jax.serving.interactive import visible
 from spire_jax.serving.records import LENGTH, Request, Result
 
 QUICK = "configs/quickstart.py"
-SMALL = ["target.d_model=16", "target.d_head=8", "target.d_ff=16", "drafts.vanilla.n_layers=1"]
+SMALL = [
+    "target.d_model=16",
+    "target.d_head=8",
+    "target.d_ff=16",
+    "drafts.vanilla.n_layers=1",
+    "drafts.spire.kind=spire",
+]
 PAPER, LLAMA = "configs/paper_67m.py", "configs/paper_llama3_70b.py"
 
 # --- who reads what ------------------------------------------------------------------------------

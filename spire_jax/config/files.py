@@ -15,7 +15,8 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
@@ -50,6 +51,7 @@ def load(
         recorded = path.suffix == ".json"
         values = _recorded(path) if recorded else _plain(_get_config(path), path)
     drafts = list(_mapping(values.setdefault("drafts", {})))
+    written = {name: dict(_mapping(of, f"drafts.{name}")) for name, of in values["drafts"].items()}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
@@ -59,7 +61,24 @@ def load(
         # The command line makes one by naming its kind, or whose weights it uses.
         if drafts and "kind" not in draft and "weights_of" not in draft:
             known(name, drafts, f"drafts.{name}")
-    return build(values, check)
+    return build(values, check, _of_another_kind(written, values["drafts"], overrides))
+
+
+def _of_another_kind(
+    written: Mapping[str, Mapping[str, Any]], drafts: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, set[str]]:
+    """By draft, what its file says of it that need not fit: the command line changed its kind, or
+    that of the draft whose weights it uses."""
+    given = {override.partition("=")[0] for override in overrides}
+    found: dict[str, set[str]] = {}
+    for name in sorted(written.keys() & drafts.keys(), key=lambda n: "weights_of" in written[n]):
+        own, of = written[name], written[name].get("weights_of")
+        if not isinstance(drafts[name], Mapping):
+            continue  # which `build` says
+        if drafts[name].get("kind") != own.get("kind") or of in found:
+            found[name] = {key for key in own if f"drafts.{name}.{key}" not in given}
+            found[name] |= found.get(of, set()) if of else set()
+    return found
 
 
 def _recorded(path: pathlib.Path) -> dict[str, Any]:
@@ -96,8 +115,15 @@ def _get_config(path: pathlib.Path) -> Any:
                           f"(docs/config.md: a function get_config)") from error  # fmt: skip
 
 
-def build(values: Mapping[str, Any], check: Check = validate) -> ExperimentConfig:
-    """Frozen, validated dataclasses from a mapping of what differs from the defaults."""
+def build(
+    values: Mapping[str, Any],
+    check: Check = validate,
+    may_go: Mapping[str, Collection[str]] = types.MappingProxyType({}),
+) -> ExperimentConfig:
+    """Frozen, validated dataclasses from a mapping of what differs from the defaults.
+
+    `may_go`: by draft, options that are left out where its kind does not have them.
+    """
     values = dict(values)
     of = ExperimentConfig()
     plugins = convert(values.get("plugins", ()), tuple[str, ...], "plugins", ("package.module",))
@@ -110,7 +136,8 @@ def build(values: Mapping[str, Any], check: Check = validate) -> ExperimentConfi
                               f"{reason}); give a module's dotted name, found from where the "
                               f"command runs or on PYTHONPATH") from error  # fmt: skip
     named = _mapping(values.pop("drafts", {}))
-    drafts = tuple((name, _draft(name, _as_trained(name, named))) for name in sorted(named))
+    drafts = tuple((name, _draft(name, _as_trained(name, named), may_go.get(name, ())))
+                   for name in sorted(named))  # fmt: skip
     target = _model(values.pop("target", {}))
     known_here = [f.name for f in dataclasses.fields(of) if f.name != "variants"]
     for name in values:
@@ -154,7 +181,7 @@ def _as_trained(name: str, named: Mapping[str, Any]) -> Any:
     return {**base, **values}
 
 
-def _draft(name: str, values: Any) -> DraftOptions:
+def _draft(name: str, values: Any, may_go: Collection[str]) -> DraftOptions:
     at = f"drafts.{name}"
     values = _mapping(values, at)
     if "kind" not in values:
@@ -165,6 +192,7 @@ def _draft(name: str, values: Any) -> DraftOptions:
     except ConfigError as error:
         raise ConfigError(f"{at}.kind={kind!r}: {error}") from None
     own = {field.name for field in dataclasses.fields(cls)}
+    values = {key: value for key, value in values.items() if key in own or key not in may_go}
     for key in values:
         others = [f"{other!r}" for other, its in DRAFT_KINDS.items().items()
                   if key in {field.name for field in dataclasses.fields(its)}]  # fmt: skip

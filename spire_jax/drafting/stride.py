@@ -123,7 +123,8 @@ class StrideOptions(SlotOptions):
 
     kind: str = "stride"
     strides: tuple[int, ...] = (1, 2, 4)  # each batch of training draws one of them
-    stride: int = read_by(1, EVALUATE, STUDY)  # tokens that a pass drafts, in decoding
+    # Tokens that a pass drafts, in decoding; the last one of a round what is left of k.
+    stride: int = read_by(1, EVALUATE, STUDY)
 
     def strategy(self, target, compute):
         model = self.slots_model(target, compute, StridedDraft)
@@ -138,21 +139,13 @@ class StrideOptions(SlotOptions):
         positive(self, at, "stride")
         check(bool(self.strides) and all(s >= 1 for s in self.strides),
               f"{at}.strides={self.strides} must be one or more, each 1 or more")  # fmt: skip
-        depths = (config.decode.k, *config.decode.depths)
-        wide = [k for k in depths if self.stride > k]
-        check(not wide, f"{at}.stride={self.stride} is more than the {min(wide, default=0)} tokens "
-                        f"that a round drafts (decode.k, decode.depths)")  # fmt: skip
-
-    def check_run(self, at, config):
-        super().check_run(at, config)
-        k = self.rollout(config.train)
-        odd = [s for s in self.strides if k % s]
-        own = f"{at}.k" if self.k else "train.k"
-        check(not odd, f"{at}.strides: {odd} do not divide {own}={k}")
 
 
 def passes(k: int, stride: int) -> list[tuple[int, int]]:
-    """Of every pass of a round of k, how many known tokens it reads and how many it drafts."""
+    """Of every pass of a round of k, how many known tokens it reads and how many it drafts.
+
+    The last one drafts what is left, where the stride does not divide k.
+    """
     slots = [min(stride, k - begin) for begin in range(0, k, stride)]
     return list(zip([1] + [stride] * (len(slots) - 1), slots, strict=True))
 

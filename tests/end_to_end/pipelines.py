@@ -16,6 +16,9 @@ OVERRIDES = {
     "target.n_kv_heads": 2,
     "target.d_head": 8,
     "target.d_ff": 24,
+    "drafts.stride2": "",  # a program for each would take longer than all the rest
+    "drafts.stride4": "",
+    "drafts.spire.kind": "spire",
     "drafts.magicdec.window": 6,
     "drafts.spire.n_layers": 1,
     "drafts.spire.window": 8,
