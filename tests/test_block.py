@@ -79,6 +79,7 @@ def test_a_causal_block_is_a_stride_of_k_and_begins_like_spire():
         assert np.abs(other - spires[:, :, : other.shape[2]]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_causal_block_fed_the_true_tokens_is_spire_without_feedback():
     """A text of one token, which is what the mask is."""
     tokens = jnp.full((2, T), 3)
@@ -91,11 +92,13 @@ def test_a_causal_block_fed_the_true_tokens_is_spire_without_feedback():
     assert np.abs(np.diff(wanted, axis=2)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_causal_rounds_beginning_is_a_shallower_round():
     close(plain(False), plain(False, 2 * K)[:, :, :K])
     assert np.abs(plain(True) - plain(True, 2 * K)[:, :, :K]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_bidirectional_round_is_of_all_slots_whatever_is_asked_for():
     of, own, (tokens, ys) = strategy(), params(), given()
 
@@ -119,6 +122,7 @@ def test_a_bidirectional_round_is_of_all_slots_whatever_is_asked_for():
 # --- a block by definition ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_a_block_is_the_last_token_and_masks_over_fused_memories(bidirectional):
     tokens, ys = given()
@@ -141,6 +145,7 @@ def test_a_block_is_the_last_token_and_masks_over_fused_memories(bidirectional):
         close(plain(bidirectional)[:, r], np.asarray(module.unembed(x))[..., VALID])
 
 
+@pytest.mark.slow
 def test_a_head_of_zeros_says_nothing():
     own = params(head="markov") | params()
     of = strategy(head="markov")
@@ -159,6 +164,7 @@ def test_a_grid_has_every_token_once(length, k, offset):
     assert (starts % k == offset)[1:].all() and starts[0] == 0
 
 
+@pytest.mark.slow
 def test_each_batch_draws_where_its_blocks_begin():
     of, (tokens, ys), own = strategy(head="markov"), given(), params(head="markov")
     predict = jax.jit(lambda x: (of.predict(own, x, ys, K), of.depths(x, K)))
@@ -178,6 +184,7 @@ def test_each_batch_draws_where_its_blocks_begin():
     assert seen == set(range(K))
 
 
+@pytest.mark.slow
 def test_losses_weigh_depths_and_teach_confidence():
     """exp(-(j - 1) / gamma) over its mean; cross-entropy against alpha, which it does not teach."""
     draft = dataclasses.replace(
@@ -267,6 +274,7 @@ def test_a_causal_block_may_go_on():
 # --- confidence --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["block", "stride_confident"])
 def test_survival_is_the_product_of_what_the_rollout_is_sure_of(kind):
     """Whatever is drawn at the slot: what comes after it alone may know."""

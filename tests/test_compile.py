@@ -149,8 +149,9 @@ def test_a_cache_of_odd_sizes_would_be_copied(libtpu):
 SMALL = [
     "target.n_layers=2", "target.d_model=256", "target.d_ff=512", "target.n_tokens=1000",
     "drafts.spire.n_layers=1", "drafts.longspec.kind=longspec", "drafts.anchor.kind=anchor",
-    "drafts.anchor.anchors=198", "drafts.anchor.full_every=2", "train.batch_size=8",
-    "train.seq_len=256",
+    "drafts.anchor.anchors=198", "drafts.anchor.full_every=2", "drafts.block.kind=block",
+    "drafts.block.n_layers=1", "drafts.block.offsets=0,2", "drafts.block.confidence=true",
+    "train.batch_size=8", "train.seq_len=256",
     "throughput.batch_size=8", "throughput.context_length=500", "decode.dtype=bfloat16",
     "eval.context_lengths=100",
 ]  # fmt: skip
@@ -177,6 +178,9 @@ SMALL = [
                 ("longspec: draft step", 2),
                 ("longspec: whole round", 2 + 2),
                 # Of its two layers one is a kernel's; its first step takes two tokens.
+                ("block's train step", 2 * 3),  # of two offsets
+                ("block: draft step", 1),
+                ("block: whole round", 1 + 2),
                 ("anchor's train step", 3),
                 ("anchor: whole round", 2 + 2),
             )

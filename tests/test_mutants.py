@@ -773,8 +773,9 @@ CAUGHT: dict = {
     ),
     strides_samples_follow_the_target: (None, verified_with_the_q_before_the_head),
     blocks_drafts_follow_the_rollout: (
-        masks_one_position_on, block_slots_shifted_by_one, a_block_sees_what_the_target_makes_of_it,
-        activations_of_other_layers_are_read, head_fed_the_token_before_the_previous,
+        None, masks_one_position_on, block_slots_shifted_by_one,
+        a_block_sees_what_the_target_makes_of_it, activations_of_other_layers_are_read,
+        head_fed_the_token_before_the_previous,
     ),
     blocks_follow_the_rollout_after_rejections: (None, masks_stay_where_tokens_are_kept),
     blocks_are_what_they_are_by_definition: (None, blocks_see_no_later_masks),

@@ -123,6 +123,7 @@ def test_other_memories_are_other_activations_and_mixes(kind):
     assert np.abs(found - ordinary)[..., VALID].max() > 1e-2
 
 
+@pytest.mark.slow
 def test_fused_memories_are_one_vector_for_all_layers():
     """RMSNorm(concat(y) F), by hand, as what every layer makes its own keys and values of."""
     p = pair("spire_fused")
@@ -139,6 +140,7 @@ def test_fused_memories_are_one_vector_for_all_layers():
     assert moved[..., VALID].max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_pruned_draft_starts_with_the_mean_of_what_it_fuses():
     """Of one activation that is what the copied block read in the target."""
     of_target = target()[1]

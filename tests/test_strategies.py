@@ -78,7 +78,14 @@ def named(case: tuple[str, dict]) -> str:
     return "-".join([case[0], *map(str, case[1].values())])
 
 
-every_kind = pytest.mark.parametrize("kind,options", CASES, ids=map(named, CASES))
+# In the full tier: others stand for them.
+REST = [(kind, options) for kind, options in CASES
+        if (kind == "block" and "sink" not in options)
+        or (kind != "block" and options.get("memory") == "fused")]  # fmt: skip
+every_kind = pytest.mark.parametrize(
+    "kind,options",
+    [pytest.param(*c, id=named(c), marks=pytest.mark.slow if c in REST else ()) for c in CASES],
+)
 
 
 def draft_of(kind: str, options: dict) -> DraftOptions:
@@ -211,7 +218,7 @@ FASTER = [case for case in CASES if type(draft_of(*case).strategy(models.TINY, C
 
 # In the full tier: test_anchor.py has a cache's steps, and LongSpec's first options stand for it.
 LATER = [case for case in FASTER if case[0] == "anchor"]
-LATER += [case for case in FASTER if case[0] == "longspec"][1:]
+LATER += [case for case in FASTER if case[0] == "longspec"][1:] + REST
 
 
 @pytest.mark.parametrize(
