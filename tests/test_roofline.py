@@ -106,7 +106,7 @@ _MUTANTS = {
         "flops += projections * batch",
     ),
     "weights of one byte": ("weights * self.weight_bytes", "weights"),
-    "cache of one byte": ("row * self.cache_bytes", "row"),
+    "cache of one byte": ("cached * self.cache_bytes", "cached"),
     "weights read for free": ("max(flops, weight_reads + cache_reads)", "max(flops, cache_reads)"),
     "cache read for free": ("max(flops, weight_reads + cache_reads)", "max(flops, weight_reads)"),
     "no overlap": (
