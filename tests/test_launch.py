@@ -323,6 +323,23 @@ def test_study_gets_its_corpus_and_tokenizer_before_it_runs(place):
     assert study(*given) == (0, [fetch, f"{run} {given[0]} {given[1]}", figures])
 
 
+def test_the_study_of_drafts_ends_in_its_tables(place):
+    place.python()
+    (place.root / "runs/study_drafts/report").mkdir(parents=True)
+    (place.root / "runs/study_drafts/report/summary.json").touch()
+    result = place.run("launch/study_drafts.sh", "--config.drafts.dspark=", "--stages=report")
+    assert result.returncode == 0
+    lines = [line.split()[4:] for line in place.done() if line.startswith("run ")]
+    assert [line[0] for line in lines] == [
+        "launch.fetch_packages", "launch.train_tokenizer", "spire_jax.run",
+        "launch.bench.tau_by_tokens", "launch.draft_tables",
+    ]  # fmt: skip
+    assert lines[1][1] == "--config=configs/study.py"  # whose tokenizer it is
+    for line in lines[2:]:
+        assert line[1] == "--config=configs/study_drafts.py" and "--config.drafts.dspark=" in line
+    assert "--stages=report" in lines[2] and "--stages=report" not in lines[4]
+
+
 def test_quickstart_leaves_the_platform_to_jax_where_there_is_a_choice(place):
     place.python()
     assert quickstart(place)[1].startswith("cpu ")

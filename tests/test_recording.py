@@ -225,7 +225,8 @@ SELF_DRAFTING = ("magicdec", "snapkv")
 
 def experiment(name: str) -> schema.ExperimentConfig:
     """A config with MagicDec, and SnapKV of as many tokens, among its drafts."""
-    config = files.load(ROOT / "configs" / f"{name}.py")
+    once = ["drafts.spire.kind=spire", "drafts.stride2=", "drafts.stride4="]
+    config = files.load(ROOT / "configs" / f"{name}.py", once if name == "quickstart" else ())
     drafts = dict(config.drafts)
     window, sink = drafts.setdefault("magicdec", MagicDecOptions()).kept()
     drafts["snapkv"] = SnapKvOptions(budget=sink + window)

@@ -93,7 +93,10 @@ def test_what_is_missing_or_of_another_config_is_named(done, corpus, tmp_path, c
 
 
 def config(*more: str):
-    return load("configs/quickstart.py", ["study.of=spire", "study.contexts=400", *more])
+    return load(
+        "configs/quickstart.py",
+        ["drafts.spire.kind=spire", "study.of=spire", "study.contexts=400", *more],
+    )
 
 
 def test_the_smallest_effect_is_what_repeated_studies_resolve():
