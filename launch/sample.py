@@ -83,10 +83,11 @@ def machine(summary: Mapping[str, Any]) -> str:
 
 
 def differences(summary: Mapping[str, Any]) -> str:
-    """What one method emits more than another, paired, in a sentence."""
+    """What SPIRe emits more or less than the others, paired, in a sentence."""
     rows = [
         f"{pair.replace(' - ', ' less ')} {number(row['difference'])}{spread(row['ci95'], 2)}"
-        for pair, row in summary["paired_differences"].items() if row
+        for pair, row in summary["paired_differences"].items()
+        if row and "spire" in pair.split(" - ")
     ]  # fmt: skip
     return f"Differences in `tau`, paired: {'; '.join(rows)}." if rows else ""
 
@@ -153,7 +154,7 @@ def picture(summary: Mapping[str, Any]) -> Figure:
     return plots.finish(
         figure, f"The quickstart's run, k = {at['k']}",
         f"Intervals (95%) of tau are over documents. Modeled: HOI {at['hoi']:g} FLOPs per byte, "
-        f"tau of context {summary['context_length']} at every context; above right the variant "
+        f"tau by context, beyond those of the run the nearest's; above right the variant "
         f"{at['variant']}. {timed(summary)} The bars' ends: the least and the largest ratio.",
     )  # fmt: skip
 
