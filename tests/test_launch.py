@@ -329,7 +329,8 @@ def test_the_study_of_drafts_ends_in_its_tables(place):
     (place.root / "runs/study_drafts/report/summary.json").touch()
     result = place.run("launch/study_drafts.sh", "--config.drafts.dspark=", "--stages=report")
     assert result.returncode == 0
-    lines = [line.split()[4:] for line in place.done() if line.startswith("run ")]
+    lines = [line.partition(f" {place.root} ")[2].split() for line in place.done()
+             if line.startswith("run ")]  # fmt: skip
     assert [line[0] for line in lines] == [
         "launch.fetch_packages", "launch.train_tokenizer", "spire_jax.run",
         "launch.bench.tau_by_tokens", "launch.draft_tables",
