@@ -116,6 +116,7 @@ def released_programs():
 _FINISHED = itertools.count(1)
 
 
+@pytest.hookimpl(trylast=True)  # when what the test has patched is as it was
 def pytest_runtest_teardown() -> None:
     """... and within a file of hundreds of programs (the kernels' in the full tier)."""
     if next(_FINISHED) % 20 == 0:
