@@ -9,15 +9,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash launch/setup.sh requirements.txt
-source launch/setup/environment.sh
+source launch/setup/python_packages.sh
 
-python=.venv/bin/python
 workdir="${WORKDIR:-runs/study}"
 config=--config=configs/study.py
-"$python" -m launch.fetch_packages --list=configs/python_packages.txt --out=data/python_packages
-tokenizer=data/python_bpe_4096.json
-[[ -f "$tokenizer" ]] || "$python" -m launch.train_tokenizer "$config" --out="$tokenizer"
 "$python" -m spire_jax.run "$config" --workdir="$workdir" "$@"
 
 overrides=()

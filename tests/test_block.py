@@ -169,7 +169,7 @@ def test_each_batch_draws_where_its_blocks_begin():
     of, (tokens, ys), own = strategy(head="markov"), given(), params(head="markov")
     predict = jax.jit(lambda x: (of.predict(own, x, ys, K), of.depths(x, K)))
     every = np.arange(T)
-    run = jax.jit(lambda x: of.model.bind(own).strided_rollout(x, ys, every, K, K, in_head=True))
+    run = jax.jit(lambda x: of.model.bind(own).strided_rollout(x, ys, every, K, K))
     seen = set()
     for shift in range(K):
         x = tokens.at[0, 0].set(shift)

@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_not_chosen():
     of = {c.method: c.memory_bytes for c in offers(config, TAUS, cell, CHIP)}
     between = (of[AUTOREGRESSIVE] + of["spire"]) / 2
     small = dataclasses.replace(CHIP, hbm_bytes=between)
-    found = choose(config, TAUS, [cell], small, baseline="spire")
+    found = choose(config, TAUS, [cell], small, baseline="spire", reserve=0.0)
     assert found["policies"]["any draft"]["choices"] == [{"method": AUTOREGRESSIVE, "k": 0}]
     assert set(found["cells"][0]["do_not_fit"]) == {"spire", "vanilla", "magicdec"}
     assert "spire, k = 4" not in found["policies"]
@@ -309,7 +309,7 @@ def test_a_runs_own_config_names_no_code(tmp_path, capsys):
     assert "names code (plugins: ['os'])" in capsys.readouterr().err
 
 
-def test_choosing_needs_no_jax(workdir):
+def test_choosing_needs_no_jax():
     script = ("import sys; from spire_jax.results import choice, mix; "
               "sys.exit('jax' in sys.modules)")  # fmt: skip
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -165,9 +165,7 @@ def test_each_batch_is_of_one_of_the_strides():
     predict = jax.jit(lambda x: of.predict(own, x, activations, 4))
     starts, seen = np.arange(0, T, 4), set()
     run = jax.jit(
-        lambda x, stride: of.model.bind(own).strided_rollout(
-            x, activations, starts, 4, stride, in_head=True
-        ),
+        lambda x, stride: of.model.bind(own).strided_rollout(x, activations, starts, 4, stride),
         static_argnums=1,
     )
     for shift in range(4):

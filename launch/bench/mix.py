@@ -47,7 +47,6 @@ from spire_jax.storage.metrics import write_whole
 from spire_jax.training.workdir import ERRORS, WorkDir
 
 Method = tuple[str, int]  # a draft and its depth; 0: autoregressive
-WIDTH = 4  # bytes of a float32
 
 
 class TimedServer(Server):
@@ -64,9 +63,13 @@ class TimedServer(Server):
         return found
 
 
-def machine() -> Chip:
-    """This machine as a chip: the bytes/s of a large copy or read, FLOP/s of a large product."""
-    copied, square = np.ones(COPIED, np.float32), np.ones((PRODUCT, PRODUCT), np.float32)
+def machine(dtype: str) -> Chip:
+    """This machine as a chip: bytes/s of a large copy or read, FLOP/s of a large product in dtype.
+
+    Its one peak is at the width that weights and caches have in that type.
+    """
+    copied = np.ones(COPIED, np.float32)
+    square = jax.numpy.ones((PRODUCT, PRODUCT), dtype)
     copy, read = jax.jit(lambda x: x + 1), jax.jit(jax.numpy.sum)
     rates = {
         "copy": 8.0 * COPIED / _seconds(copy, jax.device_put(copied)),
@@ -74,7 +77,8 @@ def machine() -> Chip:
         "product": 2.0 * PRODUCT**3 / _seconds(jax.jit(jax.numpy.matmul), square, square),
     }
     memory = max(rates["copy"], rates["read"])
-    return Chip("this machine", {WIDTH: rates["product"]}, memory, float("inf"), 1.0, 1, "measured")
+    peak = {square.dtype.itemsize: rates["product"]}
+    return Chip("this machine", peak, memory, float("inf"), 1.0, 1, "measured")
 
 
 def _seconds(program: Any, *arguments: Any) -> float:
@@ -149,14 +153,14 @@ def predicted(
     tokens: int,
 ) -> float:  # fmt: skip
     """Modeled tokens/s of a cell, its rows on average half way through their output."""
-    name, k = method
-    at = dataclasses.replace(config.throughput, weight_bytes=float(WIDTH), compute_bytes=WIDTH,
-                             cache_bytes=float(WIDTH), launch_us=launch_us)  # fmt: skip
+    (name, k), ((width, peak),) = method, chip.peak_flops.items()
+    at = dataclasses.replace(config.throughput, weight_bytes=float(width), compute_bytes=width,
+                             cache_bytes=float(width), launch_us=launch_us)  # fmt: skip
     cost = round_cost(
         dataclasses.replace(config, throughput=at), name, batch=cell.batch, k=k or None,
         context=[n + tokens / 2 for n in cell.contexts], hoi=chip, variant=VARIANT,
     )  # fmt: skip
-    return cell.batch * tau * chip.peak(WIDTH) / cost.total
+    return cell.batch * tau * peak / cost.total
 
 
 def records_of(
@@ -273,7 +277,7 @@ def run(
         target, drafts = for_decoding(config, target, drafts)
         weights = {AUTOREGRESSIVE: Weights(target)}
         weights |= {name: Weights(target, of) for name, of in drafts.items()}
-        chip = machine()
+        chip = machine(config.decode.dtype)
         found = [
             measure(config, weights, cell, contexts, methods, at.corpus.tokenizer,
                     tokens=args.tokens, waves=args.waves, repeats=args.repeats)
@@ -282,7 +286,9 @@ def run(
     records = records_of(config, cells, found, chip, args.tokens)
     print_table(records)
     args.out.mkdir(parents=True, exist_ok=True)
-    about = {**describe(), "bytes_per_s": chip.hbm_bytes_per_s, "flops_per_s": chip.peak(WIDTH)}
+    (flops,) = chip.peak_flops.values()
+    about = {**describe(), "dtype": config.decode.dtype, "bytes_per_s": chip.hbm_bytes_per_s,
+             "flops_per_s": flops}  # fmt: skip
     write_whole(
         args.out / "measured.json", json.dumps({"machine": about, "records": records}, indent=1)
     )

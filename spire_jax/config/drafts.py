@@ -141,6 +141,10 @@ class TrainedOptions(DraftOptions):
         """Tables that are the frozen target's own, by name: neither trained nor stored."""
         return ()
 
+    def products(self, target: "ModelConfig", k: int) -> int:
+        """Multiplications of a training pass, per token, with weights beside its transformer's."""
+        return 0
+
     def initial(self, target: "Params", fresh: "Params") -> "Params":
         """Its parameters before training, from random ones and the target's."""
         return fresh

@@ -30,14 +30,9 @@ import numpy as np
 from spire_jax.config.checks import check, not_negative, positive
 from spire_jax.config.readers import DRAFT, read_by
 from spire_jax.config.registry import DRAFT_KINDS
-from spire_jax.drafting.stride import (
-    SlotLoss,
-    SlotOptions,
-    Strided,
-    StridedDraft,
-    drawn_by,
-    proposal,
-)
+from spire_jax.drafting.slots import SlotLoss, SlotOptions
+from spire_jax.drafting.strategy import peaked
+from spire_jax.drafting.stride import Strided, StridedDraft, drawn_by, one_of, proposal
 from spire_jax.models.attention import attention
 from spire_jax.models.masks import View
 from spire_jax.models.sampling import probability_of
@@ -167,22 +162,21 @@ class BlockDrafting(Strided):
         x = module.strided_slots(
             tokens[:, :-1], activations, starts, self.width(kept), self.width(kept), read
         )
-        logits = module.widened(module.slot_logits(x[:, :, :kept], tokens[:, :-1], starts, kept))
+        heads = module.heads_along(tokens[:, :-1], starts, kept, kept)
+        logits = module.widened(module.slot_logits(x[:, :, :kept], heads))
         of_text = tokens[:, starts[:, None] + np.arange(1, kept + 1)]
-        q = probability_of(self._drawn(logits), of_text, sampling)
+        q = probability_of(peaked(logits, self.draws), of_text, sampling)
         # A round of more than there are slots drafts these alone: nothing deeper is kept.
         return jnp.pad(q, ((0, 0), (0, 0), (0, k - kept)))
 
     # --- training ------------------------------------------------------------------------------
 
-    def predict_slots(self, params, tokens, activations, k):
+    def slots_along(self, module, tokens, activations, k):
         """Of a grid of blocks that begins at one of `offsets`, which the batch's tokens draw."""
-        module, length = self.model.bind(params), tokens.shape[1]
+        length = tokens.shape[1]
 
         def of_offset(offset: int):
             starts, sizes = grid(length, k, offset)
-            x = module.strided_slots(tokens, activations, starts, k, k)
-            found = module.slot_logits(x, tokens, starts, k), module.confidence(x)
 
             def in_order(y):
                 """[B, R, k, ...] -> [B, T, ...]"""
@@ -192,12 +186,11 @@ class BlockDrafting(Strided):
                 inner = y[:, 1:-1].reshape(len(y), -1, *y.shape[3:])
                 return jnp.concatenate([first, inner, last], axis=1)
 
+            found = (module.strided_slots(tokens, activations, starts, k, k),
+                     module.heads_along(tokens, starts, k, k))  # fmt: skip
             return jax.tree.map(in_order, found)
 
-        if len(self.offsets) == 1:
-            return of_offset(self.offsets[0])
-        branches = [functools.partial(of_offset, offset) for offset in self.offsets]
-        return jax.lax.switch(drawn_by(tokens, len(branches)), branches)
+        return one_of(tokens, [functools.partial(of_offset, offset) for offset in self.offsets])
 
     def depths(self, tokens, k):
         of = [np.concatenate([np.arange(size) for size in grid(tokens.shape[1], k, offset)[1]])

@@ -42,17 +42,16 @@ from spire_jax.config.schema import ModelConfig
 from spire_jax.drafting.losses import draft_loss
 from spire_jax.drafting.pruning import prune
 from spire_jax.drafting.spire import of_family
-from spire_jax.drafting.strategy import Strategy
+from spire_jax.drafting.strategy import Strategy, peaked
 from spire_jax.models.attention import Attended, Compute, attention, capped, merge_attention
-from spire_jax.models.caches import KeysValues, LayerCache, empty_windowed
+from spire_jax.models.caches import KeysValues, LayerCache
 from spire_jax.models.layers import Block, RMSNorm, parameter, product, truncated_normal
 from spire_jax.models.masks import View
 from spire_jax.models.records import record
-from spire_jax.models.sampling import Sampling, probability_of, transformed_logits
+from spire_jax.models.sampling import probability_of
 from spire_jax.models.sharding import constrain
 from spire_jax.models.transformer import Model, Transformer
 
-GREEDY = Sampling(0.0)
 FEWEST = 7  # layers of a target that has the paper's three
 
 
@@ -98,11 +97,20 @@ class Eagle3Options(TransformerOptions):
             return fresh
         return pruned(target, fresh)
 
+    def beside(self, target: ModelConfig) -> tuple[int, int]:
+        """Weights of the pair's other half, projections and a norm, and of what fuses."""
+        sizes = self.model(target)
+        heads = sizes.n_kv_heads * sizes.d_head * (sizes.q_per_kv + 2)
+        fc = len(self.fused(target)) * target.d_model * sizes.d_model
+        return sizes.d_model * (heads + 1), fc
+
+    def products(self, target, k):
+        wide, fc = self.beside(target)
+        return k * wide + fc  # k steps from every token, whose feature is made once
+
     def cost(self, target, context, k):
         sizes, base = self.model(target), super().cost(target, context, k)
-        heads = sizes.n_kv_heads * sizes.d_head * (sizes.q_per_kv + 2)
-        wide = sizes.d_model * (heads + 1)  # the pair's other half: projections, and a norm
-        fc = len(self.fused(target)) * target.d_model * sizes.d_model
+        wide, fc = self.beside(target)
         # Of the tokens verified the features are fused, and the pairs projected, once a round.
         first = Pass(projections=2 * (k + 1), weights=wide + fc, products=wide + (k + 1) * fc)
         others = (Pass(weights=wide, products=wide),) * (k - 1)
@@ -349,9 +357,9 @@ class Eagle3(Strategy):
         return view.sink, max(start - view.window, 0) if view.window else 0
 
     def empty(self, params, batch, k, capacity):
-        of, compute = self.model.config, self.model.compute
-        (cache,) = empty_windowed(of, self.views, batch, k, capacity, compute)
-        return Eagle3State(cache, jnp.zeros((batch, k + 2, of.d_model), compute.dtype))
+        (cache,), model = super().empty(params, batch, k, capacity), self.model
+        features = jnp.zeros((batch, k + 2, model.config.d_model), model.compute.dtype)
+        return Eagle3State(cache, features)
 
     def begin(self, params, prompt, lengths, k, capacity):
         state = self.empty(params, prompt.tokens.shape[0], k, capacity)
@@ -363,7 +371,7 @@ class Eagle3(Strategy):
     def step(self, params, state, target, tokens, positions):
         module, before = self.model.bind(params), state.before(positions)
         x, cache = module.step(state.cache, tokens, before, positions - 1)
-        logits = self._drawn(module.unembed(x)[:, 0])
+        logits = peaked(module.unembed(x)[:, 0], self.draws)
         return logits, Eagle3State(cache, state.put(positions, x))
 
     def commit(self, params, state, block):
@@ -375,15 +383,11 @@ class Eagle3(Strategy):
         cache = state.cache.append(index, *keys_values, rows)
         return Eagle3State(cache, state.put(at, features, rows))
 
-    def _drawn(self, logits: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
-        """What is drawn from: the logits, or all on the most likely token."""
-        return transformed_logits(logits, GREEDY) if self.draws == "argmax" else logits
-
     def along(self, params, tokens, activations, cache, read, starts, k, sampling):
         module = self.model.bind(params)
         xs = jnp.stack([*module.rollout(tokens, activations, starts, k, read)], axis=2)
         of_text = tokens[:, starts[:, None] + np.arange(1, k + 1)]
-        return probability_of(self._drawn(module.unembed(xs)), of_text, sampling)
+        return probability_of(peaked(module.unembed(xs), self.draws), of_text, sampling)
 
 
 @dataclasses.dataclass(frozen=True)

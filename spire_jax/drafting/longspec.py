@@ -36,7 +36,7 @@ from spire_jax.config.schema import ModelConfig
 from spire_jax.drafting.spire import Memory, begin_windowed, of_family
 from spire_jax.drafting.strategy import Strategy
 from spire_jax.models.attention import Attended, Compute, Positions, attention
-from spire_jax.models.caches import KeysValues, LayerCache, empty_windowed
+from spire_jax.models.caches import KeysValues, LayerCache
 from spire_jax.models.layers import Block
 from spire_jax.models.masks import View
 from spire_jax.models.records import record
@@ -77,11 +77,14 @@ class LongSpecOptions(TrainedOptions):
         last = target.views()[-1]
         return (View(self.window, 0, last.scale, last.softcap),)
 
-    def cost(self, target, context, k):
+    def products(self, target, k):
+        """The cross-attention's: a query, an output, the query's bias and the norms."""
         own = self.model(target)
         heads, h = own.n_kv_heads * own.q_per_kv, own.d_head
-        # A query, an output, the query's bias and the norms.
-        cross = 2 * own.d_model * heads * h + heads * h + own.d_model + h * own.qk_norm
+        return 2 * own.d_model * heads * h + heads * h + own.d_model + h * own.qk_norm
+
+    def cost(self, target, context, k):
+        cross = self.products(target, k)
         last = over_layers(target.views()[-1:], lambda v: min(context, v.sink + v.window), context)
         return dataclasses.replace(
             super().cost(target, context, k),
@@ -198,10 +201,6 @@ class LongSpec(Strategy):
     @property
     def collect_cache(self):
         return (self.target_depth - 1,)
-
-    def empty(self, params, batch, k, capacity):
-        of = self.model.config, self.views
-        return empty_windowed(*of, batch, k, capacity, self.model.compute)
 
     def begin(self, params, prompt, lengths, k, capacity):
         if prompt.tokens.shape[1] == 0:

@@ -12,7 +12,6 @@ from spire_jax.config.schema import ExperimentConfig, ModelConfig, oracle_depth
 from spire_jax.drafting.self_drafting import SelfDrafting, drafting_target
 from spire_jax.drafting.spire import SpireDraft, begin_windowed
 from spire_jax.models.attention import Attended, Compute, attention, unpacked
-from spire_jax.models.caches import empty_windowed
 from spire_jax.models.layers import rope
 
 
@@ -112,10 +111,6 @@ def _without_sinks(view):
 
 class MagicDec(SelfDrafting):
     """Sinks and a ring of the newest tokens, copied from the target's cache."""
-
-    def empty(self, params, batch, k, capacity):
-        of = self.model.config, self.views
-        return empty_windowed(*of, batch, k, capacity, self.model.compute)
 
     def begin(self, params, prompt, lengths, k, capacity):
         if prompt.tokens.shape[1] == 0:

@@ -39,7 +39,6 @@ from spire_jax.models.caches import (
     Caches,
     KeysValues,
     LayerCache,
-    empty_windowed,
     full_cache,
     ring_cache,
     ring_positions,
@@ -96,15 +95,23 @@ class SpireOptions(TransformerOptions):
             target, k, dataclasses.replace(super().cost(target, context, k), passes=passes)
         )
 
+    def fusion(self, target: ModelConfig) -> int:
+        """Weights of the matrix that fuses activations."""
+        if self.memory != "fused":
+            return 0
+        return (len(self.fused) or self.n_layers) * target.d_model**2
+
+    def products(self, target, k):
+        return self.fusion(target)
+
     def with_fusion(self, target: ModelConfig, k: int, cost: DraftCost) -> DraftCost:
         """A round's cost with what fuses the activations of the k + 1 tokens that it verifies.
 
         It counts in the first pass.
         """
-        if self.memory != "fused":
+        if not self.fusion(target):
             return cost
-        first, *rest = cost.passes
-        matrix = (len(self.fused) or self.n_layers) * target.d_model**2
+        (first, *rest), matrix = cost.passes, self.fusion(target)
         first = first._replace(weights=matrix, products=(k + 1) * matrix)
         more = cost.more + matrix + target.d_model
         return dataclasses.replace(cost, passes=(first, *rest), more=more)
@@ -374,10 +381,6 @@ class Spire(Strategy):
     def reads(self, start):
         begins = [max(start - view.window + 1, 0) if view.window else 0 for view in self.views]
         return max(view.sink for view in self.views), min(begins)
-
-    def empty(self, params, batch, k, capacity):
-        of = self.model.config, self.views
-        return empty_windowed(*of, batch, k, capacity, self.model.compute)
 
     def begin(self, params, prompt, lengths, k, capacity):
         if prompt.tokens.shape[1] == 0:

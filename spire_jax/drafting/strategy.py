@@ -1,8 +1,8 @@
 """What a drafting strategy is: all that may differ between one speculative decoder and another.
 
 A strategy holds a draft model's structure and says what the draft keeps, how it takes in a prompt,
-how it drafts, and what it does with what verification kept. A new one needs `empty`, `step` and
-`commit` (or `read`); everything else has a default. The round, verification, sampling, the oracle,
+how it drafts, and what it does with what verification kept. A new one needs `step` and `commit`
+(or `read`); everything else has a default. The round, verification, sampling, the oracle,
 evaluation and report are shared by all.
 
 What a strategy may read of the target: the activations that it asks for (`collect`), and the
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from spire_jax.models.caches import Caches
+from spire_jax.models.caches import Caches, empty_windowed
 from spire_jax.models.masks import View
 from spire_jax.models.records import record
 from spire_jax.models.sampling import Sampling, sample, share_of, stream, transformed_logits
@@ -73,6 +73,11 @@ def sampled(keys: Key[Array, " B"], sampling: Sampling) -> Draw:
     return draw
 
 
+def peaked(logits: Float[Array, "*rows V"], draws: str) -> Float[Array, "*rows V"]:
+    """Logits as a draft draws of them: as they are ("sampled"), or its "argmax", q one-hot."""
+    return transformed_logits(logits, Sampling(0.0)) if draws == "argmax" else logits
+
+
 def forced(tokens: Int[Array, "B k"], sampling: Sampling) -> Draw:
     """The tokens of a given text, whatever the logits are."""
 
@@ -117,8 +122,13 @@ class Strategy:
     # --- decoding ------------------------------------------------------------------------------
 
     def empty(self, params: Params, batch: int, k: int, capacity: int) -> State:
-        """The state before any token, for rounds of at most k and texts of `capacity` tokens."""
-        raise NotImplementedError
+        """The state before any token, for rounds of at most k and texts of `capacity` tokens.
+
+        As it stands a cache for each layer of the draft: all of a text, or a ring for a window and
+        what is drafted.
+        """
+        config, compute = self.model.config, self.model.compute
+        return empty_windowed(config, self.views, batch, k, capacity, compute)
 
     def begin(
         self,

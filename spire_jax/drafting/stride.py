@@ -7,113 +7,30 @@ It drafts s tokens, from its last known token and from each mask. Inputs of a pa
 memories of positions before the round, the draft's own memories of tokens known in earlier passes,
 and each other causally. Known tokens leave memories as in SPIRe, masks leave none: s = 1 is SPIRe,
 s = k a block draft with SPIRe's memories. Weights, unembedding and launch are paid k / s times.
-
-A head on top of the slots (`head`) adds to a slot's logits what follows from the tokens before it,
-drafted or known, so that slot by slot only a small product is left to do, and q is the distribution
-that the tokens are jointly drawn from:
-
-    markov     z_j += W1[x_(j-1)] W2                     (as DSpark, arXiv 2607.05147)
-    recurrent  h_j = tanh(W1[x_(j-1)] + h_(j-1) U)       (ours; h = 0 before every pass)
-               z_j += h_j W2
-
-W2 is 0 at first. Without a head the slots of a pass are drawn independently of each other.
-
-With `confidence` a slot's final activations also say, by a vector and a bias, how likely its token
-is to be kept if all before it are (DSpark; there the token before the slot is read, too, which is
-left out here).
+What is on top of the slots, a head and confidences, is slots.py's.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from spire_jax.config.checks import check, choice, not_negative, positive
-from spire_jax.config.drafts import DraftCost, Pass, TransformerOptions
-from spire_jax.config.readers import DRAFT, EVALUATE, STUDY, read_by
+from spire_jax.config.checks import check, positive
+from spire_jax.config.readers import EVALUATE, STUDY, read_by
 from spire_jax.config.registry import DRAFT_KINDS
-from spire_jax.config.schema import ModelConfig, head_size
-from spire_jax.drafting.learning import DraftLoss
-from spire_jax.drafting.spire import Spire, SpireDraft, SpireOptions, of_family
-from spire_jax.drafting.strategy import Draw, Proposal
-from spire_jax.models.attention import Attended, Compute, attention, merge_attention
+from spire_jax.drafting.slots import SlotDraft, SlotOptions
+from spire_jax.drafting.spire import Spire
+from spire_jax.drafting.strategy import Draw, Proposal, peaked
+from spire_jax.models.attention import Attended, attention, merge_attention
 from spire_jax.models.caches import Caches, KeysValues
-from spire_jax.models.layers import Block, parameter, truncated_normal
-from spire_jax.models.sampling import Sampling, probability_of, transformed_logits
-from spire_jax.models.transformer import Activations, Model, Params
-
-HEADS = ("none", "markov", "recurrent")
-GREEDY = Sampling(0.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class SlotOptions(SpireOptions):
-    """What passes that draft several tokens have, whatever they read."""
-
-    head: str = "none"  # over the slots of a pass: "markov", "recurrent"
-    head_rank: int = 64
-    # What is drawn of a slot's logits: "sampled", or the "argmax", whose q is one-hot.
-    draws: str = read_by("sampled", EVALUATE, STUDY)
-    # Whether each slot says how likely its token is to be kept, given that all before it were; and
-    # the weight of what that learns. (Of sampled tokens, at the temperature of training, 1.)
-    confidence: bool = False
-    confidence_weight: float = read_by(1.0, DRAFT, when=lambda of: of.confidence)
-
-    def slots_model(self, target: ModelConfig, compute: Compute, module: type[SpireDraft]) -> Model:
-        """The structure of the draft's parameters; `module` is StridedDraft or of it."""
-        model = SpireOptions.strategy(self, target, compute).model
-        options = {name: getattr(self, name) for name in ("head", "head_rank", "confidence")}
-        return dataclasses.replace(
-            model,
-            module=of_family(model.config, module),
-            options=(*model.options, *options.items()),
-        )
-
-    def learns(self, strategy, k):
-        return SlotLoss(strategy, self.loss, self.omega, k, confidence=self.confidence_weight)
-
-    def initial(self, target, fresh):
-        params = super().initial(target, fresh)
-        table = params["embedding"] if "embedding" in params else target["embedding"]
-        return params | {"mask": jnp.mean(table, axis=0).astype(fresh["mask"].dtype)}
-
-    def cost_of(
-        self,
-        target: ModelConfig,
-        context: float | int,
-        k: int,
-        of: list[tuple[int, int]],
-        twice: int,
-    ) -> DraftCost:
-        """A round of k by passes over so many known tokens that draft so many.
-
-        `twice`: how often known tokens become keys and values besides as inputs.
-        """
-        sizes = self.model(target)
-        out = self.head_rank * head_size(sizes) if self.head != "none" else 0
-        mix = self.head_rank**2 if self.head == "recurrent" else 0
-        table = self.head_rank * sizes.vocab_size if self.head != "none" else 0
-        of_passes = tuple(Pass(known + slots - 1, slots, twice * known, out + mix)
-                          for known, slots in of)  # fmt: skip
-        more = sizes.d_model + table + out + mix
-        if self.confidence:
-            more += sizes.d_model + 1
-        plain = TransformerOptions.cost(self, target, context, k)
-        plain = dataclasses.replace(plain, passes=of_passes, more=more)
-        return self.with_fusion(target, k, plain)
-
-    def check(self, at, config):
-        super().check(at, config)
-        positive(self, at, "head_rank")
-        not_negative(self, at, "confidence_weight")
-        choice(f"{at}.head", self.head, HEADS)
-        choice(f"{at}.draws", self.draws, "sampled argmax")
-        check(self.attend_self, f"{at}.attend_self: the tokens of a pass see each other; leave it "
-                                f"out, or use kind 'spire'")  # fmt: skip
+from spire_jax.models.layers import Block
+from spire_jax.models.sampling import probability_of
+from spire_jax.models.transformer import Activations, Params
 
 
 @DRAFT_KINDS.register("stride")
@@ -150,64 +67,8 @@ def passes(k: int, stride: int) -> list[tuple[int, int]]:
     return list(zip([1] + [stride] * (len(slots) - 1), slots, strict=True))
 
 
-class StridedDraft(SpireDraft):
-    """A SPIRe draft with a mask token's embedding, and what reads its slots: head, confidence."""
-
-    def __init__(
-        self,
-        config,
-        compute,
-        *,
-        rngs,
-        head: str = "none",
-        head_rank: int = 64,
-        confidence: bool = False,
-        **options,
-    ):
-        super().__init__(config, compute, rngs=rngs, **options)
-        self.head, self.confident, zeros = head, confidence, nnx.initializers.zeros
-        self.mask = parameter(rngs, (config.d_model,), (None,), zeros)
-        if head != "none":
-            size = config.head_tokens or config.vocab_size
-            self.head_in = parameter(
-                rngs, (config.vocab_size, head_rank), ("vocab", None), truncated_normal(head_rank)
-            )
-            self.head_out = parameter(rngs, (head_rank, size), (None, "vocab"), zeros)
-        if head == "recurrent":
-            self.head_mix = parameter(
-                rngs, (head_rank, head_rank), (None, None), truncated_normal(head_rank)
-            )
-        if confidence:
-            self.confidence_vector = parameter(rngs, (config.d_model,), (None,), zeros)
-            self.confidence_bias = parameter(rngs, (1,), (None,), zeros)
-
-    # --- of the slots --------------------------------------------------------------------------
-
-    def head_start(self, *rows: int) -> Float[Array, "*rows r"]:
-        """The head's state before the first slot of a pass."""
-        rank = self.head_mix.shape[0] if self.head == "recurrent" else 0
-        return jnp.zeros((*rows, rank))
-
-    def with_head(
-        self,
-        logits: Float[Array, "*rows Vh"],
-        previous: Int[Array, "*rows"],
-        state: Float[Array, "*rows r"],
-    ) -> tuple[Float[Array, "*rows Vh"], Float[Array, "*rows r"]]:
-        """A slot's logits, given the token before it, and the head's state after it."""
-        if self.head == "none":
-            return logits, state
-        h = self.head_in[...][previous].astype(jnp.float32)
-        if self.head == "recurrent":
-            h = state = jnp.tanh(h + state @ self.head_mix[...].astype(jnp.float32))
-        return logits + h @ self.head_out[...].astype(jnp.float32), state
-
-    def confidence(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows"] | None:
-        """Of slots' final activations, the logit of the estimate that their tokens are kept."""
-        if not self.confident:
-            return None
-        x = self.norm_final(x).astype(jnp.float32)
-        return x @ self.confidence_vector[...] + self.confidence_bias[0]
+class StridedDraft(SlotDraft):
+    """A SPIRe draft whose passes go on over masks."""
 
     def seen_ahead(
         self, i: int, q: Float[Array, "B T K G H"], at: Int[Array, "B T"], k: Array, v: Array
@@ -228,16 +89,13 @@ class StridedDraft(SpireDraft):
         k: int,
         stride: int,
         read: Int[np.ndarray, " M"] | None = None,
-        *,
-        in_head: bool = False,
-    ) -> Float[Array, "B R k V"] | Float[Array, "B R k Vh"]:
+    ) -> Float[Array, "B R k V"]:
         """Logits of k teacher-forced slots from every start, all starts in parallel.
 
         Slot j (0-based) from start s predicts token s + j + 1. Arguments as of `rollout`.
         """
         x = self.strided_slots(tokens, activations, starts, k, stride, read)
-        logits = self.slot_logits(x, tokens, starts, stride)
-        return logits if in_head else self.widened(logits)
+        return self.widened(self.slot_logits(x, self.heads_along(tokens, starts, k, stride)))
 
     def strided_slots(
         self,
@@ -302,29 +160,6 @@ class StridedDraft(SpireDraft):
                     for m in self.memories(xs)]  # fmt: skip
         kept = [block.keys_values(m, known) for block, m in zip(self.blocks, memories, strict=True)]
         return xs[-1].reshape(each)[:, :, at.known - 1 :], kept
-
-    def slot_logits(
-        self,
-        x: Float[Array, "B R k D"],
-        tokens: Int[Array, "B T"],
-        starts: Int[np.ndarray, " R"],
-        stride: int,
-    ) -> Float[Array, "B R k Vh"]:
-        """Logits of slots' final activations, given the tokens before them.
-
-        Beyond the text these are any: what is there counts for nothing.
-        """
-        logits = self.unembed_head(x)
-        if self.head == "none":
-            return logits
-        before = np.minimum(starts[:, None] + np.arange(x.shape[2]), tokens.shape[1] - 1)
-        previous, slots = tokens[:, before], []
-        for j in range(x.shape[2]):
-            if j % stride == 0:
-                state = self.head_start(*x.shape[:2])
-            z, state = self.with_head(logits[:, :, j], previous[:, :, j], state)
-            slots.append(z)
-        return jnp.stack(slots, axis=2)
 
     # --- decoding ------------------------------------------------------------------------------
 
@@ -394,7 +229,7 @@ class Strided(Spire):
         x, state = module.strided_step(state, tokens, positions, 1)
         logits = module.unembed_head(x)[:, 0]
         logits, _ = module.with_head(logits, tokens[:, -1], module.head_start(len(tokens)))
-        return module.widened(self._drawn(logits)), state
+        return module.widened(peaked(logits, self.draws)), state
 
     def propose(self, params, state, target, previous, last, positions, k, draw):
         module, sizes = self.model.bind(params), passes(k, self.stride)
@@ -445,7 +280,7 @@ class Strided(Spire):
             token, of_head = carry
             j, z = slot
             z, of_head = module.with_head(z, token, of_head)
-            token, q = draw(begin + j, self._drawn(module.widened(z)))
+            token, q = draw(begin + j, peaked(module.widened(z), self.draws))
             return (token, of_head), (token, q)
 
         slots_first = jnp.moveaxis(module.unembed_head(x), 1, 0)
@@ -454,15 +289,11 @@ class Strided(Spire):
         tokens, q = (jnp.moveaxis(y, 0, 1) for y in drawn)
         return tokens, q, module.confidence(x)
 
-    def _drawn(self, logits: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
-        """What is drawn from: the logits, or all on the most likely token."""
-        return transformed_logits(logits, GREEDY) if self.draws == "argmax" else logits
-
     def along(self, params, tokens, activations, cache, read, starts, k, sampling):
         module = self.model.bind(params)
         logits = module.strided_rollout(tokens[:, :-1], activations, starts, k, self.stride, read)
         of_text = tokens[:, starts[:, None] + np.arange(1, k + 1)]
-        return probability_of(self._drawn(logits), of_text, sampling)
+        return probability_of(peaked(logits, self.draws), of_text, sampling)
 
     def predict(self, params, tokens, activations, k):
         return self.predict_slots(params, tokens, activations, k)[0]
@@ -474,26 +305,42 @@ class Strided(Spire):
         activations: Activations,
         k: int,
     ) -> tuple[Float[Array, "B T Vh"], Float[Array, "B T"] | None]:
-        """`predict`, and the logits of confidences.
+        """`predict`, and the logits of confidences."""
+        module = self.model.bind(params)
+        x, heads = self.slots_along(module, tokens, activations, k)
+        return module.slot_logits(x, heads), module.confidence(x)
+
+    def slots_along(
+        self,
+        module: StridedDraft,
+        tokens: Int[Array, "B T"],
+        activations: Activations,
+        k: int,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T r"] | None]:
+        """The slots that predict what follows each token, and what the head makes of the text.
 
         Of one of `strides`, which the batch's own tokens draw: the same for every run of it.
         """
-        module, starts = self.model.bind(params), np.arange(0, tokens.shape[1], k)
+        starts = np.arange(0, tokens.shape[1], k)
 
         def of_stride(stride: int):
-            x = module.strided_slots(tokens, activations, starts, k, stride)
-            found = module.slot_logits(x, tokens, starts, stride), module.confidence(x)
-            return jax.tree.map(lambda y: y.reshape(*tokens.shape, *y.shape[3:]), found)
+            found = (module.strided_slots(tokens, activations, starts, k, stride),
+                     module.heads_along(tokens, starts, k, stride))  # fmt: skip
+            return jax.tree.map(lambda y: y.reshape(*tokens.shape, y.shape[3]), found)
 
-        if len(self.strides) == 1:
-            return of_stride(self.strides[0])
-        branches = [functools.partial(of_stride, s) for s in self.strides]
-        return jax.lax.switch(drawn_by(tokens, len(branches)), branches)
+        return one_of(tokens, [functools.partial(of_stride, s) for s in self.strides])
 
 
 def drawn_by(tokens: Int[Array, "B T"], n: int) -> Int[Array, ""]:
     """One of 0 .. n - 1 that a batch's own tokens draw: the same for every run of it."""
     return jnp.sum(tokens) % n
+
+
+def one_of(tokens: Int[Array, "B T"], branches: Sequence[Callable[[], Any]]) -> Any:
+    """What one of the branches makes, which the batch's own tokens draw."""
+    if len(branches) == 1:
+        return branches[0]()
+    return jax.lax.switch(drawn_by(tokens, len(branches)), branches)
 
 
 def proposal(
@@ -504,31 +351,3 @@ def proposal(
     if confidence is not None:
         survival = jnp.cumprod(jax.nn.sigmoid(confidence), axis=1)
     return Proposal(tokens, q, survival=survival)
-
-
-@dataclasses.dataclass(frozen=True)
-class SlotLoss(DraftLoss):
-    """A loss by depth, with what confidences learn.
-
-    Depth j (1-based) counts exp(-(j - 1) / gamma) with a `gamma` (DFlash, arXiv 2602.06036), over
-    the mean of these weights, so that a step stays as long. A confidence c learns by binary
-    cross-entropy against alpha, the probability that its token is kept after those before it
-    (DSpark, arXiv 2607.05147; no gradient reaches alpha, those of c go on into the body, as in
-    DeepSpec's code: there too the slot's activations are not cut off).
-    """
-
-    gamma: float = 0.0  # 0: all depths alike
-    confidence: float = 1.0  # weight
-
-    def __call__(self, params, lesson, batch):
-        assert isinstance(self.strategy, Strided)
-        logits, confidence = self.strategy.predict_slots(params, batch.tokens, *self.given(lesson))
-        values, alpha = self.values(params, lesson, batch, logits)
-        if confidence is not None:
-            kept = jax.lax.stop_gradient(alpha)
-            values += self.confidence * (jax.nn.softplus(confidence) - kept * confidence)
-        if self.gamma:
-            weights = np.exp(-np.arange(self.k) / self.gamma)
-            depths = self.strategy.depths(batch.tokens, self.k)
-            values *= jnp.asarray(weights / weights.mean(), values.dtype)[depths]
-        return values, alpha

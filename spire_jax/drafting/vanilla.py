@@ -12,7 +12,6 @@ from spire_jax.drafting.strategy import Strategy
 from spire_jax.models.attention import Compute
 from spire_jax.models.caches import (
     LayerCache,
-    empty_windowed,
     full_cache,
     ring_cache,
     ring_positions,
@@ -39,10 +38,6 @@ class Vanilla(Strategy):
     """A draft that never sees the target's activations, only tokens (method.md 3.3, 3.5)."""
 
     catches_up = True
-
-    def empty(self, params, batch, k, capacity):
-        of = self.model.config, self.views
-        return empty_windowed(*of, batch, k, capacity, self.model.compute)
 
     def begin(self, params, prompt, lengths, k, capacity):
         if prompt.tokens.shape[1] == 0:

@@ -21,6 +21,7 @@ from spire_jax.results.intervals import Interval
 from spire_jax.results.mix import Cell
 from spire_jax.results.records import Counts
 
+RESERVE = 0.1  # share of a chip's memory that is kept for temporaries, as in costs/scaling.py
 PAPER_K = 4  # the paper's SPIRe drafts so many tokens per round
 
 
@@ -62,7 +63,7 @@ def offers(
     chip: Chip,
     *,
     variant: str | None = None,
-    reserve: float = 0.0,
+    reserve: float = RESERVE,
 ) -> list[Choice]:
     """All methods at all depths in one cell, autoregressive decoding first.
 
@@ -101,7 +102,7 @@ def who_wins(
     baseline: str = "",
     among: Sequence[str] = (),
     variant: str | None = None,
-    reserve: float = 0.0,
+    reserve: float = RESERVE,
 ) -> list[list[dict[str, Any]]]:
     """By batch and context of `throughput`: the winner, and its margin over the next method.
 
@@ -153,7 +154,7 @@ def choose(
     baseline: str,
     among: Sequence[str] = (),
     variant: str | None = None,
-    reserve: float = 0.0,
+    reserve: float = RESERVE,
 ) -> dict[str, Any]:
     """What to decode a mix with: cell by cell, and as a whole, by what may be chosen per cell.
 

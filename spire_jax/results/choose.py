@@ -29,7 +29,7 @@ from spire_jax.costs.acceptance import Acceptance
 from spire_jax.costs.chips import Chip
 from spire_jax.costs.roofline import VARIANTS
 from spire_jax.results import plots
-from spire_jax.results.choice import PAPER_K, acceptances, choose, who_wins
+from spire_jax.results.choice import PAPER_K, RESERVE, acceptances, choose, who_wins
 from spire_jax.results.figure_inputs import read_summary
 from spire_jax.results.mix import read_mix
 from spire_jax.results.records import ReportError, read_counts
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--baseline", help="the draft to compare with, at a depth of 4; default: the first SPIRe")
     add("--methods", help="the drafts to choose from, comma-separated; default: all")
     add("--variant", choices=tuple(VARIANTS), help="of the cost model; default: throughput.variant")
-    add("--reserve", type=float, default=0.1, help="share of the memory kept for temporaries")
+    add("--reserve", type=float, default=RESERVE, help="share of the memory kept for temporaries")
     add("--sizes", type=local_path, help="a config whose target and cost model to take instead")
     add(
         "--tau", type=float, help="scale acceptance until the baseline has this tau at a depth of 4"

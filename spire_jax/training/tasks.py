@@ -90,19 +90,19 @@ def draft_task(config: ExperimentConfig, name: str) -> Task:
     assert isinstance(draft, TrainedOptions)  # of `config.trained`
     drafting, depths = strategy(config, name, compute_for(train, train)), draft.rollout(train)
     taught = drafting.collect or depths or draft.loss != "hard"
-    views, cost = config.target.views(), draft.cost(config.target, train.seq_len, depths or 1)
+    views = config.target.views()
     reads = tuple(views[i] for i in drafting.collect_cache)
     # What reads the target's keys and values makes none of its activations.
     flops = forward_flops(drafting.model, train.seq_len, depths > 0 and not reads, reads)
     times = max(depths, 1) if draft.every_start else 1
-    beside = sum(one.products for one in cost.passes) / (depths or 1)  # weights, of each token
+    beside = draft.products(config.target, depths or 1)
     return Task(
         name,
         drafting.model,
         draft.learns(drafting, depths or 1),
         draft.steps,
         draft.peak_lr,
-        3 * times * (flops + 2 * beside),
+        3 * (times * flops + 2 * beside),
         shared=draft.shared,
         k=depths or 1,
         strategy=drafting,
